@@ -1,0 +1,9 @@
+"""cbam_fused: CBAM (Convolutional Block Attention Module) as fused kernels, for training and inference."""
+
+from . import _ops  # noqa: F401  defines the ops before any backend implements them
+from ._backends import backends
+from .functional import cbam
+from .module import ChannelGate, FusedCBAM, SpatialGate
+
+__version__ = "0.1.0"
+__all__ = ["ChannelGate", "FusedCBAM", "SpatialGate", "backends", "cbam"]

@@ -1,0 +1,140 @@
+"""The table of backends, what each can run, and the one place where a call picks its backend."""
+
+from __future__ import annotations
+
+import glob
+import importlib
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Callable, Dict, Optional, Tuple, Union
+
+import torch
+from torch import Tensor
+
+from ._config import Config
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _load_native(module: str, hint: str) -> Callable[[], Optional[str]]:
+    """Loader of the stable-ABI library `module`, whose static initialisers register its kernels."""
+
+    def load() -> Optional[str]:
+        here = os.path.dirname(os.path.abspath(__file__))
+        found = sorted(glob.glob(os.path.join(here, f"{module}.*so")) + glob.glob(os.path.join(here, f"{module}.*pyd")))
+        if not found:
+            return f"the native module cbam_fused.{module} is not built: {hint}"
+        try:
+            torch.ops.load_library(found[0])
+        except OSError as error:
+            return f"the native module cbam_fused.{module} does not load: {error}"
+        return None
+
+    return load
+
+
+def _load_cuda() -> Optional[str]:
+    reason = _load_native("_C_cuda", "reinstall where nvcc and a CUDA build of torch are found")()
+    if reason is None and not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    return reason
+
+
+def _load_triton() -> Optional[str]:
+    try:
+        kernels = importlib.import_module("cbam_fused.triton_kernels")
+    except ImportError as error:
+        return f"Triton does not import: {error}"
+    return kernels.load()
+
+
+def _triton_interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _covers_cuda(x: Tensor, c: Config) -> Optional[str]:
+    covers = getattr(importlib.import_module("cbam_fused.cuda_limits"), "covers", None)
+    return covers(x, c) if covers else None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of the table.
+
+    load: makes the ops callable; returns None, or the reason why this machine cannot run them.
+    device: the type of device whose tensors it takes.
+    covers: None if it can run this call, or the limit that it breaks.
+    """
+
+    name: str
+    device: str
+    load: Callable[[], Optional[str]]
+    covers: Optional[Callable[[Tensor, Config], Optional[str]]] = None
+
+
+# In the order in which "auto" tries them; the reference is what is left.
+TABLE: Tuple[Backend, ...] = (
+    Backend("cuda", "cuda", _load_cuda),
+    Backend("triton", "cuda", _load_triton),
+    Backend("cpu", "cpu", _load_native("_C", "reinstall with a C++ compiler (g++ or clang++) on the PATH")),
+)
+NAMES = ("auto", *(b.name for b in TABLE), "reference")
+
+_state: Dict[str, Optional[str]] = {}
+
+
+@torch.compiler.assume_constant_result
+def unavailable(name: str) -> Optional[str]:
+    """None if the backend can run on this machine, or the reason why not. Loads it at first use."""
+    if name not in _state:
+        _state[name] = next(b for b in TABLE if b.name == name).load()
+    return _state[name]
+
+
+def backends() -> Dict[str, Union[bool, str]]:
+    """Every backend by name: True if it is available on this machine, or the reason why not (str)."""
+    table: Dict[str, Union[bool, str]] = {}
+    for b in TABLE:
+        reason = unavailable(b.name)
+        table[b.name] = True if reason is None else reason
+    table["reference"] = True
+    return table
+
+
+@torch.compiler.assume_constant_result
+def _say_once(name: str) -> None:
+    if not _state.get(f"said {name}"):
+        _state[f"said {name}"] = "yes"
+        warnings.warn(
+            f"cbam_fused runs on the plain PyTorch reference: {unavailable(name)}", RuntimeWarning, stacklevel=4
+        )
+
+
+def _refusal(b: Backend, x: Tensor, c: Config) -> Optional[str]:
+    device = x.device.type
+    if device != b.device and not (b.name == "triton" and device == "cpu" and _triton_interprets()):
+        return f"x must be on a {b.device} device, got {x.device}"
+    reason = unavailable(b.name)
+    if reason is None and b.covers is not None:
+        reason = b.covers(x, c)
+    return reason
+
+
+def select(name: str, x: Tensor, c: Config) -> str:
+    """The backend that runs this call. "auto" never fails; a name that cannot run raises RuntimeError."""
+    if name == "auto":
+        device = x.device.type
+        for b in TABLE:
+            if b.device == device and _refusal(b, x, c) is None:
+                return b.name
+        if device == "cpu":
+            _say_once("cpu")
+        return "reference"
+    if name != "reference":
+        for b in TABLE:
+            if b.name == name:
+                reason = _refusal(b, x, c)
+                if reason is not None:
+                    raise RuntimeError(f'backend="{name}" cannot run: {reason}')
+    return name

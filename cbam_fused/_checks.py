@@ -1,0 +1,156 @@
+"""Checks of what a user passes in. Every message says name, expected, got."""
+
+from __future__ import annotations
+
+from typing import Iterable, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from . import _config as cfg
+from ._backends import DTYPES, NAMES
+from ._config import Config, Parameters
+
+_SHAPES = {1: "(N, C, L)", 2: "(N, C, H, W)", 3: "(N, C, D, H, W)"}
+_LOW = (torch.bfloat16, torch.float16)
+
+
+def _names(options: Iterable[str]) -> str:
+    return ", ".join(f'"{o}"' for o in options)
+
+
+def _shape(t: Tensor) -> Tuple[int, ...]:
+    return tuple(t.shape)
+
+
+def check_choice(name: str, value: object, options: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in options:
+        raise ValueError(f"{name} must be one of {_names(options)}, got {value!r}")
+
+
+def check_backend(backend: str) -> None:
+    check_choice("backend", backend, NAMES)
+
+
+def check_positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_kernel_size(value: object) -> None:
+    check_positive("kernel_size", value)
+    if value % 2 == 0:
+        raise ValueError(f"kernel_size must be odd, got {value}")
+
+
+def pool_bits(pool_types: Sequence[str], light: bool) -> int:
+    """The bits of `pool_types`, checked."""
+    if isinstance(pool_types, str):
+        raise TypeError(f'pool_types must be a sequence of names such as ("avg", "max"), got the str {pool_types!r}')
+    bits = 0
+    for name in pool_types:
+        if name not in cfg.POOL_BITS:
+            raise ValueError(f"pool_types must be any of {_names(cfg.POOL_BITS)}, got {name!r}")
+        if bits & cfg.POOL_BITS[name]:
+            raise ValueError(f"pool_types must name each pool once, got {tuple(pool_types)!r}")
+        bits |= cfg.POOL_BITS[name]
+    if not bits:
+        raise ValueError("pool_types must name at least one pool, got an empty list")
+    if light and bits != cfg.AVG | cfg.MAX:
+        raise ValueError(f'pool_types must be ("avg", "max") with light=True, got {tuple(pool_types)!r}')
+    return bits | cfg.BLEND if light else bits
+
+
+def make_config(
+    pool_types: Optional[Sequence[str]],
+    spatial: bool,
+    spatial_order: str,
+    light: bool,
+    ties: str,
+    residual: bool,
+) -> Config:
+    """Config of a call from its public options; pool_types None means no channel gate."""
+    check_choice("spatial_order", spatial_order, tuple(cfg.SPATIAL_ORDERS))
+    check_choice("ties", ties, tuple(cfg.TIES))
+    maps = cfg.SPATIAL_NONE
+    if spatial:
+        maps = cfg.SPATIAL_BLEND if light else cfg.SPATIAL_ORDERS[spatial_order]
+    pools = 0 if pool_types is None else pool_bits(pool_types, light)
+    return Config(pools, maps, cfg.TIES[ties], bool(residual))
+
+
+def check_input(x: object, channels: Optional[int], dims: Optional[int]) -> None:
+    """x (N, C, *spatial) with `dims` spatial dimensions and `channels` channels."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
+    wanted = _SHAPES[dims] if dims is not None else " or ".join(_SHAPES.values())
+    if x.dim() != dims + 2 if dims is not None else x.dim() not in (3, 4, 5):
+        raise ValueError(f"x must have shape {wanted}, got {_shape(x)}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must have dtype float32, float64, bfloat16 or float16, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"x must be a strided tensor, got layout {x.layout}")
+    if channels is not None and x.shape[1] != channels:
+        raise ValueError(f"x must have {channels} channels in shape {wanted}, got {x.shape[1]} in {_shape(x)}")
+    if x.shape[1] < 1:
+        raise ValueError(f"x must have at least 1 channel in shape {wanted}, got {_shape(x)}")
+    for size in x.shape[2:]:
+        if size == 0:
+            raise ValueError(f"x must have spatial sizes of at least 1 in shape {wanted}, got {_shape(x)}")
+
+
+def check_placement(x: Tensor, named: Iterable[Tuple[str, Optional[Tensor]]]) -> None:
+    """Every parameter on x's device, in x's dtype or in float32 beside a 16-bit x."""
+    for name, t in named:
+        if t is None:
+            continue
+        if t.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {t.device}")
+        if t.dtype != x.dtype and not (
+            t.dtype == torch.float32 and x.dtype in _LOW or torch.is_autocast_enabled(x.device.type)
+        ):
+            wanted = f"{x.dtype} or torch.float32" if x.dtype in _LOW else f"{x.dtype}"
+            raise TypeError(f"{name} must have the dtype of x, {wanted}, got {t.dtype}")
+
+
+def _expect(name: str, t: Optional[Tensor], shape: Tuple[int, ...], required: bool = True) -> None:
+    if t is None:
+        if required:
+            raise ValueError(f"{name} must have shape {shape}, got None")
+    elif not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+    elif _shape(t) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {_shape(t)}")
+
+
+def check_parameters(x: Tensor, p: Parameters, c: Config) -> None:
+    """Shapes of the learnt tensors of a functional call."""
+    channels = x.shape[1]
+    if c.pools:
+        if p.w1 is None:
+            _expect("w2", p.w2, (channels, channels))
+            if p.b1 is not None:
+                raise ValueError("b1 must be None where w1 is None, got a Tensor")
+        else:
+            if not isinstance(p.w1, Tensor):
+                raise TypeError(f"w1 must be a Tensor, got {type(p.w1).__name__}")
+            if p.w1.dim() != 2 or p.w1.shape[1] != channels or p.w1.shape[0] < 1:
+                raise ValueError(f"w1 must have shape (h, {channels}), got {_shape(p.w1)}")
+            hidden = p.w1.shape[0]
+            _expect("b1", p.b1, (hidden,), required=False)
+            _expect("w2", p.w2, (channels, hidden))
+        _expect("b2", p.b2, (channels,), required=False)
+    if c.spatial:
+        maps = 1 if c.spatial == cfg.SPATIAL_BLEND else 2
+        dims = x.dim() - 2
+        if not isinstance(p.conv_weight, Tensor):
+            raise TypeError(f"conv_weight must be a Tensor, got {type(p.conv_weight).__name__}")
+        if p.conv_weight.dim() != dims + 2 or _shape(p.conv_weight)[:2] != (1, maps):
+            kernel = ", ".join(["k"] * dims)
+            raise ValueError(f"conv_weight must have shape (1, {maps}, {kernel}), got {_shape(p.conv_weight)}")
+        for size in p.conv_weight.shape[2:]:
+            if size % 2 == 0:
+                raise ValueError(f"conv_weight must have odd kernel sizes, got {_shape(p.conv_weight)}")
+        _expect("conv_bias", p.conv_bias, (1,), required=False)

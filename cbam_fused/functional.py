@@ -1,0 +1,175 @@
+"""The functional form of CBAM, and the path that it shares with the modules."""
+
+from __future__ import annotations
+
+from typing import Callable, Optional, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _autograd, _backends, _checks
+from . import _config as cfg
+from ._autograd import NO_NORM, Folded
+from ._config import Config, Parameters
+from .reference import cbam_reference, channel_gate_reference, spatial_logits_reference
+
+Norm = Callable[[Tensor], Tensor]
+
+# Exactly these: a subclass may do more than normalise (timm's BatchNormAct2d applies an activation).
+_FOLDABLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def _fold(norm: Optional[Norm]) -> Optional[Folded]:
+    """The tensors of a norm that the fused op can apply itself, or None if it must be called."""
+    if norm is None:
+        return NO_NORM
+    if type(norm) in _FOLDABLE and not norm.training and norm.running_mean is not None:
+        if not (norm._forward_hooks or norm._forward_pre_hooks):
+            return norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps
+    return None
+
+
+def _named(p: Parameters, folded: Optional[Folded]):
+    yield from zip(Parameters._fields, p)
+    if folded is not None and folded[2] is not None:
+        yield from zip(("norm.weight", "norm.bias", "norm.running_mean", "norm.running_var"), folded)
+
+
+def _upcast(x: Tensor, p: Parameters) -> Tuple[Tensor, Parameters]:
+    """float32 for a 16-bit x beside float32 parameters, which plain PyTorch would refuse to mix."""
+    if any(t is not None and t.dtype != x.dtype for t in p) and not torch.is_autocast_enabled(x.device.type):
+        return x.float(), Parameters(*(None if t is None else t.float() for t in p))
+    return x, p
+
+
+def _run_reference(x: Tensor, p: Parameters, c: Config, norm: Optional[Norm]) -> Tensor:
+    if x.numel() == 0:
+        # Nothing to pool; keep x and the parameters in the graph, so that they get zeros.
+        anchors = [t.sum() * 0 for t in (*p, *_autograd._parameters(norm)) if t is not None]
+        return x * 1 + sum(anchors).to(x.dtype) if anchors else x * 1
+    xs, ps = _upcast(x, p)
+    if norm is not None and (affine := getattr(norm, "weight", None)) is not None and affine.dtype != xs.dtype:
+        plain, norm = norm, lambda z: plain(z.to(affine.dtype)).to(xs.dtype)
+    return cbam_reference(xs, ps, c, norm).to(x.dtype)
+
+
+def run(x: Tensor, p: Parameters, c: Config, norm: Optional[Norm], backend: str) -> Tensor:
+    """CBAM of a checked x; the parameters' shapes are the caller's care."""
+    folded = _fold(norm)
+    _checks.check_placement(x, _named(p, folded))
+    name = _backends.select(backend, x, c)
+    if name == "reference":
+        return _run_reference(x, p, c, norm)
+    x = _autograd.dense(x)
+    if folded is None and x.shape[0] == 0:
+        # No statistics to take from an empty batch; the affine parameters still get zeros.
+        folded = (norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
+    if folded is not None:
+        return _autograd.fused_cbam(name, x, p, c, folded)
+    affine = getattr(norm, "weight", None)
+    if affine is not None and affine.dtype != torch.float32 and x.dtype != torch.float64:
+        plain, norm = norm, _Cast(norm)
+    return _autograd.fused_cbam_with_norm(name, x, p, c, norm)
+
+
+class _Cast(nn.Module):
+    """A norm in a 16-bit dtype, between spatial logits in float32."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.norm = norm
+        self.training = norm.training
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.norm(z.to(self.norm.weight.dtype)).to(z.dtype)
+
+
+def maps(
+    x: Tensor, p: Parameters, c: Config, norm: Optional[Norm], backend: str
+) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+    """Channel gate (N, C) and spatial gate (N, 1, *spatial), None where the block has none."""
+    name = _backends.select(backend, x, c)
+    with torch.no_grad():
+        _checks.check_placement(x, _named(p, None))
+        if name == "reference" or x.shape[0] == 0:
+            xs, ps = _upcast(x, p)
+            gate = channel_gate_reference(xs, ps, c) if c.pools else None
+            gated = xs if gate is None else xs * _autograd._broadcast(gate, xs)
+            z = spatial_logits_reference(gated, ps, c) if c.spatial else None
+        else:
+            z, gate = _autograd.attention(name, _autograd.dense(x), p, c)
+        if not c.spatial:
+            return gate, None
+        return (gate if c.pools else None), torch.sigmoid(_normed(z, norm))
+
+
+def _normed(z: Tensor, norm: Optional[Norm]) -> Tensor:
+    """norm(z), leaving the running statistics of a BatchNorm in training as they are."""
+    if norm is None:
+        return z
+    if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        batch = norm.training or norm.running_mean is None
+        mean, var = (None, None) if batch else (norm.running_mean, norm.running_var)
+        cast = [None if t is None else t.to(z.dtype) for t in (mean, var, norm.weight, norm.bias)]
+        return F.batch_norm(z, *cast, training=batch, eps=norm.eps)
+    return norm(z)
+
+
+def cbam(
+    x: Tensor,
+    w1: Optional[Tensor],
+    b1: Optional[Tensor],
+    w2: Tensor,
+    b2: Optional[Tensor],
+    conv_weight: Optional[Tensor] = None,
+    conv_bias: Optional[Tensor] = None,
+    *,
+    norm: Optional[Norm] = None,
+    pool_types: Sequence[str] = ("avg", "max"),
+    spatial_order: str = "max_mean",
+    light: bool = False,
+    ties: str = "first",
+    residual: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """CBAM of x: a channel gate, then a spatial gate, fused.
+
+    Args:
+        x: (N, C, *spatial) with one to three spatial dimensions; float32, float64, bfloat16 or
+            float16; contiguous and channels-last are read as they are, other strides are copied.
+        w1, b1: (h, C) and (h), the first layer of the shared MLP. w1=None makes it one layer.
+        w2, b2: (C, h) and (C), the second layer; (C, C) without w1. Biases may be None.
+        conv_weight, conv_bias: (1, 2, *k) with odd k, and (1); None for no spatial gate.
+        norm: what the spatial logits (N, 1, *spatial) pass before the sigmoid, such as an
+            `nn.BatchNorm2d(1)`; in eval mode its running statistics are folded into the kernel.
+        pool_types: the channel pools whose MLP outputs are summed: any of "avg", "max",
+            "lp" (the 2-norm over positions) and "lse" (log of the sum of exponentials).
+        spatial_order: "max_mean" or "mean_max", the order of the convolution's input channels.
+        light: one MLP pass on 0.5 * avg + 0.5 * max, and a convolution (1, 1, *k) of
+            0.5 * mean + 0.5 * max.
+        ties: where the gradient of a maximum goes, "first" index or "split" among equals.
+        residual: adds x to the result.
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Parameters have the dtype of x, or float32 beside a 16-bit x. Sums are accumulated in float32
+    (float64 for float64) and each output is rounded once.
+
+    Returns:
+        (N, C, *spatial), dtype and layout of x.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be computed; nothing is computed.
+        RuntimeError: a backend asked for by name that cannot run this call.
+
+    Source: Woo et al., "CBAM: Convolutional Block Attention Module", arXiv:1807.06521.
+    """
+    _checks.check_backend(backend)
+    _checks.check_input(x, None, None)
+    p = Parameters(w1, b1, w2, b2, conv_weight, conv_bias)
+    c = _checks.make_config(pool_types, conv_weight is not None, spatial_order, light, ties, residual)
+    _checks.check_parameters(x, p, c)
+    if norm is not None and not c.spatial:
+        raise ValueError("norm must be None where conv_weight is None, got " + type(norm).__name__)
+    return run(x, p, c, norm, backend)

@@ -1,0 +1,303 @@
+"""The modules: FusedCBAM, and its two halves ChannelGate and SpatialGate."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, Optional, Sequence, Tuple
+
+import torch.nn as nn
+from torch import Tensor
+
+from . import _checks, functional
+from ._config import Config, Parameters
+
+_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+def _refresh(module: nn.Module) -> nn.Module:
+    """Runs the pre-hooks of a child whose tensors are read but whose forward is not called.
+
+    Pruning and the older weight and spectral norms recompute `weight` in such a hook.
+    """
+    for hook in module._forward_pre_hooks.values():
+        hook(module, ())
+    return module
+
+
+def _check_dims(dims: object) -> None:
+    if dims not in (1, 2, 3):
+        raise ValueError(f"dims must be 1, 2 or 3, got {dims!r}")
+
+
+class ChannelGate(nn.Module):
+    """Channel gate: x * sigmoid(sum over pools of MLP(pool(x))), fused.
+
+    With pool_types=("avg",) this is squeeze-and-excitation (Hu et al., arXiv:1709.01507).
+
+    Args:
+        channels: C of the input.
+        reduction_ratio: the MLP's hidden width is channels // reduction_ratio, at least 1.
+        hidden_channels: overrides that width; 0 makes the MLP a single layer (C, C).
+        pool_types: any of "avg", "max", "lp", "lse".
+        mlp_bias: biases in the MLP.
+        light: one MLP pass on 0.5 * avg + 0.5 * max.
+        ties: where the gradient of a maximum goes, "first" or "split".
+        residual: adds the input to the result.
+        dims: number of spatial dimensions, 1 to 3.
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Shape: (N, channels, *spatial) -> the same.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        reduction_ratio: int = 16,
+        *,
+        hidden_channels: Optional[int] = None,
+        pool_types: Sequence[str] = ("avg", "max"),
+        mlp_bias: bool = True,
+        light: bool = False,
+        ties: str = "first",
+        residual: bool = False,
+        dims: int = 2,
+        backend: str = "auto",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        _checks.check_positive("channels", channels)
+        _checks.check_backend(backend)
+        _check_dims(dims)
+        if hidden_channels is None:
+            _checks.check_positive("reduction_ratio", reduction_ratio)
+            hidden_channels = max(1, channels // reduction_ratio)
+        elif hidden_channels != 0:
+            _checks.check_positive("hidden_channels", hidden_channels)
+        self.channels = channels
+        self.hidden_channels = hidden_channels
+        self.pool_types = tuple(pool_types) if not isinstance(pool_types, str) else pool_types
+        self.light = bool(light)
+        self.ties = ties
+        self.dims = dims
+        self.backend = backend
+        self.config = _checks.make_config(self.pool_types, False, "max_mean", self.light, ties, residual)
+        factory = {"device": device, "dtype": dtype}
+        self.fc1 = nn.Linear(channels, hidden_channels, bias=mlp_bias, **factory) if hidden_channels else None
+        self.fc2 = nn.Linear(hidden_channels or channels, channels, bias=mlp_bias, **factory)
+
+    def tensors(self) -> Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
+        """w1, b1, w2, b2."""
+        fc2 = _refresh(self.fc2)
+        if self.fc1 is None:
+            return None, None, fc2.weight, fc2.bias
+        fc1 = _refresh(self.fc1)
+        return fc1.weight, fc1.bias, fc2.weight, fc2.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        _checks.check_input(x, self.channels, self.dims)
+        return functional.run(x, Parameters(*self.tensors()), self.config, None, self.backend)
+
+    def options(self) -> str:
+        """The options that `extra_repr` prints, without the channel count."""
+        text = f"hidden_channels={self.hidden_channels}, pool_types={self.pool_types}"
+        if self.fc2.bias is None:
+            text += ", mlp_bias=False"
+        if self.light:
+            text += ", light=True"
+        return text
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, {self.options()}{_shared_repr(self, self.config)}"
+
+
+class SpatialGate(nn.Module):
+    """Spatial gate: x * sigmoid(norm(conv([max over C, mean over C]))), fused.
+
+    Args:
+        kernel_size: odd size of the convolution in every spatial dimension.
+        bias: bias of the convolution.
+        norm: BatchNorm after the convolution.
+        order: "max_mean" or "mean_max", the order of the convolution's input channels.
+        light: the convolution reads one map, 0.5 * mean + 0.5 * max.
+        ties: where the gradient of a maximum goes, "first" or "split".
+        residual: adds the input to the result.
+        dims: number of spatial dimensions, 1 to 3.
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Shape: (N, C, *spatial) -> the same, for any C.
+    """
+
+    def __init__(
+        self,
+        kernel_size: int = 7,
+        *,
+        bias: bool = False,
+        norm: bool = True,
+        order: str = "max_mean",
+        light: bool = False,
+        ties: str = "first",
+        residual: bool = False,
+        dims: int = 2,
+        backend: str = "auto",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        _checks.check_kernel_size(kernel_size)
+        _checks.check_backend(backend)
+        _check_dims(dims)
+        self.kernel_size = kernel_size
+        self.order = order
+        self.light = bool(light)
+        self.ties = ties
+        self.dims = dims
+        self.backend = backend
+        self.config = _checks.make_config(None, True, order, self.light, ties, residual)
+        factory = {"device": device, "dtype": dtype}
+        maps = 1 if self.light else 2
+        self.conv = _CONV[dims](maps, 1, kernel_size, padding=kernel_size // 2, bias=bias, **factory)
+        self.bn = _NORM[dims](1, **factory) if norm else None
+
+    def tensors(self) -> Tuple[Tensor, Optional[Tensor]]:
+        """conv_weight, conv_bias."""
+        conv = _refresh(self.conv)
+        return conv.weight, conv.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        _checks.check_input(x, None, self.dims)
+        p = Parameters(None, None, None, None, *self.tensors())
+        return functional.run(x, p, self.config, self.bn, self.backend)
+
+    def options(self) -> str:
+        """The options that `extra_repr` prints."""
+        text = f"kernel_size={self.kernel_size}"
+        if self.conv.bias is not None:
+            text += ", bias=True"
+        if self.bn is None:
+            text += ", norm=False"
+        if self.order != "max_mean":
+            text += f', order="{self.order}"'
+        if self.light:
+            text += ", light=True"
+        return text
+
+    def extra_repr(self) -> str:
+        return self.options() + _shared_repr(self, self.config)
+
+
+def _shared_repr(module: nn.Module, config: Config) -> str:
+    text = ""
+    if config.residual:
+        text += ", residual=True"
+    if module.ties != "first":
+        text += f', ties="{module.ties}"'
+    if module.dims != 2:
+        text += f", dims={module.dims}"
+    if module.backend != "auto":
+        text += f', backend="{module.backend}"'
+    return text
+
+
+class FusedCBAM(nn.Module):
+    """CBAM as one fused operation each way, with the official implementation's defaults.
+
+    Args:
+        channels: C of the input.
+        reduction_ratio: the MLP's hidden width is channels // reduction_ratio, at least 1.
+        kernel_size: odd size of the spatial gate's convolution.
+        hidden_channels: overrides the hidden width; 0 makes the MLP a single layer (C, C).
+        pool_types: the channel pools whose MLP outputs are summed: any of "avg", "max",
+            "lp" (the 2-norm over positions) and "lse" (log of the sum of exponentials).
+        mlp_bias: biases in the MLP.
+        spatial: False leaves the spatial gate out.
+        spatial_bias: bias of the convolution.
+        spatial_norm: BatchNorm after the convolution.
+        residual: adds x itself at the end, as some copies of CBAM do.
+        spatial_order: "max_mean" (official) or "mean_max", the convolution's input channels.
+        light: timm's light variant: one MLP pass on 0.5 * avg + 0.5 * max, one spatial map.
+        ties: where the gradient of a maximum goes: "first" index, or "split" evenly (timm).
+        dims: 1 for (N, C, L), 2 for (N, C, H, W), 3 for (N, C, D, H, W).
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Shape: (N, channels, *spatial) -> the same, in the dtype and layout of the input.
+
+    Parameters live in `channel_gate.fc1`, `channel_gate.fc2` (nn.Linear), `spatial_gate.conv`
+    (nn.Conv) and `spatial_gate.bn` (nn.BatchNorm).
+
+    Source: Woo et al., "CBAM: Convolutional Block Attention Module", arXiv:1807.06521.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        reduction_ratio: int = 16,
+        kernel_size: int = 7,
+        *,
+        hidden_channels: Optional[int] = None,
+        pool_types: Sequence[str] = ("avg", "max"),
+        mlp_bias: bool = True,
+        spatial: bool = True,
+        spatial_bias: bool = False,
+        spatial_norm: bool = True,
+        residual: bool = False,
+        spatial_order: str = "max_mean",
+        light: bool = False,
+        ties: str = "first",
+        dims: int = 2,
+        backend: str = "auto",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        shared: Dict[str, Any] = dict(
+            light=light, ties=ties, dims=dims, backend=backend, device=device, dtype=dtype
+        )
+        self.channel_gate = ChannelGate(
+            channels,
+            reduction_ratio,
+            hidden_channels=hidden_channels,
+            pool_types=pool_types,
+            mlp_bias=mlp_bias,
+            **shared,
+        )
+        _checks.check_kernel_size(kernel_size)
+        self.config = _checks.make_config(
+            self.channel_gate.pool_types, spatial, spatial_order, bool(light), ties, residual
+        )
+        self.spatial_gate = (
+            SpatialGate(kernel_size, bias=spatial_bias, norm=spatial_norm, order=spatial_order, **shared)
+            if spatial
+            else None
+        )
+        self.channels = channels
+        self.ties = ties
+        self.dims = dims
+        self.backend = backend
+
+    def _arguments(self, x: Tensor):
+        _checks.check_input(x, self.channels, self.dims)
+        mlp = self.channel_gate.tensors()
+        if self.spatial_gate is None:
+            return x, Parameters(*mlp), self.config, None, self.backend
+        gate = self.spatial_gate
+        return x, Parameters(*mlp, *gate.tensors()), self.config, gate.bn, self.backend
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.run(*self._arguments(x))
+
+    def attention_maps(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
+        """Channel gate (N, C) and spatial gate (N, 1, *spatial), in (0, 1), without gradients.
+
+        Same x as `forward`; the gates are float32 (float64 for float64). The spatial gate is None
+        with `spatial=False`. A BatchNorm in training uses the batch's statistics, as in `forward`,
+        but its running statistics stay as they are.
+        """
+        channel, spatial = functional.maps(*self._arguments(x))
+        assert channel is not None
+        return channel, spatial
+
+    def extra_repr(self) -> str:
+        text = f"{self.channels}, {self.channel_gate.options()}"
+        text += ", spatial=False" if self.spatial_gate is None else f", {self.spatial_gate.options()}"
+        return text + _shared_repr(self, self.config)
