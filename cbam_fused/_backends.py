@@ -53,11 +53,6 @@ def _triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _covers_cuda(x: Tensor, c: Config) -> Optional[str]:
-    covers = getattr(importlib.import_module("cbam_fused.cuda_limits"), "covers", None)
-    return covers(x, c) if covers else None
-
-
 @dataclass(frozen=True)
 class Backend:
     """One row of the table.
