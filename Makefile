@@ -56,7 +56,7 @@ $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --without-pip $(VENV) \
 		&& $(PYTHON) -m pip --python $(BIN)/python install -q pip; }
-	$(BIN)/python -m pip install "torch>=2.10" "setuptools>=77" ninja numpy
+	$(BIN)/python -m pip install $(if $(CI),-q) "torch>=2.10" "setuptools>=77" ninja numpy
 	@touch $@
 
 # build_ext by itself first, because pip would hide its progress; pip then finds the objects made.

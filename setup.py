@@ -9,6 +9,7 @@ absence an error. CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS have their u
 """
 
 import glob
+import logging
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from setuptools import setup
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # torch 2.10
-COMMON = [*STABLE_ABI, "-O3", "-std=c++17", "-fvisibility=hidden"]
+COMMON = [*STABLE_ABI, "-O3", "-g0", "-std=c++17", "-fvisibility=hidden"]
 # Newest first: the toolkit from which on an architecture list can be compiled.
 ARCHITECTURES = [
     ((12, 8), "8.0;8.6;8.9;9.0a;10.0a;12.0+PTX"),
@@ -149,6 +150,8 @@ def native() -> dict:
     except ImportError as error:
         say(f"torch does not import ({error}): built without native kernels")
         return {}
+    # At import it looks for CUDA itself and warns of a machine without a GPU, which is no fault here.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     cuda = cuda_extension(torch)
     from torch.utils import cpp_extension
 

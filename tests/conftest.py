@@ -1,0 +1,48 @@
+"""Fixtures that every test shares: targets, devices, seeds, thread counts, poisoned memory."""
+
+import pytest
+import torch
+from oracle import DEVICES, FUSED, TARGETS, poisoned_allocations
+
+
+def _name(target):
+    return f"{target.backend}@{target.device}"
+
+
+@pytest.fixture(params=TARGETS, ids=_name)
+def target(request):
+    """Every backend that runs on this machine, the reference too."""
+    return request.param
+
+
+@pytest.fixture(params=FUSED or [None], ids=lambda t: "none" if t is None else _name(t))
+def fused(request):
+    """Every backend but the reference."""
+    if request.param is None:
+        pytest.skip("no fused backend is available: see python -m cbam_fused")
+    return request.param
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of CPU threads, and puts it back after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def poisoned(request):
+    target = next((request.getfixturevalue(n) for n in ("target", "fused") if n in request.fixturenames), None)
+    with poisoned_allocations(target.device if target else "cpu"):
+        yield

@@ -1,0 +1,301 @@
+"""What every backend is measured against: the option grid, the fp64 reference, the error budget."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Dict, NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from cbam_fused import _checks, backends
+from cbam_fused._config import Config, Parameters
+from cbam_fused.functional import run
+from cbam_fused.reference import cbam_reference
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+NORM = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+
+
+class Target(NamedTuple):
+    """A backend and a device that it runs on here."""
+
+    backend: str
+    device: str
+
+
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def available_targets() -> Tuple[Target, ...]:
+    """Every backend that this machine can run, with its device. Triton's interpreter has its own tests."""
+    device = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
+    found = [Target("reference", d) for d in DEVICES]
+    return (*found, *(Target(b, device[b]) for b, ok in backends().items() if ok is True and b in device))
+
+
+TARGETS = available_targets()
+FUSED = tuple(t for t in TARGETS if t.backend != "reference")
+
+
+@dataclass(frozen=True)
+class Options:
+    """One point of the option grid. hidden 0 is a single layer; norm is None, "train" or "eval"."""
+
+    pools: Optional[Tuple[str, ...]] = ("avg", "max")
+    hidden: int = 5
+    mlp_bias: bool = True
+    spatial: bool = True
+    kernel: int = 7
+    conv_bias: bool = False
+    norm: Optional[str] = None
+    order: str = "max_mean"
+    light: bool = False
+    ties: str = "first"
+    residual: bool = False
+
+    def config(self) -> Config:
+        return _checks.make_config(
+            self.pools, self.spatial, self.order, self.light, self.ties, self.residual
+        )
+
+
+OPTIONS: Dict[str, Options] = {
+    "plain": Options(),
+    "norm-train": Options(norm="train"),
+    "norm-eval": Options(norm="eval"),
+    "residual": Options(residual=True),
+    "residual-norm-train": Options(residual=True, norm="train"),
+    "residual-norm-eval": Options(residual=True, norm="eval", conv_bias=True),
+    "channel-only": Options(spatial=False),
+    "channel-only-residual": Options(spatial=False, residual=True, pools=("avg",)),
+    "spatial-only": Options(pools=None),
+    "spatial-only-norm-train": Options(pools=None, norm="train", residual=True),
+    "avg": Options(pools=("avg",), kernel=3),
+    "max": Options(pools=("max",), kernel=3),
+    "lp": Options(pools=("lp",), kernel=3),
+    "lse": Options(pools=("lse",), kernel=3),
+    "all-pools": Options(pools=("avg", "max", "lp", "lse")),
+    "all-pools-norm-train": Options(pools=("avg", "max", "lp", "lse"), norm="train", kernel=3),
+    "all-pools-split": Options(pools=("lse", "max", "lp", "avg"), ties="split", kernel=5),
+    "single-layer": Options(pools=("avg",), hidden=0, order="mean_max"),
+    "single-layer-max": Options(hidden=0, mlp_bias=False, kernel=1),
+    "no-bias": Options(mlp_bias=False, hidden=1),
+    "mean-max": Options(order="mean_max", conv_bias=True, kernel=5),
+    "split": Options(ties="split"),
+    "timm": Options(mlp_bias=False, order="mean_max", ties="split", norm="train"),
+    "light": Options(light=True, kernel=3),
+    "light-norm-eval": Options(light=True, ties="split", norm="eval", mlp_bias=False, residual=True),
+    "light-norm-train": Options(light=True, norm="train", conv_bias=True),
+    "channel-only-light": Options(light=True, spatial=False),
+    "kernel-1": Options(kernel=1, conv_bias=True),
+    "kernel-11": Options(kernel=11, norm="eval"),
+}
+
+
+def layout_of(x: Tensor, layout: str) -> Tensor:
+    """A copy of x with the wanted strides: contiguous, channels_last, sliced or permuted."""
+    if layout == "contiguous":
+        return x.contiguous()
+    if layout == "channels_last":
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "sliced":
+        # The middle of a larger tensor: an odd storage offset, and every stride too large.
+        big = x.new_full([s + 3 for s in x.shape], float("nan"))
+        inner = big[tuple(slice(1, 1 + s) for s in x.shape)]
+        return inner.copy_(x)
+    if layout == "offset":
+        # Contiguous, but one element past an aligned address.
+        big = x.new_full((x.numel() + 1,), float("nan"))
+        return big[1:].view(x.shape).copy_(x)
+    if layout == "permuted":
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    raise KeyError(layout)
+
+
+@dataclass
+class Problem:
+    """One call: x, the learnt tensors, the options, a norm, and the gradient that comes in."""
+
+    x: Tensor
+    p: Parameters
+    c: Config
+    norm: Optional[nn.Module]
+    dy: Tensor
+
+    def to(self, dtype: torch.dtype) -> "Problem":
+        return Problem(
+            self.x.to(dtype),
+            Parameters(*(None if t is None else t.to(dtype) for t in self.p)),
+            self.c,
+            None if self.norm is None else copy.deepcopy(self.norm).to(dtype),
+            self.dy.to(dtype),
+        )
+
+    def mirrored(self) -> "Problem":
+        """The same problem with samples and positions in reverse order."""
+        sides = [0, *range(2, self.x.dim())]
+        kernel = None if self.p.conv_weight is None else self.p.conv_weight.flip(sides[1:])
+        return replace(
+            self, x=self.x.flip(sides), dy=self.dy.flip(sides), p=self.p._replace(conv_weight=kernel)
+        )
+
+    def names(self) -> Tuple[str, ...]:
+        """What `run` returns, in order."""
+        found = ["y", "dx", *(f"d{n}" for n, t in zip(Parameters._fields, self.p) if t is not None)]
+        if self.norm is not None:
+            found += [f"dnorm.{n}" for n, _ in self.norm.named_parameters()]
+            found += ["running_mean", "running_var"]
+        return tuple(found)
+
+
+def make_problem(
+    shape: Tuple[int, ...],
+    options: Options,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    layout: str = "contiguous",
+    seed: int = 0,
+    wide: bool = False,
+) -> Problem:
+    """Random values scaled to keep the gates away from 0 and 1. `wide`: float32 parameters."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int, scale: float = 1.0, dtype: torch.dtype = torch.float64) -> Tensor:
+        return (torch.randn(*size, generator=g, dtype=torch.float64) * scale).to(dtype).to(device)
+
+    c = options.config()
+    weight_dtype = torch.float32 if wide else dtype
+    channels, dims = shape[1], len(shape) - 2
+    x = layout_of(normal(*shape, dtype=dtype), layout)
+    fields: Dict[str, Optional[Tensor]] = dict.fromkeys(Parameters._fields)
+    if c.pools:
+        h = options.hidden or channels
+        if options.hidden:
+            fields["w1"] = normal(h, channels, scale=channels**-0.5, dtype=weight_dtype)
+            if options.mlp_bias:
+                fields["b1"] = normal(h, scale=0.3, dtype=weight_dtype)
+        fields["w2"] = normal(channels, h, scale=h**-0.5, dtype=weight_dtype)
+        if options.mlp_bias:
+            fields["b2"] = normal(channels, scale=0.3, dtype=weight_dtype)
+    norm = None
+    if c.spatial:
+        maps = 1 if options.light else 2
+        taps = options.kernel**dims
+        fields["conv_weight"] = normal(
+            1, maps, *[options.kernel] * dims, scale=(maps * taps) ** -0.5, dtype=weight_dtype
+        )
+        if options.conv_bias:
+            fields["conv_bias"] = normal(1, dtype=weight_dtype)
+        if options.norm is not None:
+            norm = NORM[len(shape)](1).to(device=device, dtype=weight_dtype)
+            with torch.no_grad():
+                norm.weight.fill_(0.75)
+                norm.bias.fill_(-0.25)
+                norm.running_mean.fill_(0.125)
+                norm.running_var.fill_(1.5)
+            norm.train(options.norm == "train")
+    return Problem(x, Parameters(**fields), c, norm, normal(*shape, dtype=dtype))
+
+
+def leaves(problem: Problem) -> Tuple[Tensor, Parameters, Optional[nn.Module]]:
+    """x, parameters and norm as fresh leaves that want gradients; the strides of x are kept."""
+    x = problem.x.detach().requires_grad_()
+    p = Parameters(*(None if t is None else t.detach().clone().requires_grad_() for t in problem.p))
+    return x, p, copy.deepcopy(problem.norm)
+
+
+def run_problem(problem: Problem, backend: Optional[str], dy: Optional[Tensor] = None) -> Tuple[Tensor, ...]:
+    """Output, every gradient and the running statistics, in the order of `names`.
+
+    backend None is the specification itself, without the package's path around it.
+    """
+    x, p, norm = leaves(problem)
+    dy = problem.dy if dy is None else dy
+    y = cbam_reference(x, p, problem.c, norm) if backend is None else run(x, p, problem.c, norm, backend)
+    wanted = [x, *(t for t in p if t is not None), *(norm.parameters() if norm is not None else ())]
+    grads = torch.autograd.grad(y, wanted, dy, allow_unused=True)
+    grads = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, wanted)]
+    found = [y.detach(), *grads]
+    if norm is not None:
+        found += [norm.running_mean, norm.running_var]
+    return tuple(found)
+
+
+def budget(exact: Tensor, low: Tensor, dtype: torch.dtype) -> float:
+    """2 * (error of the reference in this precision + eps * max|ref|): what an honest kernel may be off."""
+    if exact.numel() == 0:
+        return 0.0
+    error = (low.double() - exact).abs().max().item()
+    return 2 * (error + torch.finfo(dtype).eps * exact.abs().max().item())
+
+
+def assert_within(name: str, got: Tensor, exact: Tensor, low: Tensor) -> None:
+    """got is finite, has the reference's shape and dtype, and lies within the budget of fp64 values."""
+    assert got.shape == exact.shape, f"{name} has shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
+    assert got.dtype == low.dtype, f"{name} has dtype {got.dtype}, expected {low.dtype}"
+    assert torch.isfinite(exact).all(), f"{name}: the reference is not finite, nothing would be checked"
+    assert torch.isfinite(got).all(), f"{name} has {(~torch.isfinite(got)).sum()} values that are not finite"
+    if exact.numel():
+        error = (got.double() - exact).abs().max().item()
+        limit = budget(exact, low, got.dtype)
+        assert error <= limit, f"{name} is off by {error:.3e}, the budget is {limit:.3e}"
+
+
+def check(problem: Problem, backend: str, dy: Optional[Tensor] = None) -> None:
+    """Runs the backend and checks the output and every gradient against the reference in fp64."""
+    exact_problem = problem.to(torch.float64)
+    exact = run_problem(exact_problem, None, None if dy is None else dy.double())
+    if problem.x.dtype == torch.float64 and dy is None:
+        # No higher precision at hand: the reference's own error is what another order of sums gives.
+        low = list(run_problem(exact_problem.mirrored(), None))
+        for i in (0, 1):
+            low[i] = low[i].flip([0, *range(2, problem.x.dim())])
+        if problem.p.conv_weight is not None:
+            at = problem.names().index("dconv_weight")
+            low[at] = low[at].flip(list(range(2, problem.x.dim())))
+    else:
+        low = run_problem(problem, "reference", dy)
+    got = run_problem(problem, backend, dy)
+    for name, *values in zip(problem.names(), got, exact, low):
+        assert_within(name, *values)
+
+
+def _perturb(byte: int) -> None:
+    """glibc's malloc fills what it hands out with ~byte; 0 turns that off."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(-6, byte)  # M_PERTURB
+
+
+@contextmanager
+def poisoned_allocations(device: str = "cpu"):
+    """Memory that nobody wrote holds NaN, or at the least values too large to go unseen.
+
+    ATen fills its own `empty` with NaN in deterministic mode, also when a C++ kernel asks for it.
+    Scratch from malloc gets 0xfe bytes (about -1.7e38 in float32, NaN in float16). On CUDA the
+    caching allocator is left with freed blocks full of NaN.
+    """
+    if device != "cpu":
+        for size in (1 << 26, *[1 << 17] * 16):
+            torch.full((size,), float("nan"), device=device)
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    _perturb(0x01)
+    try:
+        yield
+    finally:
+        _perturb(0)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(before)
+

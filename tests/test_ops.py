@@ -1,0 +1,116 @@
+"""The ops themselves: schemas, fakes and what a backend returns, with torch.library.opcheck."""
+
+import itertools
+
+import pytest
+import torch
+from oracle import FUSED, OPTIONS, make_problem
+
+from cbam_fused import _ops
+
+NATIVE = tuple(t for t in FUSED if t.backend in ("cpu", "cuda"))
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+@pytest.fixture(params=FUSED or [None], ids=lambda t: "none" if t is None else t.backend)
+def ops(request):
+    """The six ops of a backend by name, and its device."""
+    if request.param is None:
+        pytest.skip("no fused backend is available: see python -m cbam_fused")
+    backend, device = request.param
+    return {name: _ops.get(backend, name) for name in _ops.SCHEMAS}, device
+
+
+def _calls(ops, device, name, dtype, layout, save=True):
+    """Arguments of each of the six ops for one configuration, the backwards' made by the forwards."""
+    problem = make_problem((2, 6, 5, 7), OPTIONS[name], dtype, device, layout)
+    x, dy, p, c, norm = problem.x, problem.dy, problem.p, problem.c, problem.norm
+    dy = dy if layout == "contiguous" else dy.to(memory_format=torch.channels_last)
+    folded = (None,) * 4 + (0.0,)
+    if norm is not None and not norm.training:
+        folded = (norm.weight.detach(), norm.bias.detach(), norm.running_mean, norm.running_var, norm.eps)
+    options = (c.pools, c.spatial, c.ties)
+    if norm is None or not norm.training:
+        forward = (x, *p, *folded, *options, c.residual, save)
+        yield "cbam_forward", forward
+        if save:
+            _, *saved = ops["cbam_forward"](*forward)
+            yield "cbam_backward", (dy, x, *p, *folded, *saved, *options, c.residual)
+    if not c.spatial:
+        return
+    forward = (x, *p, *options, save)
+    yield "attention_forward", forward
+    z, *saved = ops["attention_forward"](*forward)
+    gate = saved[2]
+    yield "scale_forward", (x, gate, z, c.residual)
+    if save:
+        _, s = ops["scale_forward"](x, gate, z, c.residual)
+        yield "scale_backward", (dy, x, gate, s)
+        dz, dgate = ops["scale_backward"](dy, x, gate, s)
+        yield "attention_backward", (dy, x, *p, *saved, s, dz, dgate, *options, c.residual)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_opcheck(ops, name):
+    table, device = ops
+    seen = set()
+    for op, arguments in _calls(table, device, name, torch.float32, "contiguous"):
+        torch.library.opcheck(table[op], arguments, test_utils=CHECKS)
+        seen.add(op)
+    assert seen
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_opcheck_dtypes_and_layouts(ops, dtype, layout):
+    table, device = ops
+    for name, save in itertools.product(("norm-train", "norm-eval", "all-pools"), (True, False)):
+        for op, arguments in _calls(table, device, name, dtype, layout, save):
+            torch.library.opcheck(table[op], arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_fakes_agree_with_kernels(ops, name, layout):
+    """Shape, dtype and strides of every output; opcheck skips the strides of an output of size 1."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    table, device = ops
+    for op, arguments in _calls(table, device, name, torch.float32, layout):
+        real = table[op](*arguments)
+        with FakeTensorMode() as mode:
+            fake = table[op](*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+        pairs = zip(real, fake) if isinstance(real, (tuple, list)) else [(real, fake)]
+        for i, (a, b) in enumerate(pairs):
+            got, want = (a.shape, a.dtype, a.stride()), (b.shape, b.dtype, b.stride())
+            assert got == want, f"{op} output {i}: the kernel gives {got}, the fake {want}"
+
+
+def test_outputs_do_not_alias_inputs(ops):
+    table, device = ops
+    for name in ("plain", "norm-train", "channel-only", "spatial-only"):
+        for op, arguments in _calls(table, device, name, torch.float32, "contiguous"):
+            out = table[op](*arguments)
+            given = {a.untyped_storage().data_ptr() for a in arguments if isinstance(a, torch.Tensor) and a.numel()}
+            for t in out if isinstance(out, (tuple, list)) else (out,):
+                assert not t.numel() or t.untyped_storage().data_ptr() not in given, op
+
+
+def test_schemas_are_alike_in_every_namespace():
+    for op in _ops.SCHEMAS:
+        texts = {str(_ops.get(b, op)._schema).replace(f"cbam_fused_{b}::", "") for b in _ops.BACKENDS}
+        assert len(texts) == 1, texts
+        schema = _ops.get("cpu", op)._schema
+        assert not schema.is_mutable
+        assert all(r.alias_info is None for r in schema.returns)
+
+
+def test_backprop_through_a_bare_op_is_refused(ops):
+    """The Function owns the gradient; an op called by itself must not pass for a constant in silence."""
+    table, device = ops
+    _, arguments = next(iter(_calls(table, device, "plain", torch.float32, "contiguous")))
+    x = arguments[0].clone().requires_grad_()
+    y = table["cbam_forward"](x, *arguments[1:])[0]
+    if y.requires_grad:
+        with pytest.raises(Exception, match="autograd kernel was not registered"):
+            y.sum().backward()
