@@ -1,0 +1,198 @@
+"""Launch configurations: the pinned table, the user's table over it, and the look-up.
+
+A row is chosen by kernel, device generation, layout, size of the map and bytes an element; `meta`
+are the kernel's block sizes, `fill` how many programs a multiprocessor should get where the launcher
+can split further. A row for a device generation goes before one for any device, and the user's
+table, which `python -m cbam_fused.tune` writes, before the pinned one.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, List, Mapping, Optional, Tuple
+
+import torch
+
+FORMAT = 1
+PINNED = Path(__file__).with_name("launch_table.json")
+# Positions up to which a map is "small": a tile of 64 positions then wastes little.
+SMALL_MAP = 256
+# A chunk of a batch smaller than this costs more in launches than it saves in traffic.
+SMALLEST_CHUNK = 16 << 20
+# Smallest block sizes that every kernel compiles with (vectors of 16 elements need as many channels).
+SMALLEST = {"BC": 16, "BP": 16, "MC": 16, "HB": 16}
+
+KERNELS = (
+    "channel_pool",
+    "spatial_pool",
+    "scale_forward",
+    "scale_backward",
+    "attention_backward",
+    "sample_backward",
+    "input_backward",
+    "weights_backward",
+)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the table and the launchers need to know: generation ("sm_90", "gfx942", "interpreter"),
+    multiprocessors, and bytes of L2."""
+
+    generation: str
+    multiprocessors: int
+    l2_bytes: int
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Block sizes by name, warps a program, programs a multiprocessor."""
+
+    meta: Mapping[str, int]
+    warps: int
+    fill: int
+
+
+def interpreting() -> bool:
+    """True where kernels run in Triton's interpreter; to be set before they are imported."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.lru_cache(maxsize=None)
+def _describe(index: int) -> Device:
+    p = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        generation = p.gcnArchName.split(":")[0]
+    else:
+        generation = f"sm_{p.major}{p.minor}"
+    return Device(generation, p.multi_processor_count, p.L2_cache_size)
+
+
+def describe(device: torch.device) -> Device:
+    """The device that kernels on tensors of `device` run on."""
+    if device.type != "cuda" or interpreting():
+        return Device("interpreter", 1, 0)
+    return _describe(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def user_table_path() -> Path:
+    """Where the tuner writes: $CBAM_FUSED_CACHE, or the platform's cache directory."""
+    if override := os.environ.get("CBAM_FUSED_CACHE"):
+        return Path(override) / "launch_table.json"
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return base / "cbam_fused" / "launch_table.json"
+
+
+def load_table(path: Path) -> dict:
+    """A table, checked for its format. Raises ValueError with the path and what is wrong."""
+    try:
+        table = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"launch table {path} cannot be read: {error}") from error
+    if table.get("format") != FORMAT:
+        raise ValueError(f"launch table {path} must have format {FORMAT}, got {table.get('format')!r}")
+    return table
+
+
+@functools.lru_cache(maxsize=1)
+def _tables() -> Tuple[dict, ...]:
+    user = user_table_path()
+    found = (load_table(PINNED),)
+    return (load_table(user), *found) if user.exists() else found
+
+
+def forget() -> None:
+    """Reads the tables again at the next look-up."""
+    _tables.cache_clear()
+    _look_up.cache_clear()
+
+
+def map_class(positions: int) -> str:
+    return "small" if positions <= SMALL_MAP else "large"
+
+
+def _matches(row: dict, kernel: str, layout: str, size: str, itemsize: int) -> bool:
+    return (
+        row["kernel"] == kernel
+        and row["layout"] in ("any", layout)
+        and size in row["map"]
+        and itemsize in row["bytes"]
+    )
+
+
+@functools.lru_cache(maxsize=None)
+def _look_up(kernel: str, generation: str, layout: str, size: str, itemsize: int) -> Configuration:
+    for table in _tables():
+        for wanted in (generation, "any"):
+            for row in table["rows"]:
+                if row.get("device", "any") == wanted and _matches(row, kernel, layout, size, itemsize):
+                    return Configuration(row["meta"], row["warps"], row["fill"])
+    raise LookupError(f"no launch configuration of {kernel} for {generation}, {layout}, {size}, {itemsize} bytes")
+
+
+def _block(name: str, size: int, extents: Mapping[str, int]) -> int:
+    if name not in extents:
+        return size
+    covering = 1 << max(0, extents[name] - 1).bit_length()
+    return min(size, max(covering, SMALLEST.get(name, 1)))
+
+
+def configuration(
+    kernel: str, device: Device, layout: str, positions: int, itemsize: int, extents: Mapping[str, int]
+) -> Configuration:
+    """The row of a launch, its blocks no larger than what covers `extents` (by block name)."""
+    row = _look_up(kernel, device.generation, layout, map_class(positions), itemsize)
+    return Configuration({k: _block(k, v, extents) for k, v in row.meta.items()}, row.warps, row.fill)
+
+
+def chunk_samples(device: Device, sample_bytes: int, samples: int, tensors: int) -> int:
+    """Samples a chunk, so that `tensors` tensors of x's size stay in L2 between the launches."""
+    fraction = 0.0
+    for table in reversed(_tables()):
+        for name in ("any", device.generation):
+            fraction = table.get("devices", {}).get(name, {}).get("l2_chunk", fraction)
+    budget = int(fraction * device.l2_bytes)
+    chunk = budget // (tensors * sample_bytes)
+    if chunk < 1 or chunk >= samples or chunk * sample_bytes * tensors < SMALLEST_CHUNK:
+        return samples
+    # Even chunks: a small last one would leave most of the device idle.
+    return -(-samples // -(-samples // chunk))
+
+
+def pinned_rows() -> List[Dict]:
+    return load_table(PINNED)["rows"]
+
+
+def user_row(
+    kernel: str, generation: str, layout: str, size: str, itemsize: int, found: Configuration
+) -> Dict[str, object]:
+    """A row as the tuner writes it."""
+    return {
+        "device": generation,
+        "kernel": kernel,
+        "layout": layout,
+        "map": [size],
+        "bytes": [itemsize],
+        "meta": dict(found.meta),
+        "warps": found.warps,
+        "fill": found.fill,
+    }
+
+
+def reason_unusable() -> Optional[str]:
+    """None where kernels can run on this machine, or why not."""
+    if interpreting():
+        return None
+    if not torch.cuda.is_available():
+        return "torch finds no GPU, and TRITON_INTERPRET is not 1"
+    return None

@@ -1,0 +1,217 @@
+"""Device functions that the kernels share: sigmoid, maxima with an index, the tiny convolutions."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Above every index; extents of positions and channels are below 2**31 (see `covers`).
+NO_INDEX = tl.constexpr(2**31 - 1)
+# Kernel widths up to this one are unrolled: the bounds checks of a column are then shared by all rows.
+UNROLLED_WIDTH = tl.constexpr(7)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def relu(x):
+    # Not tl.maximum: a NaN must stay one.
+    return tl.where(x <= 0.0, 0.0, x)
+
+
+@triton.jit
+def track_maximum(v, at, mask, peak, index, SPLIT: tl.constexpr):
+    """Folds v into the running maximum of each lane; a NaN wins and stays.
+
+    `index` holds the first index of the maximum, or with SPLIT how many elements equal it.
+    """
+    take = (v > peak) | ((v != v) & (peak == peak))
+    if SPLIT:
+        index = tl.where(take, 1, index + ((v == peak) & mask).to(tl.int32))
+    else:
+        index = tl.where(take, at, index)
+    return tl.where(take, v, peak), index
+
+
+@triton.jit
+def reduce_maximum(peak, index, AXIS: tl.constexpr, SPLIT: tl.constexpr):
+    """Lanes of `track_maximum` along AXIS -> (maximum, first index or count)."""
+    # The built-in reductions differ between targets on NaN, so it is taken out and put back.
+    nan = peak != peak
+    best = tl.max(tl.where(nan, float("-inf"), peak), AXIS)
+    equal = peak == tl.expand_dims(best, AXIS)
+    first_nan = tl.min(tl.where(nan, index, NO_INDEX), AXIS)
+    has_nan = tl.max(nan.to(tl.int32), AXIS) > 0
+    if SPLIT:
+        # Nothing equals NaN, so it counts nothing, as in amax.
+        found = tl.where(has_nan, 0, tl.sum(tl.where(equal, index, 0), AXIS))
+    else:
+        found = tl.where(has_nan, first_nan, tl.min(tl.where(equal, index, NO_INDEX), AXIS))
+    return tl.where(has_nan, float("nan"), best), found
+
+
+@triton.jit
+def root(x):
+    # tl.sqrt of float32 is approximate; its exact twin takes nothing else.
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def finite_or_zero(x):
+    # logsumexp subtracts its maximum only where that is finite.
+    return tl.where((x == float("inf")) | (x == float("-inf")), 0.0, x)
+
+
+@triton.jit
+def load_scalar(p, default, ACC: tl.constexpr):
+    """The one element of p in ACC, or `default` where p is None."""
+    if p is None:
+        return tl.full([], default, ACC)
+    else:
+        return tl.load(p).to(ACC)
+
+
+@triton.jit
+def folded_norm(bn_weight, bn_bias, bn_mean, bn_var, BN_EPS: tl.constexpr, ACC: tl.constexpr):
+    """(A, B, mean, 1 / std) of a BatchNorm in eval mode, z -> A z + B."""
+    if bn_mean is None:
+        one = tl.full([], 1.0, ACC)
+        return one, one - one, one - one, one
+    else:
+        mean = tl.load(bn_mean).to(ACC)
+        rstd = 1.0 / root(tl.load(bn_var).to(ACC) + tl.full([], BN_EPS, ACC))
+        scale = load_scalar(bn_weight, 1.0, ACC) * rstd
+        return scale, load_scalar(bn_bias, 0.0, ACC) - mean * scale, mean, rstd
+
+
+@triton.jit
+def load_maps(q, at, mask, P, BLEND_MAPS: tl.constexpr):
+    """q [2, P] (max, mean) at positions `at` -> the two maps, or their mean twice with BLEND_MAPS."""
+    peak = tl.load(q + at, mask=mask, other=0.0)  # [*at]
+    mean = tl.load(q + P + at, mask=mask, other=0.0)  # [*at]
+    if BLEND_MAPS:
+        peak = 0.5 * mean + 0.5 * peak
+    return peak, mean
+
+
+@triton.jit
+def convolve_maps(
+    q, weight, rp, mask, P, D, H, W,
+    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    MEAN_FIRST: tl.constexpr, BLEND_MAPS: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """Zero-padded convolution of q [2, P] at positions rp [BP] -> [BP]."""
+    TAPS: tl.constexpr = KD * KH * KW
+    w = rp % W
+    h = (rp // W) % H
+    d = rp // (W * H)
+    z = tl.zeros([BP], ACC)
+    for row in range(KD * KH):
+        dd = row // KH - KD // 2
+        dh = row % KH - KH // 2
+        inside = mask & (d + dd >= 0) & (d + dd < D) & (h + dh >= 0) & (h + dh < H)
+        at = rp + (dd * H + dh) * W
+        if KW <= UNROLLED_WIDTH:
+            for col in tl.static_range(KW):
+                z += _tap(q, weight, row * KW + col, at, w, col - KW // 2, inside, P, W, TAPS, MEAN_FIRST, BLEND_MAPS, ACC)
+        else:
+            for col in range(KW):
+                z += _tap(q, weight, row * KW + col, at, w, col - KW // 2, inside, P, W, TAPS, MEAN_FIRST, BLEND_MAPS, ACC)
+    return z
+
+
+@triton.jit
+def _tap(
+    q, weight, tap, at, w, dw, inside, P, W,
+    TAPS: tl.constexpr, MEAN_FIRST: tl.constexpr, BLEND_MAPS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    valid = inside & (w + dw >= 0) & (w + dw < W)
+    peak, mean = load_maps(q, at + dw, valid, P, BLEND_MAPS)
+    if BLEND_MAPS:
+        return peak * tl.load(weight + tap).to(ACC)
+    elif MEAN_FIRST:
+        return peak * tl.load(weight + TAPS + tap).to(ACC) + mean * tl.load(weight + tap).to(ACC)
+    else:
+        return peak * tl.load(weight + tap).to(ACC) + mean * tl.load(weight + TAPS + tap).to(ACC)
+
+
+@triton.jit
+def convolve_transposed(
+    dz, weight, rp, mask, D, H, W,
+    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    MEAN_FIRST: tl.constexpr, BLEND_MAPS: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """Gradient of `convolve_maps` to both maps from dz [P] at positions rp -> (max [BP], mean [BP])."""
+    TAPS: tl.constexpr = KD * KH * KW
+    w = rp % W
+    h = (rp // W) % H
+    d = rp // (W * H)
+    first = tl.zeros([BP], ACC)
+    second = tl.zeros([BP], ACC)
+    for row in range(KD * KH):
+        dd = KD // 2 - row // KH
+        dh = KH // 2 - row % KH
+        inside = mask & (d + dd >= 0) & (d + dd < D) & (h + dh >= 0) & (h + dh < H)
+        at = rp + (dd * H + dh) * W
+        if KW <= UNROLLED_WIDTH:
+            for col in tl.static_range(KW):
+                u = _shifted(dz, at, w, KW // 2 - col, inside, W)
+                first += u * tl.load(weight + row * KW + col).to(ACC)
+                if not BLEND_MAPS:
+                    second += u * tl.load(weight + TAPS + row * KW + col).to(ACC)
+        else:
+            for col in range(KW):
+                u = _shifted(dz, at, w, KW // 2 - col, inside, W)
+                first += u * tl.load(weight + row * KW + col).to(ACC)
+                if not BLEND_MAPS:
+                    second += u * tl.load(weight + TAPS + row * KW + col).to(ACC)
+    if BLEND_MAPS:
+        return 0.5 * first, 0.5 * first
+    elif MEAN_FIRST:
+        return second, first
+    else:
+        return first, second
+
+
+@triton.jit
+def _shifted(dz, at, w, dw, inside, W):
+    return tl.load(dz + at + dw, mask=inside & (w + dw >= 0) & (w + dw < W), other=0.0)  # [BP]
+
+
+@triton.jit
+def load_pooled(base, C, rc, cmask, K: tl.constexpr, KP: tl.constexpr, BLEND: tl.constexpr):
+    """Rows of pooled [K, C] at channels rc -> what the MLP reads, [KP, len(rc)]; padded rows are 0."""
+    if BLEND:
+        a = tl.load(base + rc, mask=cmask, other=0.0)  # [MC]
+        m = tl.load(base + C + rc, mask=cmask, other=0.0)  # [MC]
+        return tl.expand_dims(0.5 * a + 0.5 * m, 0)
+    else:
+        rk = tl.arange(0, KP)
+        mask = (rk < K)[:, None] & cmask[None, :]
+        return tl.load(base + rk[:, None] * C + rc[None, :], mask=mask, other=0.0)  # [KP, MC]
+
+
+@triton.jit
+def hidden_layer(
+    u_base, w1, b1, C, H, rh, K: tl.constexpr, KP: tl.constexpr, BLEND: tl.constexpr,
+    MC: tl.constexpr, HB: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """W1 u + b1 of hidden units rh for each pool -> [KP, HB], before the ReLU."""
+    hmask = rh < H
+    acc = tl.zeros([KP, HB], ACC)
+    for c in range(0, C, MC):
+        rc = c + tl.arange(0, MC)
+        cmask = rc < C
+        at = rh.to(tl.int64)[:, None] * C + rc[None, :]
+        w = tl.load(w1 + at, mask=hmask[:, None] & cmask[None, :], other=0.0).to(ACC)  # [HB, MC]
+        u = load_pooled(u_base, C, rc, cmask, K, KP, BLEND)  # [KP, MC]
+        acc += tl.sum(w[None, :, :] * u[:, None, :], 2)
+    if b1 is not None:
+        acc += tl.load(b1 + rh, mask=hmask, other=0.0).to(ACC)[None, :]  # [HB]
+    return acc

@@ -1,0 +1,152 @@
+"""Sizes, layout and options of one call, and the launch of one kernel on it."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any, ContextManager, Dict, Mapping, Optional, Tuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from .. import _config as cfg
+from .._ops import accumulate_dtype
+from . import configurations
+from .configurations import Configuration, Device
+
+# Vectors are at most 16 bytes, so no kernel gains from knowing that an extent divides by more.
+WIDEST_VECTOR = 16
+
+
+def _largest_divisor(extent: int) -> int:
+    """The largest power of two up to WIDEST_VECTOR that divides extent."""
+    return min(WIDEST_VECTOR, extent & -extent)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    return x.movedim(1, -1).is_contiguous()
+
+
+def like_layout(t: Tensor, x: Tensor) -> Tensor:
+    """t with the strides of x (contiguous or channels-last), copied only where it has others."""
+    if x.is_contiguous():
+        return t.contiguous()
+    return t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """x (N, C, D, H, W), missing dimensions being 1, in one of two layouts, with a Config's options."""
+
+    n: int
+    c: int
+    d: int
+    h: int
+    w: int
+    channels_last: bool
+    dtype: torch.dtype
+    device: torch.device
+    pools: int
+    spatial: int
+    ties: int
+    hidden: int
+    kernel: Tuple[int, int, int]
+
+    @property
+    def p(self) -> int:
+        return self.d * self.h * self.w
+
+    @property
+    def rows(self) -> int:
+        """Pools that are saved."""
+        return bin(self.pools & 15).count("1")
+
+    @property
+    def runs(self) -> int:
+        """Passes through the MLP."""
+        return 1 if self.pools & cfg.BLEND else self.rows
+
+    @property
+    def taps(self) -> int:
+        return self.kernel[0] * self.kernel[1] * self.kernel[2]
+
+    @property
+    def planes(self) -> int:
+        return 1 if self.spatial == cfg.SPATIAL_BLEND else 2
+
+    @property
+    def acc(self) -> torch.dtype:
+        return accumulate_dtype(self.dtype)
+
+    @property
+    def units(self) -> Dict[str, int]:
+        """Channels and positions as multiples: only the innermost one's divisor matters to loads."""
+        cv = _largest_divisor(self.c) if self.channels_last else 1
+        pv = 1 if self.channels_last else _largest_divisor(self.p)
+        return {"c_units": self.c // cv, "p_units": self.p // pv, "CV": cv, "PV": pv}
+
+    def layout(self) -> Dict[str, Any]:
+        """constexprs of every kernel that touches x."""
+        u = self.units
+        return {"CHANNELS_LAST": self.channels_last, "CV": u["CV"], "PV": u["PV"], "ACC": self.acc_type()}
+
+    def acc_type(self) -> tl.dtype:
+        return tl.float64 if self.acc == torch.float64 else tl.float32
+
+    def taps_meta(self) -> Dict[str, int]:
+        return dict(zip(("KD", "KH", "KW"), self.kernel))
+
+    def split(self) -> bool:
+        return self.ties == cfg.TIES_SPLIT
+
+    def configuration(self, kernel: str, **extents: int) -> Tuple[Configuration, Device]:
+        device = configurations.describe(self.device)
+        layout = "channels_last" if self.channels_last else "contiguous"
+        itemsize = torch.empty((), dtype=self.dtype).element_size()
+        return configurations.configuration(kernel, device, layout, self.p, itemsize, extents), device
+
+    def tile(self, kernel: str, **extents: int) -> Tuple[Configuration, Device]:
+        return self.configuration(kernel, BC=self.c, BP=self.p, **extents)
+
+
+def describe(
+    x: Tensor,
+    w1: Optional[Tensor],
+    w2: Optional[Tensor],
+    conv_weight: Optional[Tensor],
+    pools: int,
+    spatial: int,
+    ties: int = cfg.TIES_FIRST,
+) -> Problem:
+    sizes = (1,) * (5 - x.dim()) + tuple(x.shape[2:])
+    kernel = (1, 1, 1)
+    if spatial and conv_weight is not None:
+        kernel = (1,) * (5 - conv_weight.dim()) + tuple(conv_weight.shape[2:])
+    hidden = 0
+    if pools and w2 is not None:
+        hidden = x.shape[1] if w1 is None else w1.shape[0]
+    return Problem(
+        x.shape[0], x.shape[1], *sizes, not x.is_contiguous(), x.dtype, x.device, pools, spatial, ties, hidden, kernel
+    )
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def split_loop(programs: int, steps: int, fill: int, device: Device) -> Tuple[int, int]:
+    """(parts, steps a part) of a loop of `steps`, so that every multiprocessor gets `fill` programs."""
+    wanted = max(1, min(steps, cdiv(fill * device.multiprocessors, programs)))
+    each = cdiv(steps, wanted)
+    return cdiv(steps, each), each
+
+
+def launch(kernel: Any, programs: int, tensors: Tuple, meta: Mapping[str, Any], warps: int) -> None:
+    """Runs `kernel` on a one-dimensional grid. The only place that launches."""
+    kernel[(programs,)](*tensors, **meta, num_warps=warps)
+
+
+def on_device(x: Tensor) -> ContextManager:
+    """Triton launches on the current device, which need not be that of x."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
