@@ -9,4 +9,4 @@
 #include "simt/half.h"
 #include "simt/warp.h"
 #include "simt/memory.h"
-#include "simt/ptx.h"
+#include "simt_ptx.h"

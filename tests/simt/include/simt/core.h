@@ -3,7 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <functional>
+#include <tuple>
 #include <type_traits>
 
 #include "types.h"
@@ -42,11 +42,28 @@ struct LaunchConfig {
 };
 
 // Runs a grid to its end, or to its first fault, which is kept for `simt_error()`; later launches then do nothing.
-SIMT_API void launch_body(const LaunchConfig& config, const char* kernel, const std::function<void()>& body);
+// `parameters` is memory that a kernel may read besides its registered buffers; `instrumented`: its plain loads and
+// stores are seen through the compiler's hooks.
+SIMT_API void launch_grid(const LaunchConfig& config, const char* kernel, void (*body)(const void*), const void* parameters,
+                          std::size_t parameter_bytes, bool instrumented);
+#if defined(__SANITIZE_THREAD__)
+constexpr bool kInstrumented = true;
+#else
+constexpr bool kInstrumented = false;
+#endif
 
 template <class... P, class... A>
 void launch(const LaunchConfig& config, const char* name, void (*kernel)(P...), A&&... arguments) {
-  launch_body(config, name, [kernel, arguments...] { kernel(static_cast<P>(arguments)...); });
+  static_assert(sizeof...(P) == sizeof...(A), "a launch passes every parameter of its kernel");
+  struct Call {
+    void (*kernel)(P...);
+    std::tuple<std::remove_cv_t<P>...> arguments;
+  };
+  const Call call{kernel, {static_cast<P>(arguments)...}};
+  launch_grid(config, name, [](const void* p) {
+    const Call& c = *static_cast<const Call*>(p);
+    std::apply(c.kernel, c.arguments);
+  }, &call, sizeof call, kInstrumented);
 }
 
 [[noreturn]] SIMT_API void fail(Where where, const char* format, ...) __attribute__((format(printf, 2, 3)));
@@ -73,7 +90,6 @@ constexpr int warpSize = 32;
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __cluster_dims__(...)
 #define __grid_constant__

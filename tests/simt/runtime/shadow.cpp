@@ -1,0 +1,331 @@
+// Checks each memory access: bounds, alignment, values never written, races in shared memory; counts global bytes.
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+
+#include "state.h"
+
+namespace simt {
+
+namespace {
+
+struct Name {
+  char text[64];
+};
+Name kind(unsigned access, std::size_t bytes) {
+  Name n;
+  std::snprintf(n.text, sizeof n.text, "%s of %zu bytes", access & kAtomic ? "atomic" : access & kWrite ? "store" : "load", bytes);
+  return n;
+}
+
+__attribute__((format(printf, 2, 3))) void report(Site site, const char* format, ...) {
+  char text[1200];
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  fail_site(site, text);
+}
+
+void forget_readers(Block& owner, Cell& cell) {
+  cell.read_mask = 0;
+  if (cell.more) owner.readers[cell.more - 1].clear();
+}
+
+bool all_known(const Thread& t, u16 warp, u32 clock, u32 mask, unsigned& offender) {
+  for (u32 m = mask; m; m &= m - 1) {
+    const unsigned threads = device.block_threads, per_block = (threads + 31) / 32;
+    offender = warp / per_block * threads + warp % per_block * 32 + static_cast<unsigned>(__builtin_ctz(m));
+    if (!knows(t, offender, clock)) return false;
+  }
+  return true;
+}
+
+u16 warp_of(const Thread& t) {
+  return static_cast<u16>(t.view.cluster_rank * ((device.block_threads + 31) / 32) + t.linear / 32);
+}
+
+void record_read(Block& owner, Cell& cell, const Thread& t) {
+  const u16 warp = warp_of(t);
+  const u32 lane = 1u << t.view.lane;
+  if (cell.read_mask && cell.read_warp == warp && cell.read_clock == t.clock) {
+    cell.read_mask |= lane;
+    return;
+  }
+  unsigned offender;
+  if (cell.read_mask && !all_known(t, cell.read_warp, cell.read_clock, cell.read_mask, offender)) {
+    // Readers that nothing orders: keep each warp's, since a later write must come after all of them.
+    if (!cell.more) {
+      owner.readers.emplace_back();
+      cell.more = static_cast<u32>(owner.readers.size());
+    }
+    auto& list = owner.readers[cell.more - 1];
+    for (Readers& r : list)
+      if (r.warp == warp && r.clock == t.clock) {
+        r.mask |= lane;
+        return;
+      }
+    list.erase(std::remove_if(list.begin(), list.end(), [&](const Readers& r) { return all_known(t, r.warp, r.clock, r.mask, offender); }),
+               list.end());
+    list.push_back({t.clock, lane, warp});
+    return;
+  }
+  cell.read_warp = warp;
+  cell.read_clock = t.clock;
+  cell.read_mask = lane;
+}
+
+void check_order(Block& owner, Cell& cell, const Thread& t, unsigned access, std::size_t offset, Site site) {
+  const Cluster& cluster = *owner.cluster;
+  if ((cell.flags & kWritten) && cell.writer != t.party && !((access & kAtomic) && (cell.flags & kAtomicCell)) &&
+      !knows(t, cell.writer, cell.write_clock)) {
+    if (cell.writer >= cluster.parties)
+      report(site, "%s at byte %zu of shared memory before the bulk copy into it was waited for",
+             access & kWrite ? "store" : "read", offset);
+    report(site, "race: %s at byte %zu of shared memory (block rank %u), last written by %s, with no barrier between",
+           access & kAtomic ? "atomic" : access & kWrite ? "store" : "read", offset, owner.rank,
+           party_name(cluster, cell.writer).c_str());
+  }
+  if (!(access & kWrite)) return;
+  unsigned reader = 0;
+  bool ordered = !cell.read_mask || all_known(t, cell.read_warp, cell.read_clock, cell.read_mask, reader);
+  if (ordered && cell.more)
+    for (const Readers& r : owner.readers[cell.more - 1])
+      if (!all_known(t, r.warp, r.clock, r.mask, reader)) {
+        ordered = false;
+        break;
+      }
+  if (!ordered)
+    report(site, "race: %s at byte %zu of shared memory (block rank %u), read by %s, with no barrier between",
+           access & kIssue ? "asynchronous copy" : access & kAtomic ? "atomic" : "store", offset, owner.rank,
+           party_name(cluster, reader).c_str());
+}
+
+void touch(Block& owner, Cell& cell, Thread& t, unsigned access, std::size_t offset, Site site) {
+  if ((cell.flags & kPending) && !(access & kLanded))
+    report(site, "%s at byte %zu of shared memory while an asynchronous copy into it has not landed",
+           access & kWrite ? "store" : "read", offset);
+  if ((access & kRead) && !(cell.flags & kWritten))
+    report(site, "read of unwritten shared memory at byte %zu", offset);
+  check_order(owner, cell, t, access, offset, site);
+  if (access & kCheckOnly) return;
+  if (access & kWrite) {
+    forget_readers(owner, cell);
+    cell.writer = static_cast<u16>(t.party);
+    cell.write_clock = t.clock;
+    cell.flags = static_cast<u8>((cell.flags & kSplit) | kWritten | (access & kAtomic ? kAtomicCell : 0));
+  } else {
+    record_read(owner, cell, t);
+  }
+}
+
+void split(Block& owner, std::size_t word) {
+  Cell& whole = owner.cells[word];
+  if (whole.flags & kSplit) return;
+  for (int i = 0; i < 4; ++i) {
+    Cell& part = owner.bytes[4 * word + i];
+    part = whole;
+    if (whole.more) {
+      owner.readers.push_back(owner.readers[whole.more - 1]);
+      part.more = static_cast<u32>(owner.readers.size());
+    }
+  }
+  whole.flags |= kSplit;
+}
+
+template <class F>
+void for_cells(Block& owner, std::size_t offset, std::size_t bytes, F&& f) {
+  if (offset % 4 == 0 && bytes % 4 == 0) {
+    for (std::size_t w = offset / 4; w < (offset + bytes) / 4; ++w) {
+      if (!(owner.cells[w].flags & kSplit)) {
+        f(owner.cells[w], 4 * w);
+        continue;
+      }
+      for (int i = 0; i < 4; ++i) f(owner.bytes[4 * w + i], 4 * w + i);
+    }
+    return;
+  }
+  for (std::size_t b = offset; b < offset + bytes; ++b) {
+    split(owner, b / 4);
+    f(owner.bytes[b], b);
+  }
+}
+
+void check_shared(Block& owner, Thread& t, std::size_t offset, std::size_t bytes, unsigned access, Site site) {
+  if (owner.cluster != t.block->cluster) report(site, "access to shared memory of a block outside the cluster");
+  bool inside = false;
+  for (const Segment& s : owner.segments) inside = inside || (offset >= s.begin && offset + bytes <= s.end);
+  if (!inside)
+    report(site, "out-of-bounds %s at byte %zu of shared memory; the block has %zu bytes of dynamic shared memory",
+           kind(access, bytes).text, offset, device.config.shared);
+  if (&owner != t.block) {
+    if (owner.live == 0) report(site, "access to shared memory of block rank %u, which has returned", owner.rank);
+    if (device.instrumented && !knows(t, owner.threads[0].party, 1))
+      report(site, "access to shared memory of block rank %u before a cluster barrier shows that it has started", owner.rank);
+  }
+  if (device.instrumented)
+    for_cells(owner, offset, bytes, [&](Cell& c, std::size_t at) { touch(owner, c, t, access, at, site); });
+}
+
+void check_global(std::uintptr_t a, std::size_t bytes, unsigned access, Site site) {
+  Device& d = device;
+  auto it = std::upper_bound(d.buffers.begin(), d.buffers.end(), a, [](std::uintptr_t v, const Buffer& b) { return v < b.begin; });
+  Buffer* b = it == d.buffers.begin() ? nullptr : &*std::prev(it);
+  if (!b || a + bytes > b->end) {
+    const auto parameters = reinterpret_cast<std::uintptr_t>(d.parameters);
+    if (a >= parameters && a + bytes <= parameters + d.parameter_bytes && !(access & kWrite)) return;
+    for (const auto& image : d.images)
+      if (a >= image.first && a + bytes <= image.second && !(access & kWrite)) return;
+    if (b && a - b->begin < 2 * (b->end - b->begin) + 4096)
+      report(site, "out-of-bounds %s at byte %zu of '%s', which has %zu bytes", kind(access, bytes).text, a - b->begin,
+             b->name.c_str(), b->end - b->begin);
+    if (it != d.buffers.end() && it->begin - a < 4096)
+      report(site, "out-of-bounds %s %zu bytes before '%s'", kind(access, bytes).text, it->begin - a, it->name.c_str());
+    if (d.buffers.empty()) return;   // a driver that registers nothing is checked by AddressSanitizer alone
+    report(site, "out-of-bounds %s at %p: no registered buffer is there", kind(access, bytes).text, reinterpret_cast<void*>(a));
+  }
+  if ((access & kWrite) && b->read_only) report(site, "%s into the read-only buffer '%s'", kind(access, bytes).text, b->name.c_str());
+  if (!b->written.empty()) {
+    u8* w = b->written.data() + (a - b->begin);
+    if ((access & kRead) && std::memchr(w, 0, bytes))
+      report(site, "%s of unwritten memory at byte %zu of '%s'", kind(access, bytes).text, a - b->begin, b->name.c_str());
+    if (access & kWrite) std::memset(w, 1, bytes);
+  }
+  if (access & kAtomic) {
+    d.atomics++;
+    return;
+  }
+  if (access & kRead) b->bytes_read += bytes, d.bytes_read += bytes;
+  if (access & kWrite) b->bytes_written += bytes, d.bytes_written += bytes;
+}
+
+}  // namespace
+
+void fail_site(Site site, const std::string& message) {
+  if (site.pc) fail_pc(site.pc, "%s", message.c_str());
+  fail(site.where, "%s", message.c_str());
+}
+
+void fail_pc(const void* pc, const char* format, ...) {
+  char text[1500];
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  static char place[500];
+  int line = 0;
+  Dl_info info{};
+  const auto call = static_cast<const char*>(pc) - 1;   // the return address is already the next line's
+  if (dladdr(call, &info) && info.dli_fname) {
+    const auto offset = static_cast<std::size_t>(call - static_cast<const char*>(info.dli_fbase));
+    std::snprintf(place, sizeof place, "%s+0x%zx", info.dli_fname, offset);
+    char hex[700], answer[500] = "";
+    std::snprintf(hex, sizeof hex, "addr2line -e '%s' 0x%zx 2>/dev/null", info.dli_fname, offset);
+    if (std::FILE* pipe = popen(hex, "r")) {
+      if (std::fgets(answer, sizeof answer, pipe))
+        if (char* colon = std::strrchr(answer, ':'); colon && answer[0] != '?') {
+          *colon = 0;
+          line = std::atoi(colon + 1);
+          std::snprintf(place, sizeof place, "%s", answer);
+        }
+      pclose(pipe);
+    }
+  }
+  fail({place, line}, "%s", text);
+}
+
+bool in_shared(const void* address) {
+  return static_cast<std::size_t>(static_cast<const unsigned char*>(address) - device.arena) < device.arena_bytes;
+}
+
+Block* shared_block(const void* address) {
+  return device.slots[static_cast<std::size_t>(static_cast<const unsigned char*>(address) - device.arena) / device.slot_bytes];
+}
+
+void check_access(const void* address, std::size_t bytes, std::size_t alignment, unsigned access, Site site) {
+  Device& d = device;
+  Thread& t = *d.thread;
+  const auto a = reinterpret_cast<std::uintptr_t>(address);
+  if (a - reinterpret_cast<std::uintptr_t>(t.fiber.stack) < kStackBytes) return;
+  if (a % alignment) report(site, "misaligned %s at %p: the address is not a multiple of %zu", kind(access, bytes).text, address, alignment);
+  if (in_shared(address)) {
+    Block* owner = shared_block(address);
+    if (!owner) report(site, "access to shared memory of a block that has returned");
+    check_shared(*owner, t, static_cast<std::size_t>(static_cast<const unsigned char*>(address) - owner->shared), bytes, access, site);
+    return;
+  }
+  if (a - reinterpret_cast<std::uintptr_t>(d.stacks) < d.stack_bytes)
+    report(site, "%s in another thread's local memory", kind(access, bytes).text);
+  check_global(a, bytes, access, site);
+}
+
+// The destination of an asynchronous copy: checked as a store of the issuing thread, then owned by `party`, which
+// nobody knows of until the copy has been waited for.
+void mark_async(Thread& t, void* address, std::size_t bytes, unsigned party, u32 clock, bool pending, Site site) {
+  Block& owner = *shared_block(address);
+  check_access(address, bytes, 1, unsigned(kWrite) | kIssue | kCheckOnly, site);
+  if (!device.instrumented) return;
+  (void)t;
+  for_cells(owner, static_cast<std::size_t>(static_cast<unsigned char*>(address) - owner.shared), bytes, [&](Cell& c, std::size_t) {
+    forget_readers(owner, c);
+    c.writer = static_cast<u16>(party);
+    c.write_clock = clock;
+    c.flags = static_cast<u8>((c.flags & kSplit) | kWritten | (pending ? kPending : 0));
+  });
+}
+
+// A cp.async that its thread has waited for is that thread's own store.
+void mark_landed(Thread& t, void* address, std::size_t bytes) {
+  Block& owner = *shared_block(address);
+  for_cells(owner, static_cast<std::size_t>(static_cast<unsigned char*>(address) - owner.shared), bytes, [&](Cell& c, std::size_t) {
+    c.write_clock = t.clock;
+    c.flags &= static_cast<u8>(~kPending);
+  });
+}
+
+// Plain stores that a bulk copy is to read must be followed by fence.proxy.async: by the writer, or by the issuer
+// after it learnt of them.
+void check_proxy(Thread& t, const void* address, std::size_t bytes, Site site) {
+  if (!device.instrumented || t.fenced_since_acquire) return;
+  Block& owner = *shared_block(address);
+  const Cluster& cluster = *owner.cluster;
+  for_cells(owner, static_cast<std::size_t>(static_cast<const unsigned char*>(address) - owner.shared), bytes, [&](Cell& c, std::size_t at) {
+    if (c.writer >= cluster.parties) return;
+    const Thread& w = cluster.blocks[c.writer / device.block_threads]->threads[c.writer % device.block_threads];
+    if (w.proxy_fence < c.write_clock)
+      report(site, "a bulk copy reads byte %zu of shared memory, written by %s with no fence.proxy.async after it", at,
+             party_name(cluster, c.writer).c_str());
+  });
+}
+
+void load(void* out, const void* address, std::size_t bytes, std::size_t alignment, Where where) {
+  check_access(address, bytes, alignment, kRead, {where, nullptr});
+  std::memcpy(out, address, bytes);
+}
+
+void store(void* address, const void* value, std::size_t bytes, std::size_t alignment, Where where) {
+  check_access(address, bytes, alignment, kWrite, {where, nullptr});
+  std::memcpy(address, value, bytes);
+}
+
+void atomic_begin(void* address, std::size_t bytes, unsigned access, Order order, Where where) {
+  Thread& t = *device.thread;
+  (void)order;
+  // Before, not after: what the operation sees is what others did up to now.
+  if (random_below(2)) {
+    t.ready = true;
+    t.block->ready.push_back(&t);
+    wait("runs", where);
+  }
+  check_access(address, bytes, bytes, access, {where, nullptr});
+  if (access & kWrite) device.progress = device.switches;
+}
+
+void atomic_copy(void* to, const void* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+
+void fence() {}
+
+}  // namespace simt
