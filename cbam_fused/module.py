@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch.nn as nn
 from torch import Tensor
 
-from . import _checks, functional
+from . import _checks, functional, masks
 from ._config import Config, Parameters
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -29,7 +29,29 @@ def _check_dims(dims: object) -> None:
         raise ValueError(f"dims must be 1, 2 or 3, got {dims!r}")
 
 
-class ChannelGate(nn.Module):
+class _Gates(nn.Module):
+    """Loads the state_dict of any dialect of CBAM; `compat.convert` says how."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As `nn.Module.load_state_dict`, and takes the layout of any implementation in `compat.dialects`.
+
+        Also behind a prefix such as `module.`, or the one CBAM that fits inside a whole model's
+        state_dict. Raises RuntimeError with what was found and the nearest dialect otherwise.
+        """
+        from .compat import convert
+
+        return super().load_state_dict(convert.locate(self, state_dict), strict, assign)
+
+    def _load_from_state_dict(
+        self, state_dict: Dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: List[str]
+    ) -> None:
+        from .compat import convert
+
+        convert.adapt(self, state_dict, prefix, strict, lists[-1])
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+
+
+class ChannelGate(_Gates):
     """Channel gate: x * sigmoid(sum over pools of MLP(pool(x))), fused.
 
     With pool_types=("avg",) this is squeeze-and-excitation (Hu et al., arXiv:1709.01507).
@@ -111,7 +133,7 @@ class ChannelGate(nn.Module):
         return f"{self.channels}, {self.options()}{_shared_repr(self, self.config)}"
 
 
-class SpatialGate(nn.Module):
+class SpatialGate(_Gates):
     """Spatial gate: x * sigmoid(norm(conv([max over C, mean over C]))), fused.
 
     Args:
@@ -199,7 +221,7 @@ def _shared_repr(module: nn.Module, config: Config) -> str:
     return text
 
 
-class FusedCBAM(nn.Module):
+class FusedCBAM(_Gates):
     """CBAM as one fused operation each way, with the official implementation's defaults.
 
     Args:
@@ -217,6 +239,7 @@ class FusedCBAM(nn.Module):
         spatial_order: "max_mean" (official) or "mean_max", the convolution's input channels.
         light: timm's light variant: one MLP pass on 0.5 * avg + 0.5 * max, one spatial map.
         ties: where the gradient of a maximum goes: "first" index, or "split" evenly (timm).
+        arrangement: "channel_first"; or "spatial_first" or "parallel", the paper's other two, as one op a gate.
         dims: 1 for (N, C, L), 2 for (N, C, H, W), 3 for (N, C, D, H, W).
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
@@ -244,12 +267,14 @@ class FusedCBAM(nn.Module):
         spatial_order: str = "max_mean",
         light: bool = False,
         ties: str = "first",
+        arrangement: str = "channel_first",
         dims: int = 2,
         backend: str = "auto",
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
+        masks.check_arrangement(arrangement, bool(spatial))
         shared: Dict[str, Any] = dict(
             light=light, ties=ties, dims=dims, backend=backend, device=device, dtype=dtype
         )
@@ -272,6 +297,7 @@ class FusedCBAM(nn.Module):
         )
         self.channels = channels
         self.ties = ties
+        self.arrangement = arrangement
         self.dims = dims
         self.backend = backend
 
@@ -284,6 +310,8 @@ class FusedCBAM(nn.Module):
         return x, Parameters(*mlp, *gate.tensors()), self.config, gate.bn, self.backend
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.arrangement != "channel_first":
+            return masks.arranged(self.arrangement, *self._arguments(x))
         return functional.run(*self._arguments(x))
 
     def attention_maps(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
@@ -293,6 +321,8 @@ class FusedCBAM(nn.Module):
         with `spatial=False`. A BatchNorm in training uses the batch's statistics, as in `forward`,
         but its running statistics stay as they are.
         """
+        if self.arrangement != "channel_first":
+            return masks.arranged_maps(self.arrangement, *self._arguments(x))
         channel, spatial = functional.maps(*self._arguments(x))
         assert channel is not None
         return channel, spatial
@@ -300,4 +330,6 @@ class FusedCBAM(nn.Module):
     def extra_repr(self) -> str:
         text = f"{self.channels}, {self.channel_gate.options()}"
         text += ", spatial=False" if self.spatial_gate is None else f", {self.spatial_gate.options()}"
+        if self.arrangement != "channel_first":
+            text += f', arrangement="{self.arrangement}"'
         return text + _shared_repr(self, self.config)

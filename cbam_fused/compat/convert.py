@@ -1,0 +1,399 @@
+"""Converts state_dicts between dialects: which one a state_dict is in, and one layout to another.
+
+Converting renames, reshapes between Linear (h, C) and 1x1 convolution (h, C, 1, 1), swaps the
+spatial convolution's two inputs where the orders differ, and writes a missing bias as zero.
+"""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections import OrderedDict
+from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from .. import _config as cfg
+from .._config import Config
+from ..module import ChannelGate, FusedCBAM, SpatialGate
+from . import dialects
+from .dialects import Dialect
+
+Components = Dict[str, Tensor]
+ORDERS = {cfg.SPATIAL_MAX_MEAN: "max_mean", cfg.SPATIAL_MEAN_MAX: "mean_max"}
+
+
+class Match(NamedTuple):
+    """A dialect's keys, complete, behind a prefix of a state_dict."""
+
+    prefix: str
+    row: Dialect
+    keys: Dict[str, str]  # component -> key, prefix included
+
+
+class Layout(NamedTuple):
+    """Where and how a module keeps what it has learnt."""
+
+    kind: str
+    paths: Dict[str, str]  # layer -> path
+    config: Config
+    leaves: Dict[str, nn.Module]
+    arrangement: str
+
+
+def _kind(module: nn.Module) -> str:
+    if isinstance(module, FusedCBAM):
+        return "block"
+    return "channel" if isinstance(module, ChannelGate) else "spatial"
+
+
+def layout_of(module: nn.Module) -> Layout:
+    """Layout of a FusedCBAM, ChannelGate or SpatialGate, dialect classes included."""
+    spec = getattr(module, "_cbam", None)
+    if spec is not None:
+        paths = {n: ".".join(p) for n, p in zip(dialects.LAYERS, spec.paths) if p is not None}
+    elif isinstance(module, FusedCBAM):
+        paths = dict(dialects.find("cbam_fused").layers)
+    else:
+        paths = {n: n for n in dialects.LAYERS}
+    leaves = {}
+    for name, path in paths.items():
+        node: Any = module
+        for part in path.split("."):
+            node = None if node is None else node._modules.get(part)
+        if node is not None:
+            leaves[name] = node
+    arrangement = getattr(module, "arrangement", "channel_first")
+    return Layout(_kind(module), {n: paths[n] for n in leaves}, module.config, leaves, arrangement)  # type: ignore[arg-type]
+
+
+def components_of(layout: Layout) -> Components:
+    """The learnt tensors as they act (pruning and parametrisations applied), detached, not copied."""
+    found: Components = {}
+    for name, leaf in layout.leaves.items():
+        entries = dialects.BN_ENTRIES if name == "bn" else ("weight", "bias")
+        for entry in entries:
+            value = getattr(leaf, entry, None)
+            if value is not None:
+                found[f"{name}.{entry}"] = value.detach()
+    return found
+
+
+def _expected_dims(row: Dialect, component: str) -> Set[int]:
+    if component in ("fc1.weight", "fc2.weight"):
+        return {2} if row.mlp == "linear" else {3, 4, 5}
+    if component == "conv.weight":
+        return {3, 4, 5}
+    return {0} if component.endswith("num_batches_tracked") else {1}
+
+
+def _maps(row: Dialect) -> Optional[int]:
+    """Input channels of the spatial convolution; the native row has either."""
+    light = row.constant("light", False)
+    return None if row.name == "cbam_fused" or light is None else 1 if light else 2
+
+
+def match_row(row: Dialect, prefix: str, state: Mapping[str, Any]) -> Optional[Match]:
+    """The keys of `row` behind `prefix`, or None where one that it must have is missing."""
+    biases = (True, False) if "mlp_bias" in row.optional else (bool(row.constant("mlp_bias", True)),)
+    spatials = (True, False) if "spatial" in row.optional else (True,)
+    native = row.name == "cbam_fused"
+    for bias in biases:
+        for spatial in spatials:
+            keys = {c: prefix + k for c, k in row.entries(bias, spatial)}
+            wanted = {k for c, k in keys.items() if not c.endswith("num_batches_tracked")}
+            if native:
+                wanted -= {k for c, k in keys.items() if c.startswith(("fc1", "bn"))}
+            if not all(k in state for k in wanted):
+                continue
+            keys = {c: k for c, k in keys.items() if k in state}
+            if not all(isinstance(state[k], Tensor) and state[k].dim() in _expected_dims(row, c) for c, k in keys.items()):
+                continue
+            conv = keys.get("conv.weight")
+            if conv is not None and _maps(row) not in (None, state[conv].shape[1]):
+                continue
+            if native and prefix + row.layers["conv"] + ".bias" in state:
+                keys["conv.bias"] = prefix + row.layers["conv"] + ".bias"
+            return Match(prefix, row, keys)
+    return None
+
+
+def detect(state: Mapping[str, Any], kind: str = "block", prefix: Optional[str] = None) -> List[Match]:
+    """Every CBAM in a state_dict; with a prefix, only what lies exactly behind it."""
+    found = []
+    for row in dialects.TABLE:
+        if row.kind.split("_")[0] != kind:
+            continue
+        anchor = row.layers["fc2" if "fc2" in row.layers else "conv"] + ".weight"
+        if prefix is not None:
+            prefixes: Iterable[str] = (prefix,)
+        else:
+            ends = [k for k in state if k == anchor or k.endswith("." + anchor)]
+            prefixes = [k[: len(k) - len(anchor)] for k in ends]
+        for p in prefixes:
+            match = match_row(row, p, state)
+            if match is not None:
+                found.append(match)
+    best: Dict[str, Match] = {}
+    for match in found:
+        known = best.get(match.prefix)
+        if known is None or len(match.keys) > len(known.keys):
+            best[match.prefix] = match
+    return list(best.values())
+
+
+def read(match: Match, state: Mapping[str, Any]) -> Components:
+    return {c: state[k] for c, k in match.keys.items()}
+
+
+def nearest(names: Sequence[str], kind: str = "block") -> Tuple[str, List[str]]:
+    """The dialect whose keys are most like these names, and its keys."""
+
+    def score(row: Dialect) -> Tuple[float, float]:
+        keys = [k for _, k in row.entries(True, True)]
+        tails = {k for k in keys if any(n == k or n.endswith("." + k) for n in names)}
+        likeness = difflib.SequenceMatcher(None, " ".join(sorted(names)[:40]), " ".join(keys)).ratio()
+        return len(tails) / len(keys), likeness
+
+    rows = [r for r in dialects.TABLE if r.kind.split("_")[0] == kind]
+    row = max(rows, key=score)
+    return row.name, [k for _, k in row.entries(bool(row.constant("mlp_bias", True)), True)]
+
+
+def _listing(state: Mapping[str, Any], limit: int = 12) -> str:
+    lines = [f"{k} {tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__}" for k, v in state.items()]
+    more = [f"... and {len(lines) - limit} more"] if len(lines) > limit else []
+    return "\n    ".join([*lines[:limit], *more])
+
+
+def unrecognised(state: Mapping[str, Any], kind: str) -> str:
+    """The message for a state_dict in no known layout: what was found, and the nearest dialect."""
+    name, keys = nearest(list(state), kind)
+    known = ", ".join(r.name for r in dialects.TABLE if r.kind.split("_")[0] == kind)
+    return (
+        f"state_dict must be in a layout of {known}; got\n    {_listing(state)}\n"
+        f'  nearest dialect: "{name}", with the keys\n    ' + "\n    ".join(keys)
+    )
+
+
+def _dense_shape(t: Tensor) -> Tuple[int, ...]:
+    return tuple(t.shape[:2])
+
+
+def misfit(layout: Layout, c: Components) -> Optional[str]:
+    """Why these components cannot be what a module of this layout computes, or None."""
+    own = components_of(layout)
+    for name, target in own.items():
+        weight = name in ("fc1.weight", "fc2.weight")
+        if name not in c:
+            if name in ("fc1.bias", "fc2.bias", "conv.bias", "bn.num_batches_tracked"):
+                continue
+            return f"{name} of this module has shape {tuple(target.shape)}, the state_dict has none"
+        wanted, got = (_dense_shape(t) if weight else tuple(t.shape) for t in (target, c[name]))
+        if wanted != got:
+            return f"{name} of this module has shape {wanted}, the state_dict's is {got}"
+    for name, value in c.items():
+        if name in own or name.endswith("num_batches_tracked"):
+            continue
+        if name.endswith("bias") and not name.startswith("bn") and not value.is_meta and not value.any():
+            continue
+        return f"the state_dict has {name} {tuple(value.shape)}, this module has none"
+    return None
+
+
+def _reorder(c: Components, source: Optional[str], target: Optional[str]) -> Components:
+    if source is None or target is None or source == target or "conv.weight" not in c:
+        return c
+    return {**c, "conv.weight": c["conv.weight"].flip(1)}
+
+
+def _fit(value: Tensor, shape: torch.Size, name: str) -> Tensor:
+    return value.reshape(shape) if name in ("fc1.weight", "fc2.weight") else value
+
+
+def own_state(layout: Layout, c: Components, source: Optional[str], prefix: str) -> Dict[str, Tensor]:
+    """The components under this module's own keys."""
+    c = _reorder(c, source, ORDERS.get(layout.config.spatial))
+    state = {}
+    for name, target in components_of(layout).items():
+        layer, entry = name.split(".")
+        if name in c:
+            value = _fit(c[name], target.shape, name)
+        elif name.endswith("num_batches_tracked"):
+            continue
+        else:
+            value = torch.zeros_like(target, device=c["fc2.weight" if "fc2.weight" in c else "conv.weight"].device)
+        state[f"{prefix}{layout.paths[layer]}.{entry}"] = value
+    return state
+
+
+def _warn_of_options(row: Dialect, layout: Layout) -> None:
+    """Options that a state_dict cannot carry, where the dialect's differ from the module's."""
+    differ = []
+    residual = row.constant("residual", False)
+    if row.name != "cbam_fused" and residual is not None and residual != layout.config.residual:
+        differ.append(f"residual={residual}")
+    pools = row.constant("pool_types", ("avg", "max"))
+    have = tuple(n for n, bit in cfg.POOL_BITS.items() if layout.config.pools & bit)
+    if row.name != "cbam_fused" and pools is not None and set(pools) != set(have):
+        differ.append(f"pool_types={tuple(pools)}")
+    if differ:
+        warnings.warn(
+            f'the state_dict is in the layout of "{row.name}", whose block has {", ".join(differ)}; this module '
+            "has not: build it with those options for the same numbers",
+            UserWarning,
+            stacklevel=6,
+        )
+
+
+def adapt(module: nn.Module, state: Dict[str, Any], prefix: str, strict: bool, errors: List[str]) -> None:
+    """Rewrites, in place, another dialect's entries behind `prefix` to the module's own keys."""
+    found = {k: v for k, v in state.items() if k.startswith(prefix)}
+    if not found:
+        return
+    layout = layout_of(module)
+    own = components_of(layout)
+    keys = {f"{prefix}{layout.paths[n.split('.')[0]]}.{n.split('.')[1]}": t for n, t in own.items()}
+    shared = [k for k in keys if k in found]
+    if shared and all(not isinstance(found[k], Tensor) or found[k].shape == keys[k].shape for k in shared):
+        return
+    matches = detect(found, layout.kind, prefix)
+    if not matches:
+        parametrised = {prefix + k for k in module.state_dict()} & set(found)
+        if strict and not shared and not parametrised:
+            errors.append(unrecognised(found, layout.kind))
+        return
+    match = matches[0]
+    c = read(match, state)
+    reason = misfit(layout, c)
+    if reason is None and match.row.name == "cbam_fused" and layout.config.spatial in ORDERS:
+        reason = "does not tell its spatial_order: write it with to_dialect(module, name) instead"
+    if reason is not None:
+        if not shared:
+            errors.append(f'the state_dict behind "{prefix}" is in the layout of "{match.row.name}", but {reason}')
+        return
+    _warn_of_options(match.row, layout)
+    for key in match.keys.values():
+        del state[key]
+    state.update(own_state(layout, c, match.row.constant("spatial_order"), prefix))
+
+
+def locate(module: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a state_dict that is meant for this module, itself the root of the load.
+
+    A state_dict with the module's own keys, or with another dialect's at its root, is returned as it
+    is. Otherwise the one CBAM in it that fits (behind `module.`, or inside a whole model) is.
+    """
+    kind = _kind(module)
+    if not state or any(k in state for k in module.state_dict()) or detect(state, kind, ""):
+        return state
+    layout = layout_of(module)
+    matches = detect(state, kind)
+    if not matches:
+        raise RuntimeError(f"{type(module).__name__}.load_state_dict: {unrecognised(state, kind)}")
+    reasons = [misfit(layout, read(m, state)) for m in matches]
+    fitting = [m for m, reason in zip(matches, reasons) if reason is None]
+    if len(fitting) == 1:
+        match = fitting[0]
+        chosen: "OrderedDict[str, Any]" = OrderedDict((k[len(match.prefix) :], state[k]) for k in match.keys.values())
+        return chosen
+    if fitting:
+        names = "\n    ".join(f'"{m.prefix}" ({m.row.name})' for m in fitting)
+        raise RuntimeError(
+            f"{type(module).__name__}.load_state_dict: state_dict must hold one CBAM that fits, got {len(fitting)}; "
+            f"pass the entries behind one of\n    {names}"
+        )
+    names = "\n    ".join(f'"{m.prefix}" ({m.row.name}): {reason}' for m, reason in zip(matches, reasons))
+    raise RuntimeError(f"{type(module).__name__}.load_state_dict: no CBAM of the state_dict fits\n    {names}")
+
+
+def _cannot(row: Dialect, layout: Layout, c: Components) -> Optional[str]:
+    """Why the dialect's block cannot compute what this module does, or None."""
+    if row.name == "cbam_fused":
+        return None
+    if layout.arrangement != "channel_first":
+        return f'it runs the channel gate first, this module has arrangement="{layout.arrangement}"'
+    spatial = layout.config.spatial != cfg.SPATIAL_NONE
+    light = layout.config.spatial == cfg.SPATIAL_BLEND
+    if not spatial and "spatial" not in row.optional:
+        return "it has a spatial gate, this module has none"
+    if spatial and light != (_maps(row) == 1):
+        return "its spatial convolution reads " + ("two maps" if light else "one map")
+    if spatial and ("bn" in row.layers) != ("bn.weight" in c):
+        return "it has " + ("a" if "bn" in row.layers else "no") + " BatchNorm, this module has " + (
+            "one" if "bn.weight" in c else "none"
+        )
+    if ("fc1" in row.layers) != ("fc1.weight" in c):
+        return "its MLP has " + ("two layers" if "fc1" in row.layers else "one layer")
+    residual = row.constant("residual", False)
+    if residual is not None and residual != layout.config.residual:
+        return f"it has residual={residual}, this module has residual={layout.config.residual}"
+    pools = row.constant("pool_types", ("avg", "max"))
+    have = tuple(n for n, bit in cfg.POOL_BITS.items() if layout.config.pools & bit)
+    if pools is not None and set(pools) != set(have):
+        return f"it has pool_types={tuple(pools)}, this module has pool_types={have}"
+    for name in ("fc1.bias", "fc2.bias", "conv.bias"):
+        takes = name.startswith("conv") and row.constant("spatial_bias", False)
+        takes = takes or (not name.startswith("conv") and ("mlp_bias" in row.optional or row.constant("mlp_bias", True)))
+        if name in c and not takes and bool(c[name].any()):
+            return f"it has no {name}, this module's is not zero"
+    return None
+
+
+def _written(module: nn.Module, row: Dialect) -> Dict[str, Tensor]:
+    layout = layout_of(module)
+    c = components_of(layout)
+    reason = _cannot(row, layout, c)
+    if reason is not None:
+        raise ValueError(f'{type(module).__name__} has no exact form in the layout of "{row.name}": {reason}')
+    target = layout.config.spatial if row.name == "cbam_fused" else None
+    order = ORDERS.get(target) if target is not None else row.constant("spatial_order")
+    c = _reorder(c, ORDERS.get(layout.config.spatial), order)
+    optional = "mlp_bias" in row.optional
+    bias = ("fc2.bias" in c) if optional else bool(row.constant("mlp_bias", True))
+    state = {}
+    dims = c["conv.weight"].dim() - 2 if "conv.weight" in c else module.dims
+    for name, key in row.entries(bias, layout.config.spatial != cfg.SPATIAL_NONE):
+        if row.name == "cbam_fused" and name not in c:
+            continue
+        if name.endswith("weight") and name.startswith("fc"):
+            value = c[name].flatten(1)
+            state[key] = value if row.mlp == "linear" else value.reshape(*value.shape, *([1] * int(dims)))
+        elif name in c:
+            state[key] = c[name]
+        else:
+            rows = c["fc1.weight"].shape[0] if name == "fc1.bias" else 1 if name == "conv.bias" else None
+            state[key] = c["fc2.weight"].new_zeros(rows if rows is not None else c["fc2.weight"].shape[0])
+    if row.name == "cbam_fused" and "conv.bias" in c:
+        state[f"{row.layers['conv']}.bias"] = c["conv.bias"]
+    return state
+
+
+def to_dialect(module: nn.Module, name: str) -> "OrderedDict[str, Tensor]":
+    """The state_dict of `module` with every FusedCBAM in it in the layout of the dialect `name`.
+
+    The tensors share memory with the module's, as those of `state_dict()` do, except a convolution
+    whose inputs change places and a bias that is written as zero.
+
+    Raises:
+        ValueError: an unknown name; no FusedCBAM in `module`; or a FusedCBAM with something (a
+            BatchNorm, a bias that is not zero, a residual) that the dialect has not.
+    """
+    row = dialects.find(name, "block")
+    state = OrderedDict(module.state_dict())
+    found = {p + "." if p else "": m for p, m in module.named_modules() if isinstance(m, FusedCBAM)}
+    if not found:
+        raise ValueError(f"module must be or hold a FusedCBAM, got {type(module).__name__} with none")
+    written: "OrderedDict[str, Tensor]" = OrderedDict()
+    done: Set[str] = set()
+    for key, value in state.items():
+        prefix = next((p for p in found if key.startswith(p)), None)
+        if prefix is None:
+            written[key] = value
+        elif prefix not in done:
+            done.add(prefix)
+            for k, v in _written(found[prefix], row).items():
+                written[prefix + k] = v
+    return written
