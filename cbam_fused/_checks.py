@@ -12,7 +12,7 @@ from ._backends import DTYPES, NAMES
 from ._config import Config, Parameters
 
 _SHAPES = {1: "(N, C, L)", 2: "(N, C, H, W)", 3: "(N, C, D, H, W)"}
-_LOW = (torch.bfloat16, torch.float16)
+LOW = (torch.bfloat16, torch.float16)
 
 
 def _names(options: Iterable[str]) -> str:
@@ -109,9 +109,9 @@ def check_placement(x: Tensor, named: Iterable[Tuple[str, Optional[Tensor]]]) ->
         if t.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {t.device}")
         if t.dtype != x.dtype and not (
-            t.dtype == torch.float32 and x.dtype in _LOW or torch.is_autocast_enabled(x.device.type)
+            t.dtype == torch.float32 and x.dtype in LOW or torch.is_autocast_enabled(x.device.type)
         ):
-            wanted = f"{x.dtype} or torch.float32" if x.dtype in _LOW else f"{x.dtype}"
+            wanted = f"{x.dtype} or torch.float32" if x.dtype in LOW else f"{x.dtype}"
             raise TypeError(f"{name} must have the dtype of x, {wanted}, got {t.dtype}")
 
 

@@ -9,8 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _autograd, _backends, _checks
-from . import _config as cfg
+from . import _autograd, _backends, _checks, _ops
 from ._autograd import NO_NORM, Folded
 from ._config import Config, Parameters
 from .reference import cbam_reference, channel_gate_reference, spatial_logits_reference
@@ -44,6 +43,13 @@ def _upcast(x: Tensor, p: Parameters) -> Tuple[Tensor, Parameters]:
     return x, p
 
 
+def _beside(t: Optional[Tensor], x: Tensor) -> Optional[Tensor]:
+    """t in a dtype that the kernels take beside x; only autocast lets other ones come this far."""
+    if t is None or t.dtype == x.dtype or t.dtype == torch.float32 and x.dtype in _checks.LOW:
+        return t
+    return t.to(x.dtype)
+
+
 def _run_reference(x: Tensor, p: Parameters, c: Config, norm: Optional[Norm]) -> Tensor:
     if x.numel() == 0:
         # Nothing to pool; keep x and the parameters in the graph, so that they get zeros.
@@ -66,11 +72,14 @@ def run(x: Tensor, p: Parameters, c: Config, norm: Optional[Norm], backend: str)
     if folded is None and x.shape[0] == 0:
         # No statistics to take from an empty batch; the affine parameters still get zeros.
         folded = (norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
+    if torch.is_autocast_enabled(x.device.type):
+        p = Parameters(*(_beside(t, x) for t in p))
+        folded = None if folded is None else (*(_beside(t, x) for t in folded[:4]), folded[4])
     if folded is not None:
         return _autograd.fused_cbam(name, x, p, c, folded)
     affine = getattr(norm, "weight", None)
     if affine is not None and affine.dtype != torch.float32 and x.dtype != torch.float64:
-        plain, norm = norm, _Cast(norm)
+        norm = _Cast(norm)
     return _autograd.fused_cbam_with_norm(name, x, p, c, norm)
 
 
@@ -90,16 +99,19 @@ def maps(
     x: Tensor, p: Parameters, c: Config, norm: Optional[Norm], backend: str
 ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
     """Channel gate (N, C) and spatial gate (N, 1, *spatial), None where the block has none."""
+    _checks.check_placement(x, _named(p, None))
     name = _backends.select(backend, x, c)
-    with torch.no_grad():
-        _checks.check_placement(x, _named(p, None))
+    # As in the kernels, gates are not rounded to a 16-bit dtype, whatever autocast would do.
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         if name == "reference" or x.shape[0] == 0:
-            xs, ps = _upcast(x, p)
+            acc = _ops.accumulate_dtype(x.dtype)
+            xs, ps = x.to(acc), Parameters(*(None if t is None else t.to(acc) for t in p))
             gate = channel_gate_reference(xs, ps, c) if c.pools else None
             gated = xs if gate is None else xs * _autograd._broadcast(gate, xs)
             z = spatial_logits_reference(gated, ps, c) if c.spatial else None
         else:
-            z, gate = _autograd.attention(name, _autograd.dense(x), p, c)
+            weights = Parameters(*(_beside(t, x) for t in p))
+            z, gate = _autograd.attention(name, _autograd.dense(x), weights, c)
         if not c.spatial:
             return gate, None
         return (gate if c.pools else None), torch.sigmoid(_normed(z, norm))
