@@ -2,8 +2,10 @@
 
 from . import _ops  # noqa: F401  defines the ops before any backend implements them
 from ._backends import backends
+from .compat import to_dialect
 from .functional import cbam
+from .fuse import fuse, unfuse
 from .module import ChannelGate, FusedCBAM, SpatialGate
 
 __version__ = "0.1.0"
-__all__ = ["ChannelGate", "FusedCBAM", "SpatialGate", "backends", "cbam"]
+__all__ = ["ChannelGate", "FusedCBAM", "SpatialGate", "backends", "cbam", "fuse", "to_dialect", "unfuse"]

@@ -118,7 +118,7 @@ class _Dialect:
     def extra_repr(self) -> str:
         spec = self._cbam
         text = [] if spec.channels is None else [str(spec.channels)]
-        text.append(describe(spec.config))
+        text.append(describe(spec.config, isinstance(self, FusedCBAM)))
         if spec.dims != 2:
             text.append(f"dims={spec.dims}")
         if spec.backend != "auto":
@@ -163,15 +163,15 @@ BASES: Dict[str, Type[nn.Module]] = {
 }
 
 
-def describe(c: Config) -> str:
-    """The options of a call in FusedCBAM's words."""
+def describe(c: Config, block: bool = True) -> str:
+    """The options of a call in the words of FusedCBAM, or of one gate."""
     text = []
     if c.pools:
         text.append(f"pool_types={tuple(n for n, bit in cfg.POOL_BITS.items() if c.pools & bit)}")
-    if not c.spatial:
+    if not c.spatial and block:
         text.append("spatial=False")
-    elif c.spatial != cfg.SPATIAL_BLEND:
-        text.append(f'spatial_order="{next(n for n, o in cfg.SPATIAL_ORDERS.items() if o == c.spatial)}"')
+    elif c.spatial in cfg.SPATIAL_ORDERS.values():
+        text.append(f'{"spatial_order" if block else "order"}="{next(n for n, o in cfg.SPATIAL_ORDERS.items() if o == c.spatial)}"')
     if c.pools & cfg.BLEND or c.spatial == cfg.SPATIAL_BLEND:
         text.append("light=True")
     if c.ties == cfg.TIES_SPLIT:
@@ -229,6 +229,10 @@ def build(module: nn.Module, row: dialects.Dialect, o: Options) -> None:
     module._cbam = Spec(row.name, o.channels, make_config(row.kind, o), paths)  # type: ignore[arg-type,assignment]
 
 
+# Row name -> class, filled as the modules of `compat` are imported.
+CLASSES: Dict[str, type] = {}
+
+
 def dialect_class(name: str, module: str) -> Any:
     """The class of a row, importable from `module` under the source's class name."""
     row = dialects.find(name)
@@ -249,4 +253,5 @@ def dialect_class(name: str, module: str) -> Any:
         "__doc__": f"`{row.class_name}` of {row.source}: its constructor, state_dict and numbers; fused.",
         "dialect": name,
     }
-    return type(row.class_name, (BASES[row.kind],), body)
+    CLASSES[name] = type(row.class_name, (BASES[row.kind],), body)
+    return CLASSES[name]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import _config as cfg
 from .._config import Config
-from ..module import ChannelGate, FusedCBAM, SpatialGate
+from ..module import ChannelGate, FusedCBAM
 from . import dialects
 from .dialects import Dialect
 

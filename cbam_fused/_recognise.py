@@ -1,0 +1,431 @@
+"""Decides, for certain, whether a module is a CBAM or one of its gates, and with which options.
+
+Structure first: the layers that hold what the module has learnt must be those of a CBAM and nothing
+else. Then numbers: in float64, with weights drawn anew (a BatchNorm weight of 0 would hide the
+spatial gate), the module and the fused path must agree on outputs, on every gradient and on the
+running statistics, in eval and in training. Everything runs on a copy on the CPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from collections import OrderedDict
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.utils import prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from . import _config as cfg
+from ._config import Config
+from .compat import base, dialects
+from .compat.base import Path, Spec
+
+# An architecture that differs does so by parts in ten; float64 sums of C * P terms by parts in 1e12.
+TOLERANCE = 1e-9
+_DENSE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONVS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+_NORMS = nn.modules.batchnorm._BatchNorm
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_POOLS = (("avg", "max"), ("avg",), ("max",))
+
+
+class Refusal(Exception):
+    """Why a module that looks like a CBAM is left as it is."""
+
+
+class Structure(NamedTuple):
+    kind: str  # "block", "channel" or "spatial"
+    channels: Optional[int]
+    paths: Tuple[Optional[Path], Optional[Path], Optional[Path], Optional[Path]]
+    dims: Optional[int]  # None where the layers do not tell
+    maps: int  # input channels of the spatial convolution
+
+
+def _plain(leaf: nn.Module, kinds: Tuple[type, ...]) -> Optional[type]:
+    """The kind of a layer that computes exactly what torch.nn's does, parametrised or not."""
+    for kind in kinds:
+        if isinstance(leaf, kind) and type(leaf).forward is kind.forward:  # type: ignore[attr-defined]
+            if getattr(type(leaf), "_conv_forward", None) is getattr(kind, "_conv_forward", None):
+                return kind
+    return None
+
+
+def _owns(module: nn.Module) -> bool:
+    tensors = itertools.chain(module._parameters.values(), module._buffers.values())
+    return any(t is not None for t in tensors)
+
+
+def _leaves(module: nn.Module, limit: int) -> List[Tuple[Path, nn.Module]]:
+    """Outermost submodules that hold tensors, at most limit + 1 of them."""
+    found: List[Tuple[Path, nn.Module]] = []
+
+    def walk(node: nn.Module, path: Path) -> None:
+        if len(found) > limit:
+            return
+        if path and (_owns(node) or isinstance(node, (*_DENSE, _NORMS))):
+            found.append((path, node))
+            return
+        for name, child in node._modules.items():
+            if child is not None:
+                walk(child, (*path, name))
+
+    walk(module, ())
+    return found
+
+
+def _is_dense(leaf: nn.Module) -> bool:
+    kind = _plain(leaf, _DENSE)
+    if kind is None:
+        return False
+    if kind is nn.Linear:
+        return True
+    ones = (leaf.kernel_size, leaf.stride, leaf.dilation)
+    return all(v == 1 for t in ones for v in t) and not any(leaf.padding) and leaf.groups == 1  # type: ignore[arg-type]
+
+
+def _is_spatial(leaf: nn.Module) -> bool:
+    kind = _plain(leaf, tuple(_CONVS))
+    if kind is None or leaf.out_channels != 1 or leaf.in_channels not in (1, 2) or leaf.groups != 1:
+        return False
+    k = leaf.kernel_size
+    same = leaf.padding == "same" or leaf.padding == tuple(v // 2 for v in k)
+    plain = all(v == 1 for v in (*leaf.stride, *leaf.dilation)) and leaf.padding_mode == "zeros"
+    return min(k) > 1 and all(v % 2 for v in k) and same and plain
+
+
+def _extent(leaf: nn.Module) -> Tuple[int, int]:
+    """Inputs and outputs of a dense layer."""
+    return (leaf.in_features, leaf.out_features) if isinstance(leaf, nn.Linear) else (leaf.in_channels, leaf.out_channels)
+
+
+def structure(module: nn.Module) -> Optional[Structure]:
+    """The layers of a CBAM or of one gate, or None where the module holds anything else."""
+    if _owns(module) or isinstance(module, (*_DENSE, _NORMS, nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return None
+    leaves = _leaves(module, 4)
+    if not leaves or len(leaves) > 4:
+        return None
+    paths = [p for p, _ in leaves]
+    dense = [i for i, (_, m) in enumerate(leaves) if _is_dense(m)]
+    rest = [i for i in range(len(leaves)) if i not in dense]
+    if len(dense) > 2 or dense != list(range(len(dense))):
+        return None
+    channels = None
+    mlp: List[Optional[Path]] = [None, None]
+    if dense:
+        sizes = [_extent(leaves[i][1]) for i in dense]
+        channels = sizes[0][0]
+        if sizes[-1][1] != channels or sizes[0][1] != sizes[-1][0]:
+            return None
+        mlp = [paths[0] if len(dense) == 2 else None, paths[dense[-1]]]
+    conv = bn = None
+    maps = 0
+    dims = {_CONVS[k] for i in dense if (k := _plain(leaves[i][1], tuple(_CONVS)))}
+    if rest:
+        if len(rest) > 2 or not _is_spatial(leaves[rest[0]][1]):
+            return None
+        layer = leaves[rest[0]][1]
+        conv, maps = paths[rest[0]], layer.in_channels
+        dims.add(_CONVS[_plain(layer, tuple(_CONVS))])  # type: ignore[index]
+        if len(rest) == 2:
+            norm = leaves[rest[1]][1]
+            if not isinstance(norm, _NORMS) or norm.num_features != 1:
+                return None
+            bn = paths[rest[1]]
+    if len(dims) > 1:
+        return None
+    kind = "block" if dense and rest else "channel" if dense else "spatial"
+    return Structure(kind, channels, (mlp[0], mlp[1], conv, bn), next(iter(dims), None), maps)  # type: ignore[arg-type]
+
+
+def _at(module: nn.Module, path: Path) -> nn.Module:
+    for name in path:
+        module = module._modules[name]  # type: ignore[assignment]
+    return module
+
+
+def _known_prehook(hook: Any) -> bool:
+    return isinstance(hook, (prune.BasePruningMethod, WeightNorm, SpectralNorm))
+
+
+def check_children(module: nn.Module, s: Structure) -> None:
+    """Raises Refusal for what the fused path would skip: other activations, dropout, inner hooks."""
+    leaves = {id(_at(module, p)): p for p in s.paths if p is not None}
+    norm = id(_at(module, s.paths[3])) if s.paths[3] else None
+    if "forward" in module.__dict__ or module._compiled_call_impl is not None:
+        raise Refusal("its forward is replaced on the instance")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise Refusal("it is a ScriptModule")
+
+    def walk(node: nn.Module, path: Path) -> None:
+        name = ".".join(path)
+        if path and id(node) != norm:
+            for table in _HOOKS:
+                for hook in getattr(node, table).values():
+                    if not (table == "_forward_pre_hooks" and id(node) in leaves and _known_prehook(hook)):
+                        raise Refusal(f"a hook on {name} would not run")
+        if id(node) in leaves:
+            return
+        home = type(node).__module__
+        if home.startswith("torch.nn.modules.") and not isinstance(
+            node, (nn.ReLU, nn.Sigmoid, nn.Identity, nn.Flatten, nn.Sequential, nn.ModuleList)
+        ):
+            if home.rsplit(".", 1)[1] not in ("pooling",):
+                raise Refusal(f"{name} is a {type(node).__name__}, which the fused path does not have")
+        for child_name, child in node._modules.items():
+            if child is not None:
+                walk(child, (*path, child_name))
+
+    walk(module, ())
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    if len(parameters) != 1 or parameters[0].kind not in (
+        inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    ):  # fmt: skip
+        raise Refusal("its forward takes more than one tensor")
+
+
+def _bare_copy(module: nn.Module) -> nn.Module:
+    """A float64 copy on the CPU without hooks, which may hold on to anything."""
+    memo: Dict[int, Any] = {}
+    for node in module.modules():
+        for table in _HOOKS:
+            hooks = getattr(node, table)
+            if not any(_known_prehook(h) for h in hooks.values()):
+                memo[id(hooks)] = OrderedDict()
+    try:
+        twin = copy.deepcopy(module, memo)
+    except RuntimeError as error:
+        raise Refusal(f"it cannot be copied for the check: {str(error).splitlines()[0]}") from None
+    if any(t.is_meta for t in itertools.chain(twin.parameters(), twin.buffers())):
+        twin = twin.to_empty(device="cpu")
+    twin = twin.to(device="cpu", dtype=torch.float64)
+    for p in twin.parameters():
+        p.requires_grad_(True)
+        p.grad = None
+    return twin
+
+
+# Hidden values well past 6 and logits of a few units: a ReLU6, a hard sigmoid or a missing gate shows.
+_SCALES = (3.0, 0.15, 0.5)
+
+
+def _randomise(twin: nn.Module, s: Structure, generator: torch.Generator) -> None:
+    def normal(t: Tensor, scale: float) -> None:
+        t.copy_(torch.randn(t.shape, generator=generator, dtype=torch.float64) * scale)
+
+    with torch.no_grad():
+        for path, scale in zip(s.paths[:3], _SCALES):
+            if path is not None:
+                for p in _at(twin, path).parameters():
+                    fan = max(1, p[0].numel()) if p.dim() > 1 else 1
+                    normal(p, scale * (fan**-0.5 if p.dim() > 1 else 0.3))
+        if s.paths[3] is not None:
+            norm: Any = _at(twin, s.paths[3])
+            for p in norm.parameters():
+                normal(p, 1.0)
+            if norm.running_mean is not None:
+                normal(norm.running_mean, 0.5)
+                norm.running_var.copy_(
+                    0.5 + torch.rand(norm.running_var.shape, generator=generator, dtype=torch.float64)
+                )
+
+
+def _probes(s: Structure, dims: int, generator: torch.Generator) -> List[Tensor]:
+    """A dense input, a post-ReLU one on a coarse grid (ties in both pools), and a large one."""
+    c = s.channels or 5
+    shapes = [(2, c, *(5, 6, 3)[:dims]), (3, c, *(4, 7, 2)[:dims]), (2, c, *(3, 3, 3)[:dims])]
+    dense, grid, large = (torch.randn(sh, generator=generator, dtype=torch.float64) for sh in shapes)
+    return [dense, (grid * 2).round().clamp(min=0) / 2, large * 8]
+
+
+def _variants(module: nn.Module, s: Structure) -> Iterator[Config]:
+    """Options that this structure may have, the likeliest first."""
+    given = [tuple(m.pool_types) for m in module.modules() if isinstance(getattr(m, "pool_types", None), (list, tuple))]
+    pools: List[int] = []
+    if s.channels is not None:
+        for names in (*given, *_POOLS):
+            if all(n in cfg.POOL_BITS for n in names):
+                pools.append(sum(cfg.POOL_BITS[n] for n in set(names)))
+        light = cfg.AVG | cfg.MAX | cfg.BLEND
+        pools = [light, *pools] if s.maps == 1 else [*pools, light]
+    orders: Tuple[int, ...] = (cfg.SPATIAL_NONE,)
+    if s.maps:
+        orders = (cfg.SPATIAL_BLEND,) if s.maps == 1 else (cfg.SPATIAL_MEAN_MAX, cfg.SPATIAL_MAX_MEAN)
+    for residual in (False, True):
+        for bits in dict.fromkeys(pools or [0]):
+            for order in orders:
+                yield Config(bits, order, cfg.TIES_FIRST, residual)
+
+
+def _spec(s: Structure, c: Config, dims: int, row: Optional[str], backend: str, original: type) -> Spec:
+    return Spec(row, s.channels, c, s.paths, dims, backend, original)
+
+
+def _difference(a: Optional[Tensor], b: Optional[Tensor]) -> float:
+    """Largest difference relative to the largest magnitude; infinity where the shapes differ."""
+    if a is None or b is None:
+        missing = a if b is None else b
+        return 0.0 if missing is None or not missing.any() else float("inf")
+    if a.shape != b.shape:
+        return float("inf")
+    if a.numel() == 0:
+        return 0.0
+    gap = (a - b).abs().max().item() / max(1e-3, b.abs().max().item())
+    return gap if gap == gap else float("inf")
+
+
+def _call(module: nn.Module, x: Tensor) -> Tensor:
+    given = x.clone()
+    try:
+        y = type(module).forward(module, x)  # type: ignore[attr-defined]
+    except Exception as error:  # whatever the unknown code raises, it is no CBAM of such an input
+        raise Refusal(f"it fails on an input of shape {tuple(x.shape)}: {type(error).__name__}: {error}") from None
+    if not isinstance(y, Tensor):
+        raise Refusal(f"it returns a {type(y).__name__}")
+    if not torch.equal(x.detach(), given.detach()):
+        raise Refusal("it changes its input in place")
+    return y
+
+
+def _gradients(module: nn.Module, x: Tensor) -> Tuple[Tensor, List[Optional[Tensor]]]:
+    """Output, and the gradients of input and parameters for a fixed cotangent."""
+    x = x.clone().requires_grad_()
+    y = _call(module, x * 1.0)
+    weights = torch.linspace(-1.0, 1.3, y.numel(), dtype=y.dtype).reshape(y.shape)
+    inputs = [x, *module.parameters()]
+    if not y.requires_grad:
+        raise Refusal("its output has no gradient")
+    return y.detach(), list(torch.autograd.grad((y * weights).sum(), inputs, allow_unused=True))
+
+
+def _agree(twin: nn.Module, other: nn.Module, x: Tensor) -> Optional[str]:
+    """What differs between two modules with equal state on x, or None."""
+    ya, ga = _gradients(twin, x)
+    yb, gb = _gradients(other, x)
+    if _difference(ya, yb) > TOLERANCE:
+        return "output"
+    names = ["gradient of the input", *(f"gradient of {n}" for n, _ in twin.named_parameters())]
+    for name, a, b in zip(names, ga, gb):
+        if _difference(a, b) > TOLERANCE:
+            return name
+    for (name, a), (_, b) in zip(twin.named_buffers(), other.named_buffers()):
+        if _difference(a.double(), b.double()) > TOLERANCE:
+            return name
+    return None
+
+
+def _row(module: nn.Module, s: Structure, c: Config) -> Optional[str]:
+    """The dialect with these paths, preferring the one with these options; None for a layout of its own."""
+    found = {n: ".".join(p) for n, p in zip(dialects.LAYERS, s.paths) if p is not None}
+    rows = [r for r in dialects.TABLE if r.kind == s.kind and r.name != "cbam_fused"]
+    rows = [r for r in rows if dict(r.layers) == found or ("spatial" in r.optional and found.items() <= r.layers.items())]
+    linear = isinstance(_at(module, s.paths[1]), nn.Linear) if s.paths[1] else None
+    rows = [r for r in rows if linear is None or (r.mlp == "linear") == linear]
+    ties = cfg.TIES_SPLIT if c.ties == cfg.TIES_SPLIT else cfg.TIES_FIRST
+    home = type(module).__module__.split(".")[0]
+
+    def fit(r: dialects.Dialect) -> Tuple[bool, bool, bool]:
+        light = c.spatial == cfg.SPATIAL_BLEND
+        return (r.constant("light", False) in (None, light), r.name.startswith(home), cfg.TIES[r.constant("ties", "first")] == ties)
+
+    return max(rows, key=fit).name if rows else None
+
+
+def swap_class(row: Optional[str], kind: str) -> type:
+    """The importable class that a recognised module becomes."""
+    if row is None:
+        return base.BASES[kind]
+    return base.CLASSES[row]
+
+
+def become(module: nn.Module, spec: Spec, kind: str) -> None:
+    """Makes a module of another class run as `spec` says, itself and its layers staying where they are."""
+    module.__class__ = swap_class(spec.dialect, kind)
+    module._cbam = spec  # type: ignore[assignment]
+
+
+@contextmanager
+def _aside() -> Iterator[None]:
+    """Gradients on, the caller's random state untouched, one thread (the probes are too small for two)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def recognise(module: nn.Module, s: Structure, backend: str) -> Spec:
+    """The spec with which `module` runs fused; raises Refusal unless every check agrees."""
+    check_children(module, s)
+    with _aside():
+        twin = _bare_copy(module)
+        generator = torch.Generator().manual_seed(20180717)
+        _randomise(twin, s, generator)
+        twin.eval()
+        dims, probes = 0, []
+        trial = (s.dims,) if s.dims is not None else (2, 1, 3)
+        for dims in trial:
+            probes = _probes(s, dims, generator)
+            try:
+                y = _call(twin, probes[0]).detach()
+                break
+            except Refusal:
+                if dims == trial[-1]:
+                    raise
+        original = type(module)
+        if y.shape != probes[0].shape:
+            gate = y.shape[0] == probes[0].shape[0] and y.numel() < probes[0].numel()
+            raise Refusal(
+                f"it returns a gate {tuple(y.shape)} and leaves the product to its caller: cbam_fused.compat.luuuyi "
+                "has the pair as one fused block" if gate else f"it returns shape {tuple(y.shape)} for {tuple(probes[0].shape)}"
+            )
+        config = _matching(twin, s, probes[0], y, dims)
+        candidates = [config]
+        if config.pools & cfg.MAX or config.spatial:
+            candidates.append(Config(config.pools, config.spatial, cfg.TIES_SPLIT, config.residual))
+        failure: Optional[str] = None
+        for c in candidates:
+            spec = _spec(s, c, dims, None, "auto", original)
+            failure = _verify(twin, spec, s.kind, probes)
+            if failure is None:
+                return _spec(s, c, dims, _row(module, s, c), backend, original)
+    raise Refusal(f"its {failure} differs from FusedCBAM's")
+
+
+def _matching(twin: nn.Module, s: Structure, x: Tensor, y: Tensor, dims: int) -> Config:
+    """The options whose output is y."""
+    runner = copy.deepcopy(twin)
+    best = float("inf")
+    for c in _variants(twin, s):
+        spec = _spec(s, c, dims, None, "reference", type(twin))
+        runner.__class__ = base.BASES[s.kind]
+        runner._cbam = spec  # type: ignore[assignment]
+        with torch.no_grad():
+            gap = _difference(runner(x), y)
+        if gap <= TOLERANCE:
+            return c
+        best = min(best, gap)
+    raise Refusal(f"its output differs from FusedCBAM's by {best:.1g} of the largest value, whatever the options")
+
+
+def _verify(twin: nn.Module, spec: Spec, kind: str, probes: List[Tensor]) -> Optional[str]:
+    """What differs between the module and the fused path that it would run on, or None."""
+    for training in (False, True):
+        left, right = copy.deepcopy(twin), copy.deepcopy(twin)
+        become(right, spec, kind)
+        left.train(training)
+        right.train(training)
+        for x in probes:
+            difference = _agree(left, right, x)
+            if difference is not None:
+                return difference + (" in training" if training else "")
+    return None
