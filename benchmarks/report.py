@@ -182,6 +182,15 @@ def case_table(rows: Sequence[Row]) -> str:
     return table(header, lines, None if fused is None else rows.index(fused))
 
 
+def unrest(rows: Sequence[Row]) -> Optional[str]:
+    """A warning where the spread of the samples shows that something else was running."""
+    worst = max(rows, key=lambda r: r["p80_ms"] / r["p20_ms"])
+    spread = worst["p80_ms"] / worst["p20_ms"]
+    if spread < 1.5:
+        return None
+    return f"unrest: p80 of {worst['provider']} is {spread:.1f} times its p20; was something else running?"
+
+
 def summary_table(groups: Sequence[Sequence[Row]]) -> str:
     """One line a case: what fused reaches, and the geometric means."""
     rivals = [p for p in ("eager", "compile", "timm") if any(r["provider"] == p for g in groups for r in g)]
