@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Iterable, Optional, Sequence, Tuple
+from collections.abc import Iterable
+from typing import Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -45,13 +46,20 @@ def check_kernel_size(value: object) -> None:
         raise ValueError(f"kernel_size must be odd, got {value}")
 
 
+def pool_names(pool_types: object) -> Tuple[str, ...]:
+    """`pool_types` as a tuple; whether the names are known is for `pool_bits` to say."""
+    if isinstance(pool_types, str) or not isinstance(pool_types, Iterable):
+        got = f"the str {pool_types!r}" if isinstance(pool_types, str) else repr(pool_types)
+        raise TypeError(f'pool_types must be a sequence of names such as ("avg", "max"), got {got}')
+    return tuple(pool_types)
+
+
 def pool_bits(pool_types: Sequence[str], light: bool) -> int:
     """The bits of `pool_types`, checked."""
-    if isinstance(pool_types, str):
-        raise TypeError(f'pool_types must be a sequence of names such as ("avg", "max"), got the str {pool_types!r}')
+    pool_types = pool_names(pool_types)
     bits = 0
     for name in pool_types:
-        if name not in cfg.POOL_BITS:
+        if not isinstance(name, str) or name not in cfg.POOL_BITS:
             raise ValueError(f"pool_types must be any of {_names(cfg.POOL_BITS)}, got {name!r}")
         if bits & cfg.POOL_BITS[name]:
             raise ValueError(f"pool_types must name each pool once, got {tuple(pool_types)!r}")
@@ -113,6 +121,15 @@ def check_placement(x: Tensor, named: Iterable[Tuple[str, Optional[Tensor]]]) ->
         ):
             wanted = f"{x.dtype} or torch.float32" if x.dtype in LOW else f"{x.dtype}"
             raise TypeError(f"{name} must have the dtype of x, {wanted}, got {t.dtype}")
+
+
+def check_norm(norm: object) -> None:
+    """A norm is callable, and one that counts its features has one: the spatial logits have one channel."""
+    if not callable(norm):
+        raise TypeError(f"norm must be a module or a function, got {type(norm).__name__}")
+    features = getattr(norm, "num_features", 1)
+    if features != 1:
+        raise ValueError(f"norm must have num_features=1, got {features}")
 
 
 def _expect(name: str, t: Optional[Tensor], shape: Tuple[int, ...], required: bool = True) -> None:

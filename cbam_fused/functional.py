@@ -180,8 +180,11 @@ def cbam(
     _checks.check_backend(backend)
     _checks.check_input(x, None, None)
     p = Parameters(w1, b1, w2, b2, conv_weight, conv_bias)
+    pool_types = _checks.pool_names(pool_types)
     c = _checks.make_config(pool_types, conv_weight is not None, spatial_order, light, ties, residual)
     _checks.check_parameters(x, p, c)
     if norm is not None and not c.spatial:
         raise ValueError("norm must be None where conv_weight is None, got " + type(norm).__name__)
+    if norm is not None:
+        _checks.check_norm(norm)
     return run(x, p, c, norm, backend)
