@@ -98,7 +98,7 @@ class ChannelGate(_Gates):
             _checks.check_positive("hidden_channels", hidden_channels)
         self.channels = channels
         self.hidden_channels = hidden_channels
-        self.pool_types = tuple(pool_types) if not isinstance(pool_types, str) else pool_types
+        self.pool_types = _checks.pool_names(pool_types)
         self.light = bool(light)
         self.ties = ties
         self.dims = dims
