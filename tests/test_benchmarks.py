@@ -1,0 +1,315 @@
+"""The benchmark's own promises: a wrong candidate is never timed, and what it counts is right."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+from benchmarks import bars, bench  # noqa: E402
+from benchmarks.gate import Gate, make_inputs  # noqa: E402
+from benchmarks.measure import (  # noqa: E402
+    Step,
+    candidate_step,
+    copy_step,
+    kept_bytes,
+    peak_bytes,
+    time_interleaved,  # noqa: E402
+)
+from benchmarks.providers import Candidate, EagerCBAM, build, make_weights  # noqa: E402
+from benchmarks.report import FIELDS, CsvLog  # noqa: E402
+from benchmarks.shapes import MODES, SETS, Case  # noqa: E402
+
+SHAPE = (24, 7, 9)
+FAST = ["--rounds", "5", "--seconds", "0.2", "--threads", "1"]
+
+
+def case(mode: str = "train", **options) -> Case:
+    return Case("test", 3, SHAPE, mode, **options)
+
+
+def read(path) -> list:
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def test_a_run_writes_tidy_rows_and_a_picture(tmp_path):
+    out = tmp_path / "run.csv"
+    command = [
+        sys.executable,
+        os.path.join(ROOT, "benchmarks", "bench.py"),
+        "--shape",
+        "24,7,9",
+        "--batch",
+        "3",
+    ]
+    command += ["--layout", "contiguous", "channels_last", "--providers", "eager", "timm", "fused", *FAST]
+    run = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stdout + run.stderr
+    rows = read(out)
+    assert tuple(rows[0]) == FIELDS
+    has_timm = "timm" in {r["provider"] for r in rows}
+    assert has_timm or "timm: not installed" in run.stdout
+    providers = {"copy", "eager", "fused"} | ({"timm"} if has_timm else set())
+    expected = {(m, lay, p) for m in MODES for lay in ("contiguous", "channels_last") for p in providers}
+    assert {(r["mode"], r["layout"], r["provider"]) for r in rows} == expected and len(rows) == len(expected)
+    size = 3 * 24 * 7 * 9 * 4
+    for r in rows:
+        assert (r["op"], r["shape"], r["dtype"], r["threads"]) == ("cbam", "3x24x7x9", "float32", "1")
+        assert 0 < float(r["p20_ms"]) <= float(r["p50_ms"]) <= float(r["p80_ms"])
+        assert int(r["x_bytes"]) == size
+        assert int(r["floor_bytes"]) == (2 if r["mode"] == "infer" else 5) * size
+        assert int(r["peak_bytes"]) >= size  # y, or dx
+        assert (r["kept_bytes"] != "") == (r["mode"] == "train" and r["provider"] != "copy")
+        assert r["provider"] == "copy" or 0 <= float(r["gate"]) <= 1
+    assert "Summary" in run.stdout and "geometric mean" in run.stdout
+    picture = out.with_suffix(".png")
+    if picture.exists():
+        assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and picture.stat().st_size > 10_000
+    else:
+        assert "no picture: matplotlib is not installed" in run.stdout
+
+
+def _off_by(share: float, field: str):
+    """FusedCBAM whose output, or gradient of x, is off by a share."""
+    from cbam_fused import FusedCBAM
+
+    class Wrong(FusedCBAM):
+        def forward(self, x):
+            if field == "y":
+                return super().forward(x) * (1 + share)
+            x = x + 0
+            if x.requires_grad:
+                x.register_hook(lambda g: g * (1 + share))
+            return super().forward(x)
+
+    return Wrong
+
+
+@pytest.mark.parametrize("mode, field", [("infer", "y"), ("train", "dx")])
+def test_a_red_gate_reports_no_speed(monkeypatch, tmp_path, capsys, mode, field):
+    out = tmp_path / "run.csv"
+    arguments = ["--shape", "24,7,9", "--batch", "3", "--mode", mode, "--providers", "eager", "fused", *FAST]
+    monkeypatch.setattr("benchmarks.providers.FusedCBAM", _off_by(1e-4, field))
+    assert bench.main([*arguments, "--backend", "reference", "--out", str(out)]) == 1
+    printed = capsys.readouterr().out
+    assert f"RED GATE, nothing about its speed is reported: fused: {field} is off by" in printed
+    assert "p50" not in printed and "Summary" not in printed and not out.exists()
+
+
+def test_a_baseline_that_computes_something_else_leaves_the_race(monkeypatch):
+    class Wrong(EagerCBAM):
+        def forward(self, x):
+            return super().forward(x) * 1.01
+
+    monkeypatch.setattr("benchmarks.providers.EagerCBAM", Wrong)
+    settings = bench.Settings(["eager", "fused"], "reference", rounds=5, seconds=0.1)
+    result = bench.measure_case(case("infer"), settings)
+    assert [r["provider"] for r in result.rows] == ["copy", "fused"]
+    assert result.missing["eager"].startswith("left out, computes something else: y is off by")
+
+
+def test_a_baseline_that_fails_leaves_the_race(monkeypatch):
+    class Failing(EagerCBAM):
+        def forward(self, x):
+            raise RuntimeError("no compiler\nand much more")
+
+    monkeypatch.setattr("benchmarks.providers.EagerCBAM", Failing)
+    settings = bench.Settings(["eager", "fused"], "reference", rounds=5, seconds=0.1)
+    result = bench.measure_case(case(), settings)
+    assert result.missing == {"eager": "failed: RuntimeError: no compiler"}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_all_implementations_pass_the_gate_with_the_same_weights(mode, norm, dtype):
+    c = case(mode, norm=norm, dtype=dtype)
+    weights = make_weights(c)
+    x, dy = make_inputs(c, weights)
+    candidates, _ = build(c, ["eager", "timm", "fused"], weights, "reference")
+    gate = Gate(c, weights, x, dy)
+    assert {k for k in gate.exact} == ({"y"} if mode == "infer" else {"y", "dx"} | _parameter_names(norm))
+    for candidate in candidates:
+        verdict = gate.check(candidate)
+        assert verdict.green, f"{candidate.provider}: {verdict}"
+
+
+def _parameter_names(norm: bool) -> set:
+    return {"dw1", "db1", "dw2", "db2", "dconv"} | ({"dbn_weight", "dbn_bias"} if norm else set())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_gate_is_red_for_numbers_that_are_not_finite(value):
+    c = case("infer")
+    weights = make_weights(c)
+    x, dy = make_inputs(c, weights)
+    module = torch.nn.Identity()
+    poisoned = Candidate("fused", lambda t: torch.full_like(t, value), module, 1)
+    verdict = Gate(c, weights, x, dy).check(poisoned)
+    assert not verdict.green and verdict.name == "y"
+
+
+def test_inputs_hold_no_maximum_that_rounding_could_move():
+    from benchmarks.gate import _parameters
+    from cbam_fused._config import Config
+    from cbam_fused.reference import channel_gate_reference
+
+    c = Case("test", 2, (512, 32, 32), "train")
+    weights = make_weights(c)
+    x, _ = make_inputs(c, weights)
+    gate = channel_gate_reference(x.double(), _parameters(weights, torch.float64), Config())
+    top = (x.double() * gate[:, :, None, None]).topk(2, dim=1).values
+    gap = (top[:, 0] - top[:, 1]) / top[:, 0].abs()
+    assert gap.min().item() > 64 * torch.finfo(torch.float32).eps
+
+
+def test_peak_is_the_running_maximum_of_what_a_call_holds():
+    c = case("infer")
+    n = 1 << 16
+
+    def call():
+        a = torch.empty(n)
+        b = torch.empty(2 * n)
+        del a
+        c = torch.empty(n // 2)
+        del b, c
+
+    assert peak_bytes(c, Step("call", call, 1)) == 3 * n * 4
+
+
+def test_copies_hold_one_tensor_each():
+    for mode in MODES:
+        c = case(mode)
+        x, dy = make_inputs(c, make_weights(c))
+        assert peak_bytes(c, copy_step(c, x, dy)) == c.x_bytes
+
+
+def test_kept_bytes_count_each_storage_once_and_neither_x_nor_parameters():
+    c = case()
+
+    class Keeps(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            squared = x * x  # keeps x
+            return (squared * self.scale).mul(squared.view_as(squared))  # keeps squared, scale, the product
+
+    module = Keeps()
+    x, _ = make_inputs(c, make_weights(c))
+    assert kept_bytes(Candidate("fused", module, module, 1), x) == 2 * c.x_bytes
+
+
+def test_a_training_step_leaves_no_gradient_behind():
+    c = case()
+    weights = make_weights(c)
+    x, dy = make_inputs(c, weights)
+    (candidate,), _ = build(c, ["eager"], weights)
+    candidate_step(c, candidate, x, dy).call()
+    assert all(p.grad is None for p in candidate.owner.parameters()) and x.grad is None
+
+
+def test_candidates_take_turns_round_by_round():
+    order = []
+    steps = [Step(name, lambda name=name: order.append(name), torch.get_num_threads()) for name in "abc"]
+    c = case("infer", threads=torch.get_num_threads())
+    time_interleaved(c, steps, rounds=6, seconds=60)
+    assert [len(s.samples) for s in steps] == [6, 6, 6]
+    runs = "".join(name for i, name in enumerate(order) if i == 0 or order[i - 1] != name)
+    # Calibration, a round that warms up, and six that count.
+    assert runs == "abc" + "abcbcacab" * 2 + "abc"
+    assert steps[0].percentile(0) <= steps[0].median <= steps[0].percentile(1)
+
+
+def test_percentiles_are_interpolated():
+    step = Step("s", lambda: None, 1, samples=[5.0, 1.0, 2.0, 3.0, 4.0])
+    assert [step.percentile(q) for q in (0, 0.2, 0.5, 0.8, 1)] == pytest.approx([1, 1.8, 3, 4.2, 5])
+
+
+def test_floor_counts_the_passes_of_each_mode():
+    assert case("infer").floor_bytes == 2 * case().x_bytes
+    assert case("train").floor_bytes == 5 * case().x_bytes
+    assert case("train", norm=True).floor_bytes == 8 * case().x_bytes
+    assert case("train", dtype="bfloat16").floor_bytes * 2 == case("train").floor_bytes
+
+
+def _rows(c: Case, times: dict, **columns) -> list:
+    base = {"x_bytes": 1000, "peak_bytes": 1000, "kept_bytes": 10, "threads": c.threads, **columns}
+    return [{**base, "provider": provider, "p50_ms": ms} for provider, ms in times.items()]
+
+
+def test_bars_are_judged_by_what_was_measured(capsys):
+    plan = bars.plan("cpu")
+    assert len({c for c, _, _ in plan}) == len(plan)
+    good = {"copy": 1.0, "fused": 1.0, "eager": 10.0, "compile": 10.0}
+    groups = []
+    for c, needed, others in plan:
+        rows = _rows(c, {k: v for k, v in good.items() if k == "copy" or k in needed})
+        for r in rows:
+            r["peak_bytes"] = 3000 if r["provider"] == "eager" else 1000
+        rows += [{**rows[-1], "provider": "fused", "threads": t, "p50_ms": 1.9} for t in others]
+        groups.append((c, rows))
+    assert bars.judge(groups, "cpu") == 0
+    assert "FAIL" not in capsys.readouterr().out
+    # Twice as slow: every bar on time fails that asks for more than 2 copies, or 5 times faster.
+    for _, rows in groups:
+        for r in rows:
+            r["p50_ms"] *= 2 if r["provider"] == "fused" else 1
+    expected = sum(
+        len(b.shapes)
+        for b in bars.BARS
+        if (b.metric == "copy" and b.limit < 2) or (b.metric in ("eager", "compile") and b.limit > 5)
+    )
+    assert bars.judge(groups, "cpu") == expected > 0
+    assert capsys.readouterr().out.count("FAIL") == expected
+    assert bars.judge([], "cpu") == sum(len(b.shapes) for b in bars.BARS)
+    assert "not measured" in capsys.readouterr().out
+
+
+def test_every_named_set_makes_cases():
+    for name, chosen in SETS.items():
+        made = bench.make_cases(bench.parse(["--set", name, "--mode", "infer"]))
+        assert [c.shape for c in made] == list(chosen.shapes) and {c.batch for c in made} == {chosen.batch}
+    made = bench.make_cases(bench.parse(["--shape", "3,4,5", "--norm", "off", "on", "--threads", "1", "2"]))
+    assert len(made) == 2 * 2 * 2 and {c.shape for c in made} == {(3, 4, 5)}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--shape", "3,4"], "shape must be C,H,W, got 3,4"),
+        (["--shape", "3,0,4"], "shape must have sizes of at least 1, got 3,0,4"),
+        (["--batch", "0"], "--batch must be at least 1, got 0"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--set", "vgg"], "invalid choice: 'vgg'"),
+    ],
+)
+def test_bad_options_are_named(capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        bench.parse(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_rows_are_appended_and_the_header_written_once(tmp_path):
+    path = str(tmp_path / "a" / "run.csv")
+    row = dict.fromkeys(FIELDS, 1)
+    CsvLog(path).add([row])
+    CsvLog(path).add([row, row])
+    assert len(read(path)) == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+def test_a_case_on_the_gpu_is_measured():
+    settings = bench.Settings(["eager", "fused"], rounds=5, seconds=1)
+    result = bench.measure_case(case(device="cuda"), settings)
+    assert [r["provider"] for r in result.rows] == ["copy", "eager", "fused"]
+    assert all(r["p50_ms"] > 0 and r["peak_bytes"] > 0 for r in result.rows)
