@@ -1,0 +1,1 @@
+"""Integrations with other packages, each imported by its own name and only then."""
