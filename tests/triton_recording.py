@@ -1,0 +1,204 @@
+"""Records the launches of an op, and compiles them ahead of time: the real host path without a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
+
+import torch
+
+from cbam_fused._config import Config
+from cbam_fused.triton_kernels.configurations import Device
+
+# Shared memory that one program may use, bytes, and the largest number of registers a thread.
+TARGETS: Dict[str, Tuple[str, Any, int, int]] = {
+    "sm_80": ("cuda", 80, 32, 163 << 10),
+    "sm_90": ("cuda", 90, 32, 227 << 10),
+    "sm_100": ("cuda", 100, 32, 227 << 10),
+    "sm_120": ("cuda", 120, 32, 99 << 10),
+    "gfx942": ("hip", "gfx942", 64, 64 << 10),
+}
+DEVICES = {
+    "sm_80": Device("sm_80", 108, 40 << 20),
+    "sm_90": Device("sm_90", 132, 50 << 20),
+    "sm_100": Device("sm_100", 148, 126 << 20),
+    "sm_120": Device("sm_120", 170, 96 << 20),
+    "gfx942": Device("gfx942", 304, 4 << 20),
+}
+_TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+}
+
+
+@dataclass
+class Launch:
+    """One launch: the kernel, the number of programs, and what it was given."""
+
+    kernel: Any
+    programs: int
+    args: Tuple
+    meta: Mapping[str, Any]
+    warps: int
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+    def runtime_args(self) -> List[Any]:
+        """The arguments that the compiled kernel takes, in order."""
+        _, constexprs, _ = self._specialise()
+        return [a for i, a in enumerate(self.args) if (i,) not in constexprs]
+
+    def _specialise(self):
+        """Signature, constexprs and attributes as Triton's own launcher would choose them."""
+        names = self.kernel.arg_names
+        signature, constexprs, attrs = {}, {}, {}
+        for i, name in enumerate(names):
+            if i >= len(self.args):
+                signature[name], constexprs[(i,)] = "constexpr", self.meta[name]
+                continue
+            a = self.args[i]
+            plain = self.kernel.params[i].do_not_specialize
+            if a is None or (a == 1 if isinstance(a, int) and not plain else False):
+                signature[name], constexprs[(i,)] = "constexpr", a
+            elif isinstance(a, torch.Tensor):
+                signature[name] = _TYPES[a.dtype]
+                aligned = a.device.type == "meta" or a.data_ptr() % 16 == 0
+                if aligned:
+                    attrs[(i,)] = [["tt.divisibility", 16]]
+            else:
+                signature[name] = "i32" if -(2**31) <= a < 2**31 else "i64"
+                if not plain and a % 16 == 0:
+                    attrs[(i,)] = [["tt.divisibility", 16]]
+        return signature, constexprs, attrs
+
+    def key(self) -> Tuple:
+        """Equal for launches that compile to the same code."""
+        signature, constexprs, attrs = self._specialise()
+        return (
+            self.name,
+            tuple(signature.items()),
+            tuple(sorted((k, str(v)) for k, v in constexprs.items())),
+            tuple(attrs),
+            self.warps,
+        )
+
+    def compile(self, target: str):
+        """The kernel compiled for a device that need not be there."""
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        backend, arch, warp, _ = TARGETS[target]
+        signature, constexprs, attrs = self._specialise()
+        source = ASTSource(fn=self.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
+        return triton.compile(source, target=GPUTarget(backend, arch, warp), options={"num_warps": self.warps})
+
+
+@contextlib.contextmanager
+def recording(device: Optional[Device] = None, run: bool = False) -> Iterator[List[Launch]]:
+    """Launches of the block, in order; `device` is what the launchers believe to run on."""
+    from cbam_fused.triton_kernels import configurations
+    from cbam_fused.triton_kernels import problem as pb
+
+    found: List[Launch] = []
+    launch, describe = pb.launch, configurations.describe
+
+    def record(kernel, programs, tensors, meta, warps):
+        found.append(Launch(kernel, programs, tuple(tensors), dict(meta), warps))
+        if run:
+            launch(kernel, programs, tensors, meta, warps)
+
+    pb.launch = record
+    if device is not None:
+        configurations.describe = lambda _: device
+    try:
+        yield found
+    finally:
+        pb.launch, configurations.describe = launch, describe
+
+
+def make_inputs(
+    shape: Tuple[int, ...],
+    dtype: torch.dtype,
+    config: Config = Config(),
+    hidden: Optional[int] = None,
+    kernel: Tuple[int, ...] = (7, 7),
+    channels_last: bool = False,
+    norm: bool = True,
+    device: str = "meta",
+    seed: int = 0,
+):
+    """x, six weights, four norm tensors, in the order of the schemas. hidden 0: a one-layer gate."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(*size: int, scale: float = 1.0) -> torch.Tensor:
+        if device == "meta":
+            return torch.empty(size, dtype=dtype, device="meta")
+        return (torch.randn(size, generator=generator, dtype=torch.float64) * scale).to(dtype).to(device)
+
+    c = shape[1]
+    h = max(1, c // 16) if hidden is None else hidden
+    x = make(*shape)
+    if channels_last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    mlp = [None] * 4
+    if config.pools:
+        mlp = [make(h, c, scale=c**-0.5), make(h), make(c, h, scale=0.5), make(c)]
+        if h == 0:
+            mlp = [None, None, make(c, c, scale=c**-0.5), make(c)]
+    conv, bn = [None] * 2, [None] * 4
+    if config.spatial:
+        planes = 1 if config.spatial == 3 else 2
+        conv = [make(1, planes, *kernel, scale=0.3), make(1)]
+        if norm:
+            bn = [make(1), make(1), make(1), make(1).abs() + 0.5]
+    return x, [*mlp, *conv], bn
+
+
+def run_ops(x, weights, bn, config: Config, save: bool = True, backward: bool = True, dy=None, eps: float = 1e-5):
+    """Forward and backward through the launchers themselves, past the dispatcher."""
+    from cbam_fused.triton_kernels import launchers
+
+    options = (config.pools, config.spatial, config.ties)
+    forward = launchers.cbam_forward(x, *weights, *bn, eps, *options, config.residual, save)
+    if not backward:
+        return forward, None
+    dy = torch.empty_like(x) if dy is None else dy
+    return forward, launchers.cbam_backward(
+        dy, x, *weights, *bn, eps, *forward[1:], *options, config.residual
+    )
+
+
+def resources(compiled, target: str) -> Dict[str, int]:
+    """Registers, spilled bytes (NVIDIA) or registers (AMD), and shared memory of a compiled kernel."""
+    if TARGETS[target][0] == "hip":
+        text = compiled.asm["amdgcn"]
+
+        def field(name: str) -> int:
+            return int(text.split(f".{name}:")[1].split()[0])
+
+        spilled = field("vgpr_spill_count") + field("sgpr_spill_count")
+        return {"registers": field("vgpr_count"), "spilled": spilled, "shared": compiled.metadata.shared}
+    import triton
+
+    cuobjdump = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        text = subprocess.run([cuobjdump, "-res-usage", str(path)], capture_output=True, text=True, check=True).stdout
+    fields = dict(f.split(":") for f in text.split("Function")[-1].split() if f.count(":") == 1 and f[0].isupper())
+    return {
+        "registers": int(fields["REG"]),
+        "spilled": int(fields["STACK"]) + int(fields["LOCAL"]),
+        "shared": compiled.metadata.shared,
+    }
