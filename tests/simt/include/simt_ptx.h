@@ -27,7 +27,7 @@ namespace ptx {
 
 // ld.global with cache hints; st.global, st.global.cs
 template <class W>
-inline W load_read_only(const W* p, SIMT_WHERE) { return simt::read(p, where); }
+inline W load_read_only(const W* p, SIMT_WHERE) { return simt::read_only(p, where); }
 template <class W>
 inline W load_last_use(const W* p, SIMT_WHERE) { return simt::read(p, where); }
 template <class W>

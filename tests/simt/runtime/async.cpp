@@ -62,14 +62,12 @@ MBarrier& find(u64* barrier, Where where) {
 }
 
 // A phase ends when nobody and nothing is awaited any more; those who then test it learn what the arrivers knew.
-void settle(Cluster& cluster, MBarrier& m) {
+void settle(MBarrier& m) {
   if (m.pending || m.bytes) return;
-  if (m.joining.size() <= m.party) m.joining.resize(m.party + 1);
-  m.joining[m.party] = ++m.phase;
+  m.joining.local[m.party] = ++m.phase;
   m.released = std::make_shared<const Clocks>(m.joining);
   m.pending = m.count;
   device.progress = device.switches;
-  (void)cluster;
 }
 
 void check_bulk(const void* to, const void* from, unsigned bytes, Where where) {
@@ -82,7 +80,7 @@ void await_bytes(u64* barrier, std::int64_t bytes, Cluster& cluster) {
   auto it = cluster.mbarriers.find(barrier);
   if (it == cluster.mbarriers.end()) return;
   it->second.bytes += bytes;
-  if (bytes < 0) settle(cluster, it->second);
+  if (bytes < 0) settle(it->second);
 }
 
 }  // namespace
@@ -129,7 +127,7 @@ void mbarrier_init(u64* barrier, unsigned count, Where where) {
   m.count = m.pending = count;
   m.initialiser = t.party;
   m.init_clock = t.clock;
-  m.joining.resize(m.party + 1);
+  m.joining.local.resize(m.party + 1);
 }
 
 void mbarrier_invalidate(u64* barrier, Where where) {
@@ -145,7 +143,7 @@ void mbarrier_arrive(u64* barrier, unsigned count, unsigned expected_bytes, Wher
   t.clock++;
   m.bytes += expected_bytes;
   m.pending -= count;
-  if (count) settle(*t.block->cluster, m);
+  if (count) settle(m);
 }
 
 bool mbarrier_test(u64* barrier, unsigned parity, Where where) {

@@ -48,6 +48,7 @@ void thread_entry() {
     for (Thread* lane : t.warp->lanes)
       if (lane && (t.warp->waiting >> lane->view.lane & 1) && (lane->mask >> t.view.lane & 1))
         fail(lane->where, "lane %u returned, but the mask %08x of a warp operation waits for it", t.view.lane, lane->mask);
+  cluster_leave(t);
   if (fiber_overflowed(t.fiber)) fail(t.where, "the thread overflowed its stack of %zu bytes", kStackBytes);
   fiber_switch(t.fiber, device.scheduler, true);
 }
@@ -113,8 +114,9 @@ void admit(unsigned cluster_index) {
   const LaunchConfig& c = device.config;
   auto owned = std::make_unique<Cluster>();
   Cluster& cluster = *owned;
+  cluster.number = device.admitted++;
   cluster.parties = c.cluster * device.block_threads;
-  const auto start = std::make_shared<const Clocks>(cluster.parties, 0u);
+  const auto start = std::make_shared<const Clocks>(Clocks{Entries(cluster.parties, 0u), nullptr});
   const unsigned along_x = c.grid.x / c.cluster;
   for (unsigned r = 0; r < c.cluster; ++r) {
     const uint3 at{cluster_index % along_x * c.cluster + r, cluster_index / along_x % c.grid.y,
@@ -298,6 +300,8 @@ void launch_grid(const LaunchConfig& config, const char* kernel, void (*body)(co
   d.random = mix(d.seed * 0x2545f4914f6cdd1d + ++d.launches);
   d.switches = d.progress = 0;
   d.statics.clear();
+  d.released.clear();
+  d.admitted = 0;
   d.static_end = (config.shared + kGuard + 127) / 128 * 128;
   try {
     check_config(config);

@@ -12,15 +12,6 @@ namespace simt {
 
 namespace {
 
-struct Name {
-  char text[64];
-};
-Name kind(unsigned access, std::size_t bytes) {
-  Name n;
-  std::snprintf(n.text, sizeof n.text, "%s of %zu bytes", access & kAtomic ? "atomic" : access & kWrite ? "store" : "load", bytes);
-  return n;
-}
-
 __attribute__((format(printf, 2, 3))) void report(Site site, const char* format, ...) {
   char text[1200];
   va_list arguments;
@@ -105,7 +96,7 @@ void check_order(Block& owner, Cell& cell, const Thread& t, unsigned access, std
 }
 
 void touch(Block& owner, Cell& cell, Thread& t, unsigned access, std::size_t offset, Site site) {
-  if ((cell.flags & kPending) && !(access & kLanded))
+  if (cell.flags & kPending)
     report(site, "%s at byte %zu of shared memory while an asynchronous copy into it has not landed",
            access & kWrite ? "store" : "read", offset);
   if ((access & kRead) && !(cell.flags & kWritten))
@@ -160,7 +151,7 @@ void check_shared(Block& owner, Thread& t, std::size_t offset, std::size_t bytes
   for (const Segment& s : owner.segments) inside = inside || (offset >= s.begin && offset + bytes <= s.end);
   if (!inside)
     report(site, "out-of-bounds %s at byte %zu of shared memory; the block has %zu bytes of dynamic shared memory",
-           kind(access, bytes).text, offset, device.config.shared);
+           access_name(access, bytes).text, offset, device.config.shared);
   if (&owner != t.block) {
     if (owner.live == 0) report(site, "access to shared memory of block rank %u, which has returned", owner.rank);
     if (device.instrumented && !knows(t, owner.threads[0].party, 1))
@@ -170,39 +161,13 @@ void check_shared(Block& owner, Thread& t, std::size_t offset, std::size_t bytes
     for_cells(owner, offset, bytes, [&](Cell& c, std::size_t at) { touch(owner, c, t, access, at, site); });
 }
 
-void check_global(std::uintptr_t a, std::size_t bytes, unsigned access, Site site) {
-  Device& d = device;
-  auto it = std::upper_bound(d.buffers.begin(), d.buffers.end(), a, [](std::uintptr_t v, const Buffer& b) { return v < b.begin; });
-  Buffer* b = it == d.buffers.begin() ? nullptr : &*std::prev(it);
-  if (!b || a + bytes > b->end) {
-    const auto parameters = reinterpret_cast<std::uintptr_t>(d.parameters);
-    if (a >= parameters && a + bytes <= parameters + d.parameter_bytes && !(access & kWrite)) return;
-    for (const auto& image : d.images)
-      if (a >= image.first && a + bytes <= image.second && !(access & kWrite)) return;
-    if (b && a - b->begin < 2 * (b->end - b->begin) + 4096)
-      report(site, "out-of-bounds %s at byte %zu of '%s', which has %zu bytes", kind(access, bytes).text, a - b->begin,
-             b->name.c_str(), b->end - b->begin);
-    if (it != d.buffers.end() && it->begin - a < 4096)
-      report(site, "out-of-bounds %s %zu bytes before '%s'", kind(access, bytes).text, it->begin - a, it->name.c_str());
-    if (d.buffers.empty()) return;   // a driver that registers nothing is checked by AddressSanitizer alone
-    report(site, "out-of-bounds %s at %p: no registered buffer is there", kind(access, bytes).text, reinterpret_cast<void*>(a));
-  }
-  if ((access & kWrite) && b->read_only) report(site, "%s into the read-only buffer '%s'", kind(access, bytes).text, b->name.c_str());
-  if (!b->written.empty()) {
-    u8* w = b->written.data() + (a - b->begin);
-    if ((access & kRead) && std::memchr(w, 0, bytes))
-      report(site, "%s of unwritten memory at byte %zu of '%s'", kind(access, bytes).text, a - b->begin, b->name.c_str());
-    if (access & kWrite) std::memset(w, 1, bytes);
-  }
-  if (access & kAtomic) {
-    d.atomics++;
-    return;
-  }
-  if (access & kRead) b->bytes_read += bytes, d.bytes_read += bytes;
-  if (access & kWrite) b->bytes_written += bytes, d.bytes_written += bytes;
-}
-
 }  // namespace
+
+Name access_name(unsigned access, std::size_t bytes) {
+  Name n;
+  std::snprintf(n.text, sizeof n.text, "%s of %zu bytes", access & kAtomic ? "atomic" : access & kWrite ? "store" : "load", bytes);
+  return n;
+}
 
 void fail_site(Site site, const std::string& message) {
   if (site.pc) fail_pc(site.pc, "%s", message.c_str());
@@ -250,7 +215,7 @@ void check_access(const void* address, std::size_t bytes, std::size_t alignment,
   Thread& t = *d.thread;
   const auto a = reinterpret_cast<std::uintptr_t>(address);
   if (a - reinterpret_cast<std::uintptr_t>(t.fiber.stack) < kStackBytes) return;
-  if (a % alignment) report(site, "misaligned %s at %p: the address is not a multiple of %zu", kind(access, bytes).text, address, alignment);
+  if (a % alignment) report(site, "misaligned %s at %p: the address is not a multiple of %zu", access_name(access, bytes).text, address, alignment);
   if (in_shared(address)) {
     Block* owner = shared_block(address);
     if (!owner) report(site, "access to shared memory of a block that has returned");
@@ -258,8 +223,8 @@ void check_access(const void* address, std::size_t bytes, std::size_t alignment,
     return;
   }
   if (a - reinterpret_cast<std::uintptr_t>(d.stacks) < d.stack_bytes)
-    report(site, "%s in another thread's local memory", kind(access, bytes).text);
-  check_global(a, bytes, access, site);
+    report(site, "%s in another thread's local memory", access_name(access, bytes).text);
+  check_global(t, a, bytes, access, site);
 }
 
 // The destination of an asynchronous copy: checked as a store of the issuing thread, then owned by `party`, which
@@ -301,8 +266,8 @@ void check_proxy(Thread& t, const void* address, std::size_t bytes, Site site) {
   });
 }
 
-void load(void* out, const void* address, std::size_t bytes, std::size_t alignment, Where where) {
-  check_access(address, bytes, alignment, kRead, {where, nullptr});
+void load(void* out, const void* address, std::size_t bytes, std::size_t alignment, bool read_only_path, Where where) {
+  check_access(address, bytes, alignment, unsigned(kRead) | (read_only_path ? unsigned(kReadOnlyPath) : 0), {where, nullptr});
   std::memcpy(out, address, bytes);
 }
 
@@ -310,22 +275,5 @@ void store(void* address, const void* value, std::size_t bytes, std::size_t alig
   check_access(address, bytes, alignment, kWrite, {where, nullptr});
   std::memcpy(address, value, bytes);
 }
-
-void atomic_begin(void* address, std::size_t bytes, unsigned access, Order order, Where where) {
-  Thread& t = *device.thread;
-  (void)order;
-  // Before, not after: what the operation sees is what others did up to now.
-  if (random_below(2)) {
-    t.ready = true;
-    t.block->ready.push_back(&t);
-    wait("runs", where);
-  }
-  check_access(address, bytes, bytes, access, {where, nullptr});
-  if (access & kWrite) device.progress = device.switches;
-}
-
-void atomic_copy(void* to, const void* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
-
-void fence() {}
 
 }  // namespace simt

@@ -22,8 +22,20 @@ using u64 = std::uint64_t;
 
 // What a thread knows of the others, as vector clocks: entry i is the last clock of party i that happened before.
 // Parties are the cluster's threads, then one for each mbarrier (standing for the copies that complete on it).
+using Entries = std::vector<u32>;
+
+// The same of other clusters, by cluster number; what was released through global memory and acquired.
+struct Foreign {
+  u64 id, parent;                // of the one that this adds to, which it covers
+  std::vector<std::pair<u32, std::shared_ptr<const Entries>>> clusters;   // sorted
+};
+using ForeignRef = std::shared_ptr<const Foreign>;
+
 // Snapshots are immutable and shared: after a block barrier all its threads hold the same one.
-using Clocks = std::vector<u32>;
+struct Clocks {
+  Entries local;
+  ForeignRef foreign;
+};
 using Snapshot = std::shared_ptr<const Clocks>;
 
 struct Block;
@@ -66,7 +78,10 @@ struct Thread {
   u32 warp_seen[32];
   u32 proxy_fence;               // clock of the last fence.proxy.async
   bool fenced_since_acquire;
-  Clocks fence_released;
+  ForeignRef foreign;
+  ForeignRef fence_release;      // what the last fence covers: a relaxed atomic after it releases this
+  ForeignRef fence_acquire;      // what relaxed atomics have seen: the next fence acquires it
+  ForeignRef last_acquired;
 
   std::vector<Copy> copies;      // cp.async, not yet committed
   std::deque<std::vector<Copy>> groups;
@@ -133,6 +148,7 @@ struct MBarrier {
 };
 
 struct Cluster {
+  u32 number;                    // within the launch
   std::vector<std::unique_ptr<Block>> blocks;
   Rendezvous barrier;            // barrier.cluster, arrived side
   std::vector<Thread*> waiting;
@@ -143,11 +159,27 @@ struct Cluster {
   std::vector<Copy> copies;      // bulk copies in flight
 };
 
+// Shadow of one word of global memory, of buffers that kernels may write. Of no meaning to a later launch.
+struct GlobalReaders {
+  u32 cluster, clock, mask;
+  u16 warp;
+  bool atomic;
+};
+struct GlobalCell {
+  u32 launch, cluster, clock;
+  u16 party;
+  u8 flags;
+  u32 readers;                   // 1 + index of a list
+};
+
 struct Buffer {
   std::uintptr_t begin, end;
   std::string name;
   bool read_only;
   std::vector<u8> written;       // a byte each, where the buffer starts without values; else empty
+  std::vector<GlobalCell> words;
+  std::vector<GlobalCell> halves;   // two a word, where words are shared by 16-bit elements
+  std::vector<std::vector<GlobalReaders>> readers;
   u64 bytes_read = 0, bytes_written = 0;
 };
 
@@ -181,6 +213,8 @@ struct Device {
   std::string error;
   // counted
   std::vector<Buffer> buffers;   // by address
+  std::unordered_map<std::uintptr_t, ForeignRef> released;   // by an atomic's address
+  u32 admitted = 0;
   u64 bytes_read = 0, bytes_written = 0, atomics = 0, barriers = 0, launches = 0;
 };
 extern Device device;
@@ -191,9 +225,16 @@ void wake(Thread* thread);
 [[noreturn]] void fail_pc(const void* pc, const char* format, ...) __attribute__((format(printf, 2, 3)));
 [[noreturn]] void fail_device(const std::string& message);   // from the scheduler: no thread is at fault
 
+// sync.cpp
+void cluster_leave(Thread& t);             // exited threads are not waited for by cluster barriers
+
 // clocks.cpp
 bool knows(const Thread& t, unsigned party, u32 clock);
+bool knows(const Thread& t, u32 cluster, unsigned party, u32 clock);
 void join(Clocks& into, const Thread& t);
+ForeignRef merge(const ForeignRef& a, const ForeignRef& b);
+ForeignRef release_of(const Thread& t);        // all that `t` knows, its own cluster included
+void acquire(Thread& t, const ForeignRef& released);
 void absorb(Thread& t, const Snapshot& snapshot);
 void reset_base(Thread& t, const Snapshot& snapshot);
 std::string party_name(const Cluster& cluster, unsigned party);
@@ -201,13 +242,18 @@ std::string party_name(const Cluster& cluster, unsigned party);
 // shadow.cpp
 struct Site {
   Where where;
-  const void* pc;
+  const void* pc;                // where set, names the place instead of `where`
 };
-enum AccessExtra : unsigned { kIssue = 8, kLanded = 16, kCheckOnly = 32 };
+struct Name {
+  char text[64];
+};
+Name access_name(unsigned access, std::size_t bytes);
+enum AccessExtra : unsigned { kIssue = 16, kCheckOnly = 32 };
 void check_access(const void* address, std::size_t bytes, std::size_t alignment, unsigned access, Site site);
 void mark_async(Thread& t, void* address, std::size_t bytes, unsigned party, u32 clock, bool pending, Site site);
 void mark_landed(Thread& t, void* address, std::size_t bytes);
 void check_proxy(Thread& t, const void* address, std::size_t bytes, Site site);
+void check_global(Thread& t, std::uintptr_t address, std::size_t bytes, unsigned access, Site site);
 bool in_shared(const void* address);
 Block* shared_block(const void* address);
 [[noreturn]] void fail_site(Site site, const std::string& message);

@@ -21,7 +21,7 @@ void complete(Rendezvous& r, bool all_of_block) {
 }
 
 void arrive(Rendezvous& r, Thread& t, Where where) {
-  if (r.clocks.empty()) r.clocks.resize(t.block->cluster->parties);
+  if (r.clocks.local.empty()) r.clocks.local.resize(t.block->cluster->parties);
   if (device.instrumented) join(r.clocks, t);
   t.clock++;
   if (!r.count++) {
@@ -105,6 +105,10 @@ void complete_warp(Warp& warp, u32 mask, WarpOp op) {
       if (mask >> l & 1)
         for (const Snapshot& s : warp.lanes[l]->extra)
           if (std::find(extras.begin(), extras.end(), s) == extras.end()) extras.push_back(s);
+  ForeignRef foreign;
+  if (op == WarpOp::kSync)
+    for (unsigned l = 0; l < 32; ++l)
+      if (mask >> l & 1) foreign = merge(foreign, warp.lanes[l]->foreign);
   for (unsigned l = 0; l < 32; ++l) {
     if (!(mask >> l & 1)) continue;
     Thread& t = *warp.lanes[l];
@@ -122,12 +126,28 @@ void complete_warp(Warp& warp, u32 mask, WarpOp op) {
       std::copy(seen, seen + 32, t.warp_seen);
       t.clock++;
       for (const Snapshot& s : extras) absorb(t, s);
+      t.foreign = foreign;
       t.fenced_since_acquire = false;
     }
   }
   warp.waiting &= ~mask;
   for (unsigned l = 0; l < 32; ++l)
     if ((mask >> l & 1) && warp.lanes[l] != device.thread) wake(warp.lanes[l]);
+  device.progress = device.switches;
+}
+
+void cluster_settle(Cluster& c) {
+  unsigned live = 0;
+  for (const auto& b : c.blocks) live += b->live;
+  if (c.barrier.count == 0 || c.barrier.count < live) return;
+  c.barrier_released = std::make_shared<const Clocks>(std::move(c.barrier.clocks));
+  c.barrier_phase++;
+  c.barrier = Rendezvous{};
+  for (Thread* w : c.waiting) {
+    absorb(*w, c.barrier_released);
+    wake(w);
+  }
+  c.waiting.clear();
   device.progress = device.switches;
 }
 
@@ -197,20 +217,14 @@ void cluster_arrive(bool release, Where where) {
   if (t.cluster_arrived) fail(where, "cluster barrier: a second arrive without a wait between");
   t.cluster_arrived = true;
   Rendezvous& r = c.barrier;
-  if (r.clocks.empty()) r.clocks.resize(c.parties);
+  if (r.clocks.local.empty()) r.clocks.local.resize(c.parties);
   if (release && device.instrumented) join(r.clocks, t);
   t.clock++;
-  if (++r.count < c.parties) return;
-  c.barrier_released = std::make_shared<const Clocks>(std::move(r.clocks));
-  c.barrier_phase++;
-  r = Rendezvous{};
-  for (Thread* w : c.waiting) {
-    absorb(*w, c.barrier_released);
-    wake(w);
-  }
-  c.waiting.clear();
-  device.progress = device.switches;
+  r.count++;
+  cluster_settle(c);
 }
+
+void cluster_leave(Thread& t) { cluster_settle(*t.block->cluster); }
 
 void cluster_wait(Where where) {
   Thread& t = *device.thread;

@@ -74,8 +74,9 @@ SIMT_API void* static_shared(const void* key, std::size_t bytes, std::size_t ali
 
 // Checked accesses to global, shared or local memory. In the instrumented build plain dereferences are checked
 // too, through the compiler's hooks; these are for helpers that stand for one instruction of a fixed width.
-enum Access : unsigned { kRead = 1, kWrite = 2, kAtomic = 4 };
-SIMT_API void load(void* out, const void* address, std::size_t bytes, std::size_t alignment, Where where);
+enum Access : unsigned { kRead = 1, kWrite = 2, kAtomic = 4, kReadOnlyPath = 8 };
+SIMT_API void load(void* out, const void* address, std::size_t bytes, std::size_t alignment, bool read_only_path,
+                   Where where);
 SIMT_API void store(void* address, const void* value, std::size_t bytes, std::size_t alignment, Where where);
 
 }  // namespace simt

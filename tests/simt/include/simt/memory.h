@@ -8,15 +8,26 @@ namespace simt {
 
 enum class Order { kRelaxed, kAcquire, kRelease, kAcquireRelease };
 
+// A vector type is one access of its whole width, whatever its alignment as a C++ type.
+template <class T>
+constexpr std::size_t kWidth = (sizeof(T) & (sizeof(T) - 1)) == 0 && sizeof(T) <= 16 ? sizeof(T) : alignof(T);
+
 template <class T>
 inline T read(const T* p, Where where) {
   T v;
-  load(&v, p, sizeof(T), alignof(T) < sizeof(T) && (sizeof(T) & (sizeof(T) - 1)) == 0 ? sizeof(T) : alignof(T), where);
+  load(&v, p, sizeof(T), kWidth<T>, false, where);
+  return v;
+}
+// ld.global.nc: through a cache that does not see this launch's stores.
+template <class T>
+inline T read_only(const T* p, Where where) {
+  T v;
+  load(&v, p, sizeof(T), kWidth<T>, true, where);
   return v;
 }
 template <class T>
 inline void write(T* p, const T& v, Where where) {
-  store(p, &v, sizeof(T), alignof(T) < sizeof(T) && (sizeof(T) & (sizeof(T) - 1)) == 0 ? sizeof(T) : alignof(T), where);
+  store(p, &v, sizeof(T), kWidth<T>, where);
 }
 
 // Checks the access, may let other threads run first, and takes or gives what `order` orders; the operation itself
@@ -48,13 +59,14 @@ inline void atomic_store(T* p, T v, Order order, Where where) {
 
 }  // namespace simt
 
+template <class T>
+inline T __ldg(const T* p, SIMT_WHERE) { return simt::read_only(p, where); }
 #define SIMT_LOAD(name) \
   template <class T>    \
   inline T name(const T* p, SIMT_WHERE) { return simt::read(p, where); }
 #define SIMT_STORE(name) \
   template <class T>     \
   inline void name(T* p, std::type_identity_t<T> v, SIMT_WHERE) { simt::write(p, v, where); }
-SIMT_LOAD(__ldg)
 SIMT_LOAD(__ldcg)
 SIMT_LOAD(__ldca)
 SIMT_LOAD(__ldcs)
