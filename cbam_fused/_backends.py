@@ -17,6 +17,12 @@ from ._config import Config
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def _constant(f: Callable) -> Callable:
+    """`torch.compiler.assume_constant_result`, which would import the whole compiler: over a second."""
+    f._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return f
+
+
 def _load_native(module: str, hint: str) -> Callable[[], Optional[str]]:
     """Loader of the stable-ABI library `module`, whose static initialisers register its kernels."""
 
@@ -79,7 +85,7 @@ NAMES = ("auto", *(b.name for b in TABLE), "reference")
 _state: Dict[str, Optional[str]] = {}
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def unavailable(name: str) -> Optional[str]:
     """None if the backend can run on this machine, or the reason why not. Loads it at first use."""
     if name not in _state:
@@ -97,7 +103,7 @@ def backends() -> Dict[str, Union[bool, str]]:
     return table
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _say_once(name: str) -> None:
     if not _state.get(f"said {name}"):
         _state[f"said {name}"] = "yes"
