@@ -2,14 +2,21 @@
 // Under CBAM_SIMT the host implementation supplies the same names in simt_ptx.h.
 #pragma once
 
+#include <cuda_runtime.h>
 #include <stdint.h>
 
 #ifdef CBAM_SIMT
 #include "simt_ptx.h"
 #else
 
+// Shared memory is declared by these two alone: on the host a block's shared memory is no variable.
+#define CBAM_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#define CBAM_SHARED(name, ...) __shared__ cbam::ptx::shared_type<__VA_ARGS__> name
+
 namespace cbam {
 namespace ptx {
+
+template <class T> using shared_type = T;
 
 // ---- Global memory. W is unsigned short, unsigned, unsigned long long or uint4.
 

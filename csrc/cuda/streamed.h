@@ -1,0 +1,128 @@
+// The streamed tier's launch parameters: a Problem, the order of its work items, and scratch memory.
+// Plain data, filled in by policy.h on the host and read by the kernels.
+#pragma once
+
+#include "problem.h"
+
+namespace cbam {
+
+constexpr int kThreads = 256;
+constexpr int kMlpSamples = 4;  // samples an item of the MLP, where it is cut into items
+constexpr int kLogitTile = 32;  // channels an item of kLogitGrad
+constexpr int kWeightRows = 8, kWeightColumns = 32;  // tile of a weight's gradient
+static_assert(kThreads / kWeightColumns == kWeightRows);
+
+// The kinds of work. A stage's items wait for all items of the stage before it, of the same unit.
+enum Stage : int32_t {
+  kPool,         // x -> channel pools
+  kHidden,       // channel pools -> hidden layer, a range of hidden units of a whole unit
+  kGate,         // hidden layer -> channel gate, a range of channels of a whole unit
+  kSpatialPool,  // x, gate -> maximum and mean over channels
+  kConv,         // spatial pools -> logits, spatial gate
+  kOutput,       // x, both gates -> y
+  kCross,        // x, dy -> ds, and the part sum_p dy * x * s of dg
+  kConvGrad,     // ds -> dq, and partial gradients of the convolution
+  kGateGrad,     // x, dq -> the rest of dg
+  kLogitGrad,    // dg -> dl, a range of channels of one sample
+  kHiddenGrad,   // dl -> gradient of the hidden layer, a range of hidden units of a whole unit
+  kPoolGrad,     // hidden layer's gradient -> gradient of the pools, a range of channels of a whole unit
+  kInputGrad,    // dy, everything above -> dx
+  kStageCount
+};
+
+// Which rounds of the chain one launch runs.
+enum Operation : int32_t {
+  kCbamForward, kAttentionForward, kScaleForward, kCbamBackward, kAttentionBackward, kScaleBackward
+};
+
+// Counters in the workspace: a ticket, finished blocks, finished weight-gradient inputs, then a row of
+// kCounters a unit, indexed by stage; kTailDone is raised when a stage's tail has run.
+constexpr int kTicket = 0, kBlocksDone = 1, kReadyForWeights = 2, kUnitCounters = 32;
+constexpr int kTailDone = kStageCount, kCounters = 16;
+static_assert(kTailDone < kCounters);
+
+// A number that depends on how many samples the unit has (the last one may have fewer).
+struct Count {
+  int32_t per_sample, per_unit;
+};
+
+// One stage's share of a step: `items` of unit (step - lag), a multiple of which holds for each sample
+// where per_sample is set.
+struct StagePlan {
+  int32_t stage, lag, items, per_sample;
+  uint32_t first;         // the step's tickets before this stage
+  int32_t wait_counter;   // -1: nothing to wait for
+  Count wait_for;
+  int32_t tail;           // the block that finishes the unit's last item does the stage's tail
+  int32_t feeds_weights;  // raises kReadyForWeights
+  Count total;            // items of one unit
+};
+
+// How a sample's matrix of channels and positions is cut into items.
+// Contiguous: a tile is `columns` vectors wide (a power of two up to 32), over `chunk_rows` rows. With
+// fold > 1, `fold` channels make one row, so that rows are aligned to vectors, and a tile spans the row.
+// Channels-last: a tile is `positions` positions; `columns` lanes share one.
+struct Tiling {
+  int32_t columns, columns_log2;
+  int32_t positions, tiles;
+  int32_t chunk_rows, chunks;
+};
+
+struct Schedule {
+  StagePlan plan[8];
+  int32_t plans;
+  int32_t stage_plan[kStageCount];  // index into plan, or -1
+  int32_t unit_samples, units;
+  uint32_t step_items, main_items, weight_items;
+  uint32_t weights_ready;  // kReadyForWeights' final value
+  int32_t ring;            // units whose scratch is alive at a time; 0: all of them
+  int32_t ring_counter;    // counter that frees a slot of the ring
+
+  int32_t fold;            // channels a row
+  int32_t rows, row_elements, row_vectors;
+  Tiling reduce;           // kSpatialPool, kCross: stages that reduce over channels
+  Tiling map;              // kOutput, kGateGrad, kInputGrad
+
+  int32_t pool_lanes;      // contiguous: lanes a row; channels-last: lanes a position
+  int32_t pool_rows;       // contiguous: rows an item; channels-last: positions an item
+  int32_t pool_items;      // a sample
+  int32_t pool_chunks;     // partial pools a channel (channels-last)
+
+  int32_t conv_positions, conv_items;
+  int32_t conv_halo;       // positions before and after a range that its convolution reads
+  int32_t conv_staged;     // maps in shared memory, else read where they are
+  int32_t kernel_staged;
+
+  int32_t pool_vectors;    // pools after blending
+  int32_t hidden_tile, gate_tile;     // rows of w1, rows of w2 an item of the MLP, forward and backward
+  int32_t logits_grad_items;  // scale_backward: items that sum ds over chunks, after those of kLogitGrad
+};
+
+// Scratch memory, of the accumulation type unless said otherwise; null where an operation needs none.
+struct Scratch {
+  uint32_t* counters;     // zero at the start and again at the end of every launch
+  void* pool_parts;       // (5, N, pool_chunks, C): sum, maximum, squares, and log-sum's peak and sum
+  int32_t* pool_marks;    // (N, pool_chunks, C)
+  void* hidden;           // (N, h): summed over pools, after ReLU
+  void* spatial_parts;    // (2, N, chunks, P): maximum, sum
+  int32_t* spatial_marks; // (N, chunks, P)
+  void* spatial_grad;     // ds (slots, reduce chunks, P)
+  void* pooled_grad;      // dq (slots, 2, P), [max, mean], the mean's divided by C
+  void* cross_parts;      // (slots, reduce tiles, C)
+  void* gate_parts;       // (slots, map tiles, C)
+  void* logit_grad;       // dl (N, C)
+  void* hidden_grad;      // (N, pool_vectors, h)
+  void* pool_grad;        // (slots, K, C): gradient of each pool, as the input's gradient uses it
+  void* conv_parts;       // (N * conv_items, 2 * taps + 2): kernel, sum of dz, sum of dz * conv
+};
+
+struct Streamed {
+  Problem p;
+  Schedule s;
+  Scratch w;
+  int32_t operation;
+  int32_t grid, blocks_per_multiprocessor;
+  int32_t shared_bytes;
+};
+
+}  // namespace cbam

@@ -1,0 +1,215 @@
+// The streamed tier's backward: one persistent launch from dy to dx and every weight's gradient.
+#pragma once
+
+#include "streamed_conv.cuh"
+#include "streamed_input_grad.cuh"
+#include "streamed_mlp.cuh"
+
+namespace cbam {
+
+// ---- Weight gradients: sums over the batch in the order of the samples, eight interleaved.
+
+// tile[r][c] = sum_i left(i, r) right(i, c) for i < count, rows below `rows` and columns below `columns`.
+template <class A, class Left, class Right, class Out>
+__device__ __forceinline__ void outer_sum(int64_t tile, int64_t rows, int64_t columns, int64_t count, Shared shared,
+                                          Left left, Right right, Out out) {
+  const int64_t tiles = (columns + kWeightColumns - 1) / kWeightColumns;
+  const int64_t r0 = tile / tiles * kWeightRows, c = tile % tiles * kWeightColumns + threadIdx.x % kWeightColumns;
+  const int group = threadIdx.x / kWeightColumns;
+  A* parts = shared.take<A>(kThreads * kWeightRows);
+  A acc[kWeightRows] = {};
+  if (c < columns) {
+    for (int64_t i = group; i < count; i += kThreads / kWeightColumns) {
+      const A of_right = right(i, c);  // [1]
+#pragma unroll
+      for (int r = 0; r < kWeightRows; ++r) {
+        if (r0 + r < rows) acc[r] += left(i, r0 + r) * of_right;  // [1]
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kWeightRows; ++r) parts[r * kThreads + threadIdx.x] = acc[r];
+  __syncthreads();
+  // Group g finishes row g of the tile.
+  if (c < columns && r0 + group < rows) {
+    const A* row = parts + group * kThreads + threadIdx.x % kWeightColumns;
+    A total = row[0];
+    for (int g = 1; g < kThreads / kWeightColumns; ++g) total += row[g * kWeightColumns];
+    out(r0 + group, c, total);
+  }
+}
+
+// total[c] = sum_i value(i, c) for one tile of columns.
+template <class A, class Value, class Out>
+__device__ __forceinline__ void column_sum(int64_t tile, int64_t columns, int64_t count, Shared shared, Value value,
+                                           Out out) {
+  const int64_t c = tile * kWeightColumns + threadIdx.x % kWeightColumns;
+  const int group = threadIdx.x / kWeightColumns, groups = kThreads / kWeightColumns;
+  A* parts = shared.take<A>(kThreads);
+  A sum = 0;
+  if (c < columns) {
+#pragma unroll 8
+    for (int64_t i = group; i < count; i += groups) sum += value(i, c);  // [1]
+  }
+  parts[threadIdx.x] = sum;
+  __syncthreads();
+  if (group == 0 && c < columns) {
+    for (int g = 1; g < groups; ++g) sum += parts[g * kWeightColumns + threadIdx.x];
+    out(c, sum);
+  }
+}
+
+__device__ __forceinline__ int64_t weight_tiles(int64_t rows, int64_t columns) {
+  return (rows + kWeightRows - 1) / kWeightRows * ((columns + kWeightColumns - 1) / kWeightColumns);
+}
+__device__ __forceinline__ int64_t bias_tiles(int64_t columns) { return (columns + kWeightColumns - 1) / kWeightColumns; }
+
+// Entry e of a row of conv_parts, summed over the batch: where it goes.
+template <class T>
+__device__ __forceinline__ void put_conv_grad(const Problem& p, int64_t e, Accumulate<T> sum) {
+  using A = Accumulate<T>;
+  const Norm<A> norm = load_norm<T>(p);
+  const int64_t count = taps(p);
+  if (e < 2 * count) {
+    const int64_t plane = e / count, stored = p.spatial == kMaxMean ? plane : 1 - plane;
+    if (p.dconv_weight.data) store_weight<T>(p.dconv_weight, stored * count + e % count, norm.slope * sum);
+  } else if (e == 2 * count) {
+    if (p.dconv_bias.data) store_weight<T>(p.dconv_bias, 0, norm.slope * sum);
+    if (p.dbn_bias.data) store_weight<T>(p.dbn_bias, 0, sum);
+  }
+}
+
+template <class T> __device__ __forceinline__ void conv_weight_item(const Streamed& k, int64_t tile, Shared shared) {
+  using A = Accumulate<T>;
+  const Problem& p = k.p;
+  const int64_t count = taps(p), entries = 2 * count + 2, rows = p.samples * k.s.conv_items;
+  const auto part = [&](int64_t i, int64_t e) { return fresh<A>(k.w.conv_parts, i * entries + e); };
+  if (p.spatial == kSpatialBlend) {
+    // Both planes are 0.5 times the one kernel.
+    column_sum<A>(
+        tile, entries, rows, shared,
+        [&](int64_t i, int64_t e) { return e < count ? A(0.5) * (part(i, e) + part(i, count + e)) : part(i, e); },
+        [&](int64_t e, A sum) {
+          if (e < count && p.dconv_weight.data) store_weight<T>(p.dconv_weight, e, load_norm<T>(p).slope * sum);
+          if (e == 2 * count) put_conv_grad<T>(p, e, sum);
+        });
+  } else {
+    column_sum<A>(tile, entries, rows, shared, part, [&](int64_t e, A sum) { put_conv_grad<T>(p, e, sum); });
+  }
+  // The norm's weight needs two sums: sum dz (z - mean) / deviation, with z = conv + bias.
+  if (p.dbn_weight.data && tile == (entries - 1) / kWeightColumns) {
+    __syncthreads();
+    A dz = 0, dz_conv = 0;
+    if (threadIdx.x < 32) {
+      for (int64_t i = threadIdx.x; i < rows; i += 32) {
+        dz += part(i, 2 * count);
+        dz_conv += part(i, 2 * count + 1);
+      }
+      dz = warp_sum(dz);
+      dz_conv = warp_sum(dz_conv);
+      const Norm<A> norm = load_norm<T>(p);
+      const A bias = p.conv_bias.data ? load_weight<T>(p.conv_bias, 0) : A(0);
+      if (threadIdx.x == 0) {
+        store_weight<T>(p.dbn_weight, 0, norm.inverse_deviation * (dz_conv + (bias - norm.mean) * dz));
+      }
+    }
+  }
+}
+
+template <class T> __device__ __forceinline__ void weight_item(const Streamed& k, int64_t index, Shared shared) {
+  using A = Accumulate<T>;
+  const Problem& p = k.p;
+  const int64_t vectors = k.s.pool_vectors;
+  const auto logit = [&](int64_t n, int64_t c) { return fresh<A>(k.w.logit_grad, n * p.channels + c); };
+  const auto hidden = [&](int64_t i, int64_t j) { return fresh<A>(k.w.hidden_grad, i * p.hidden + j); };
+  if (p.pools) {
+    int64_t tiles = weight_tiles(p.channels, p.hidden);
+    if (index < tiles) {
+      outer_sum<A>(
+          index, p.channels, p.hidden, p.samples, shared, logit,
+          [&](int64_t n, int64_t j) { return fresh<A>(k.w.hidden, n * p.hidden + j); },
+          [&](int64_t c, int64_t j, A sum) {
+            if (p.dw2.data) store_weight<T>(p.dw2, c * p.hidden + j, sum);
+          });
+      return;
+    }
+    index -= tiles;
+    tiles = bias_tiles(p.channels);
+    if (index < tiles) {
+      column_sum<A>(index, p.channels, p.samples, shared, logit, [&](int64_t c, A sum) {
+        if (p.db2.data) store_weight<T>(p.db2, c, A(vectors) * sum);
+      });
+      return;
+    }
+    index -= tiles;
+    if (p.w1.data) {
+      tiles = weight_tiles(p.hidden, p.channels);
+      if (index < tiles) {
+        outer_sum<A>(
+            index, p.hidden, p.channels, p.samples * vectors, shared, hidden,
+            [&](int64_t i, int64_t c) { return mlp_input<A>(p, i / vectors, i % vectors, c); },
+            [&](int64_t j, int64_t c, A sum) {
+              if (p.dw1.data) store_weight<T>(p.dw1, j * p.channels + c, sum);
+            });
+        return;
+      }
+      index -= tiles;
+      tiles = bias_tiles(p.hidden);
+      if (index < tiles) {
+        column_sum<A>(index, p.hidden, p.samples * vectors, shared, hidden, [&](int64_t j, A sum) {
+          if (p.db1.data) store_weight<T>(p.db1, j, sum);
+        });
+        return;
+      }
+      index -= tiles;
+    }
+  }
+  if (p.spatial) conv_weight_item<T>(k, index, shared);
+}
+
+template <class Tr> __device__ __forceinline__ void backward_item(const Streamed& k, const Item& item, Shared shared) {
+  using T = typename Tr::T;
+  constexpr bool kLast = Tr::kLayout == kChannelsLast;
+  const bool split = k.p.ties == kTiesSplit;
+  switch (item.stage) {
+    case kCross:
+      if constexpr (kLast) cross_columns<Tr>(k, item, shared);
+      else cross_rows<Tr>(k, item, shared);
+      break;
+    case kConvGrad: conv_grad_stage<T>(k, item, shared); break;
+    case kGateGrad:
+      if constexpr (kLast) {
+        if (split) gate_grad_columns<Tr, true>(k, item, shared);
+        else gate_grad_columns<Tr, false>(k, item, shared);
+      } else {
+        if (split) gate_grad_rows<Tr, true>(k, item, shared);
+        else gate_grad_rows<Tr, false>(k, item, shared);
+      }
+      break;
+    case kLogitGrad: logit_grad_stage<T>(k, item, shared); break;
+    case kHiddenGrad: hidden_grad_stage<T>(k, part_of_unit(item, k.p.hidden, k.s.hidden_tile), shared); break;
+    case kPoolGrad: pool_grad_stage<T>(k, part_of_unit(item, k.p.channels, k.s.gate_tile), shared); break;
+    default: input_grad_stage<Tr>(k, item, shared);
+  }
+}
+
+// What follows a unit's last logit gradient, where one block does the MLP's backward.
+template <class T> __device__ __forceinline__ void backward_tail(const Streamed& k, const Item& item, Shared shared) {
+  if (k.p.w1.data) {
+    hidden_grad_stage<T>(k, whole_unit(item, k.p.hidden), shared);
+    __syncthreads();
+  }
+  pool_grad_stage<T>(k, whole_unit(item, k.p.channels), shared);
+}
+
+template <class Tr>
+__global__ void __launch_bounds__(kThreads, Tr::kBlocks) streamed_backward_kernel(const Streamed k) {
+  CBAM_DYNAMIC_SHARED(memory);
+  const Shared shared{memory};
+  run_items(
+      k, [&](const Item& item) { backward_item<Tr>(k, item, shared); },
+      [&](const Item& item) { backward_tail<typename Tr::T>(k, item, shared); },
+      [&](int index) { weight_item<typename Tr::T>(k, index, shared); });
+}
+
+}  // namespace cbam

@@ -1,0 +1,252 @@
+// Stages kConv and kConvGrad: the spatial gate's convolution over a range of positions of one sample.
+#pragma once
+
+#include "streamed_engine.cuh"
+
+namespace cbam {
+
+struct Coordinates {
+  int d, h, w;
+};
+__device__ __forceinline__ Coordinates coordinates(const Problem& p, int position) {
+  const int row = position / p.width, w = position - row * p.width;
+  if (p.depth == 1) return {0, row, w};
+  const int d = row / p.height;
+  return {d, row - d * p.height, w};
+}
+
+// The kernel's weight for the maximum's plane (0) or the mean's (1), whatever order it is stored in.
+template <class T> __device__ __forceinline__ Accumulate<T> kernel_weight(const Problem& p, int plane, int64_t tap) {
+  if (p.spatial == kSpatialBlend) return Accumulate<T>(0.5) * load_weight<T>(p.conv_weight, tap);
+  const int stored = p.spatial == kMaxMean ? plane : 1 - plane;
+  return load_weight<T>(p.conv_weight, stored * taps(p) + tap);
+}
+
+// z' = (z - mean) * slope + offset, the norm in eval mode.
+template <class A> struct Norm {
+  A mean, slope, offset, inverse_deviation;
+};
+template <class T> __device__ __forceinline__ Norm<Accumulate<T>> load_norm(const Problem& p) {
+  using A = Accumulate<T>;
+  if (!p.bn_mean.data) return {A(0), A(1), A(0), A(1)};
+  const A inverse = A(1) / square_root(load_weight<T>(p.bn_var, 0) + A(p.bn_eps));
+  const A weight = p.bn_weight.data ? load_weight<T>(p.bn_weight, 0) : A(1);
+  const A offset = p.bn_bias.data ? load_weight<T>(p.bn_bias, 0) : A(0);
+  return {load_weight<T>(p.bn_mean, 0), weight * inverse, offset, inverse};
+}
+
+// One item's view: its own positions [begin, end), those its convolution reads [low, high), and both
+// kernel planes; the maps' windows and the kernel are in shared memory where they fit.
+template <class T> struct ConvItem {
+  using A = Accumulate<T>;
+  const Problem& p;
+  int begin, end, low, high;
+  const A* kernel;
+
+  __device__ __forceinline__ ConvItem(const Streamed& k, const Item& item, Shared& shared) : p(k.p) {
+    const Schedule& s = k.s;
+    const int positions = static_cast<int>(p.positions), count = static_cast<int>(taps(p));
+    begin = item.index * s.conv_positions;
+    end = min(positions, begin + s.conv_positions);
+    low = max(0, begin - s.conv_halo);
+    high = static_cast<int>(min(int64_t{positions}, int64_t{end} + s.conv_halo));
+    A* staged = shared.take<A>(s.kernel_staged ? 2 * count : 0);
+    kernel = s.kernel_staged ? staged : nullptr;
+    for (int i = threadIdx.x; s.kernel_staged && i < 2 * count; i += kThreads) {
+      staged[i] = kernel_weight<T>(p, i / count, i % count);  // [1]
+    }
+  }
+  __device__ __forceinline__ A weight(int plane, int tap) const {
+    if (kernel) return kernel[plane * static_cast<int>(taps(p)) + tap];
+    return kernel_weight<T>(p, plane, tap);
+  }
+};
+
+// A map's window, or the map itself through `read`.
+template <class A, class Read> struct MapWindow {
+  const A* staged;
+  int low;
+  Read read;
+  __device__ __forceinline__ A operator()(int position) const {
+    return staged ? staged[position - low] : read(position);
+  }
+};
+template <class A, class Read>
+__device__ __forceinline__ MapWindow<A, Read> map_window(const Schedule& s, Shared& shared, int low, int high,
+                                                         int64_t size, Read read) {
+  A* staged = shared.take<A>(s.conv_staged ? size : 0);
+  if (!s.conv_staged) return {nullptr, low, read};
+  for (int i = low + threadIdx.x; i < high; i += kThreads) staged[i - low] = read(i);  // [1]
+  return {staged, low, read};
+}
+__device__ __forceinline__ int64_t window_size(const Streamed& k) {
+  return min(k.p.positions, k.s.conv_positions + 2 * int64_t{k.s.conv_halo});
+}
+
+// Calls f(tap, neighbour) for each tap whose neighbour at + sign * (tap - centre) lies inside the map.
+template <class F> __device__ __forceinline__ void for_taps(const Problem& p, Coordinates at, int sign, F f) {
+  int tap = 0;
+  for (int kd = 0; kd < p.kernel_d; ++kd) {
+    const int d = at.d + sign * (kd - p.kernel_d / 2);
+    for (int kh = 0; kh < p.kernel_h; ++kh, tap += p.kernel_w) {
+      const int h = at.h + sign * (kh - p.kernel_h / 2);
+      if (d < 0 || d >= p.depth || h < 0 || h >= p.height) continue;
+      const int row = (d * p.height + h) * p.width;
+#pragma unroll 4
+      for (int kw = 0; kw < p.kernel_w; ++kw) {
+        const int w = at.w + sign * (kw - p.kernel_w / 2);
+        if (w >= 0 && w < p.width) f(tap + kw, row + w);
+      }
+    }
+  }
+}
+
+// Spatial pools of a sample whose channels were reduced in several chunks: one result a position.
+template <class A, bool kSplit>
+__device__ __forceinline__ MeanMax<A, kSplit> merged_chunks(const Streamed& k, int64_t n, int position) {
+  const int64_t chunks = k.s.reduce.chunks, positions = k.p.positions;
+  MeanMax<A, kSplit> total = MeanMax<A, kSplit>::empty(kNoIndex);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t at = (n * chunks + chunk) * positions + position;
+    total.merge({fresh<A>(k.w.spatial_parts, k.p.samples * chunks * positions + at),
+                 {fresh<A>(k.w.spatial_parts, at), load_index<Cache::kCoherent>(k.w.spatial_marks, at, false)}});
+  }
+  return total;
+}
+
+template <class A, bool kSplit>
+__device__ __forceinline__ void put_spatial_pool(const Streamed& k, int64_t n, int position,
+                                                 const MeanMax<A, kSplit>& pool) {
+  const Problem& p = k.p;
+  put(p.spatial_pool, n * 2 * p.positions + position, pool.peak.value);
+  put(p.spatial_pool, (n * 2 + 1) * p.positions + position, pool.sum / A(p.channels));
+  if (p.spatial_index) {
+    store_index(p.spatial_index, n * p.positions + position, is_short_extent(p.channels), pool.peak.mark);
+  }
+}
+
+template <class T> __device__ __forceinline__ void conv_stage(const Streamed& k, const Item& item, Shared shared) {
+  using A = Accumulate<T>;
+  const Problem& p = k.p;
+  const ConvItem<T> c(k, item, shared);
+  const int64_t maps = item.n * 2 * p.positions, size = window_size(k);
+  // Chunks come with small maps only, whose window is always staged: each part is read once.
+  const auto maximum = [&](int i) -> A { return fresh<A>(p.spatial_pool, maps + i); };
+  const auto mean = [&](int i) -> A { return fresh<A>(p.spatial_pool, maps + p.positions + i); };
+  if (k.s.reduce.chunks > 1) {
+    for (int i = c.low + threadIdx.x; i < c.high; i += kThreads) {
+      if (p.ties == kTiesSplit) put_spatial_pool(k, item.n, i, merged_chunks<A, true>(k, item.n, i));
+      else put_spatial_pool(k, item.n, i, merged_chunks<A, false>(k, item.n, i));
+    }
+    __syncthreads();
+  }
+  const auto q_max = map_window<A>(k.s, shared, c.low, c.high, size, maximum);
+  const auto q_mean = map_window<A>(k.s, shared, c.low, c.high, size, mean);
+  const Norm<A> norm = load_norm<T>(p);
+  const A bias = p.conv_bias.data ? load_weight<T>(p.conv_bias, 0) : A(0);
+  __syncthreads();
+  for (int i = c.begin + threadIdx.x; i < c.end; i += kThreads) {
+    A z = 0;
+    for_taps(p, coordinates(p, i), 1, [&](int tap, int at) {
+      z += c.weight(0, tap) * q_max(at);
+      z += c.weight(1, tap) * q_mean(at);
+    });
+    z += bias;
+    if (k.operation == kAttentionForward) {
+      put(p.z, item.n * p.positions + i, z);
+    } else {
+      if (p.bn_mean.data) z = (z - norm.mean) * norm.slope + norm.offset;
+      put(p.spatial_gate, item.n * p.positions + i, sigmoid(z));
+    }
+  }
+}
+
+constexpr int kTapBlock = 8;  // taps of a kernel row whose gradients a thread sums at a time
+
+// dq of the item's positions, and its parts of the kernel's gradient: sums over the item's positions of
+// dz q, dz, and dz conv, all before the norm's slope.
+template <class T> __device__ __forceinline__ void conv_grad_stage(const Streamed& k, const Item& item, Shared shared) {
+  using A = Accumulate<T>;
+  const Problem& p = k.p;
+  const Schedule& s = k.s;
+  const ConvItem<T> c(k, item, shared);
+  const int64_t map = item.n * p.positions, size = window_size(k), slot = slot_of(k, item.n);
+  const auto read_dz = [&](int i) -> A {
+    if (k.operation == kAttentionBackward) return constant<A>(p.dz, map + i);
+    A ds = 0;
+    for (int chunk = 0; chunk < s.reduce.chunks; ++chunk) {
+      ds += fresh<A>(k.w.spatial_grad, (slot * s.reduce.chunks + chunk) * p.positions + i);
+    }
+    const A gate = constant<A>(p.spatial_gate, map + i);
+    return ds * gate * (A(1) - gate);
+  };
+  const auto maximum = [&](int i) -> A { return constant<A>(p.spatial_pool, 2 * map + i); };
+  const auto mean = [&](int i) -> A { return constant<A>(p.spatial_pool, 2 * map + p.positions + i); };
+  const auto dz = map_window<A>(s, shared, c.low, c.high, size, read_dz);
+  const auto q_max = map_window<A>(s, shared, c.low, c.high, size, maximum);
+  const auto q_mean = map_window<A>(s, shared, c.low, c.high, size, mean);
+  A* warps = shared.take<A>(kThreads / 32 * 2);
+  const A slope = load_norm<T>(p).slope;
+  __syncthreads();
+
+  for (int i = c.begin + threadIdx.x; i < c.end; i += kThreads) {
+    A max_grad = 0, mean_grad = 0;
+    for_taps(p, coordinates(p, i), -1, [&](int tap, int at) {
+      const A v = dz(at);
+      max_grad += c.weight(0, tap) * v;
+      mean_grad += c.weight(1, tap) * v;
+    });
+    put(k.w.pooled_grad, slot * 2 * p.positions + i, slope * max_grad);
+    put(k.w.pooled_grad, (slot * 2 + 1) * p.positions + i, slope * mean_grad / A(p.channels));
+  }
+
+  const int count = static_cast<int>(taps(p)), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t row = (item.n * s.conv_items + item.index) * (2 * int64_t{count} + 2);
+  A dz_conv = 0;  // in lane 0
+  for (int line = warp; line < p.kernel_d * p.kernel_h; line += kThreads / 32) {
+    const int kd = line / p.kernel_h - p.kernel_d / 2, kh = line % p.kernel_h - p.kernel_h / 2;
+    for (int first = 0; first < p.kernel_w; first += kTapBlock) {
+      A max_sum[kTapBlock] = {}, mean_sum[kTapBlock] = {};
+      for (int i = c.begin + lane; i < c.end; i += 32) {
+        const Coordinates at = coordinates(p, i);
+        const int d = at.d + kd, h = at.h + kh;
+        if (d < 0 || d >= p.depth || h < 0 || h >= p.height) continue;
+        const A v = dz(i);
+        const int w = at.w + first - p.kernel_w / 2, start = (d * p.height + h) * p.width + w;
+#pragma unroll
+        for (int j = 0; j < kTapBlock; ++j) {
+          if (first + j < p.kernel_w && w + j >= 0 && w + j < p.width) {
+            max_sum[j] += v * q_max(start + j);
+            mean_sum[j] += v * q_mean(start + j);
+          }
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kTapBlock; ++j) {
+        if (first + j >= p.kernel_w) break;
+        const A of_max = warp_sum(max_sum[j]), of_mean = warp_sum(mean_sum[j]);
+        const int tap = line * p.kernel_w + first + j;
+        if (lane == 0) {
+          put(k.w.conv_parts, row + tap, of_max);
+          put(k.w.conv_parts, row + count + tap, of_mean);
+          dz_conv += c.weight(0, tap) * of_max + c.weight(1, tap) * of_mean;
+        }
+      }
+    }
+  }
+  A dz_sum = 0;
+  for (int i = c.begin + threadIdx.x; i < c.end; i += kThreads) dz_sum += dz(i);
+  dz_sum = warp_sum(dz_sum);
+  if (lane == 0) {
+    warps[2 * warp] = dz_sum;
+    warps[2 * warp + 1] = dz_conv;
+  }
+  __syncthreads();
+  if (threadIdx.x < 2) {
+    A total = 0;
+    for (int i = 0; i < kThreads / 32; ++i) total += warps[2 * i + threadIdx.x];
+    put(k.w.conv_parts, row + 2 * count + threadIdx.x, total);
+  }
+}
+
+}  // namespace cbam

@@ -1,0 +1,252 @@
+// The streamed tier's engine: draws items by ticket, waits for what they read, and leaves all counters zero.
+#pragma once
+
+#include "reduce.cuh"
+#include "streamed.h"
+
+namespace cbam {
+
+template <class T_, int kVector_, Layout kLayout_, bool kFold_> struct StreamedTraits {
+  using T = T_;
+  using A = Accumulate<T>;
+  static constexpr int V = kVector_;
+  static constexpr Layout kLayout = kLayout_;
+  static constexpr bool kFold = kFold_;
+  static constexpr int kBlocks = 2;  // a multiprocessor: 128 registers a thread
+  static_assert(V == 1 || V == kVector<T>, "an access is one element or 16 bytes");
+  static_assert(!kFold || (kLayout == kContiguous && V > 1), "only contiguous vectors are folded");
+  static_assert(kThreads % 32 == 0 && kThreads * kBlocks <= 1024);
+};
+
+// Dynamic shared memory, handed out in 16-byte steps in the order in which policy.h counts it.
+struct Shared {
+  unsigned char* next;
+  template <class X> __device__ __forceinline__ X* take(int64_t count) {
+    X* p = reinterpret_cast<X*>(next);
+    next += (count * static_cast<int64_t>(sizeof(X)) + 15) / 16 * 16;
+    return p;
+  }
+};
+
+// One item: sample n of a per-sample stage; `index` counts within the sample, or within the unit.
+struct Item {
+  int stage, index;
+  int unit;
+  int64_t n;
+  int64_t first, count;  // the unit's samples
+};
+
+__device__ __forceinline__ bool is_short_extent(int64_t extent) { return extent < kShortIndexExtent; }
+
+// Where sample n's scratch lives: in a ring of units, or everywhere.
+__device__ __forceinline__ int64_t slot_of(const Streamed& k, int64_t n) {
+  const Schedule& s = k.s;
+  return s.ring ? n % (int64_t{s.ring} * s.unit_samples) : n;
+}
+
+__device__ __forceinline__ uint32_t* unit_counters(const Streamed& k, int64_t unit) {
+  return k.w.counters + kUnitCounters + unit * kCounters;
+}
+
+// Until the counter reaches `value`. An item only ever waits for items of lower tickets, which some
+// block holds already: no deadlock, however few blocks are resident.
+__device__ __forceinline__ void wait_for(const uint32_t* counter, uint32_t value) {
+  unsigned pause = 32;
+  while (ptx::load_acquire(counter) < value) {
+    ptx::sleep(pause);
+    if (pause < 256) pause *= 2;
+  }
+}
+
+__device__ __forceinline__ uint32_t expected(Count c, int64_t samples) {
+  return static_cast<uint32_t>(c.per_sample * samples + c.per_unit);
+}
+
+// False where the ticket falls outside the batch: the first and last steps are not full.
+__device__ __forceinline__ bool decode(const Streamed& k, uint32_t ticket, Item& item, const StagePlan*& plan) {
+  const Schedule& s = k.s;
+  const uint32_t step = ticket / s.step_items, rest = ticket % s.step_items;
+  int at = s.plans - 1;
+  while (s.plan[at].first > rest) --at;
+  plan = &s.plan[at];
+  const int64_t unit = int64_t{step} - plan->lag;
+  if (unit < 0 || unit >= s.units) return false;
+  const uint32_t within = rest - plan->first;
+  item.stage = plan->stage;
+  item.unit = static_cast<int>(unit);
+  item.first = unit * s.unit_samples;
+  const int64_t left = k.p.samples - item.first;
+  item.count = left < s.unit_samples ? left : s.unit_samples;
+  if (plan->per_sample) {
+    item.n = item.first + within / plan->items;
+    item.index = static_cast<int>(within % plan->items);
+    return item.n < k.p.samples;
+  }
+  item.n = item.first;
+  item.index = static_cast<int>(within);
+  return true;
+}
+
+// Runs every item of the launch. `body(item)` does one item's work, `tail(item)` what follows when all
+// items of its stage and unit are done, `weights(index)` one item of the weight gradients. All three are
+// entered by the whole block, after a barrier.
+template <class Body, class Tail, class Weights>
+__device__ __forceinline__ void run_items(const Streamed& k, Body body, Tail tail, Weights weights) {
+  CBAM_SHARED(shared_ticket, uint32_t);
+  CBAM_SHARED(shared_last, uint32_t);
+  const Schedule& s = k.s;
+  uint32_t* counters = k.w.counters;
+  const bool leader = threadIdx.x == 0;
+  const uint32_t total = s.main_items + s.weight_items;
+  uint32_t next = 0;
+  if (leader) next = ptx::add_relaxed(counters + kTicket, 1);
+  while (true) {
+    if (leader) shared_ticket = next;
+    __syncthreads();
+    const uint32_t ticket = shared_ticket;
+    if (ticket >= total) break;
+    // Drawn before the wait below, to hide its latency: this block still takes its items in order.
+    if (leader) next = ptx::add_relaxed(counters + kTicket, 1);
+    if (ticket >= s.main_items) {
+      if (leader) wait_for(counters + kReadyForWeights, s.weights_ready);
+      __syncthreads();
+      weights(static_cast<int>(ticket - s.main_items));
+    } else {
+      Item item;
+      const StagePlan* plan;
+      if (decode(k, ticket, item, plan)) {
+        uint32_t* unit = unit_counters(k, item.unit);
+        if (leader) {
+          if (plan->wait_counter >= 0) {
+            wait_for(unit + plan->wait_counter, expected(plan->wait_for, item.count));
+          } else if (s.ring && item.unit >= s.ring) {
+            const Count all = s.plan[s.stage_plan[s.ring_counter]].total;
+            wait_for(unit - s.ring * kCounters + s.ring_counter, expected(all, s.unit_samples));
+          }
+        }
+        __syncthreads();
+        body(item);
+        __syncthreads();
+        if (plan->tail) {
+          if (leader) {
+            const uint32_t all = expected(plan->total, item.count);
+            shared_last = ptx::add_acquire_release(unit + plan->stage, 1) == all - 1;
+          }
+          __syncthreads();
+          if (shared_last) {
+            tail(item);
+            __syncthreads();
+            if (leader) {
+              ptx::add_release(unit + kTailDone, 1);
+              if (plan->feeds_weights) ptx::add_release(counters + kReadyForWeights, 1);
+            }
+          }
+        } else if (leader) {
+          ptx::add_release(unit + plan->stage, 1);
+          if (plan->feeds_weights) ptx::add_release(counters + kReadyForWeights, 1);
+        }
+      }
+    }
+    __syncthreads();
+  }
+  // The counter of finished blocks wraps to zero by itself; the last block clears the others, which
+  // nobody reads any more.
+  if (leader) {
+    shared_last = ptx::increment_acquire_release(counters + kBlocksDone, gridDim.x - 1) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (shared_last) {
+    for (int64_t i = threadIdx.x; i < int64_t{s.units} * kCounters; i += kThreads) {
+      ptx::store(counters + kUnitCounters + i, 0u);
+    }
+    if (leader) {
+      ptx::store(counters + kTicket, 0u);
+      ptx::store(counters + kReadyForWeights, 0u);
+    }
+  }
+}
+
+// ---- Small helpers of the stages.
+
+template <class A> __device__ __forceinline__ A* as(void* p) { return static_cast<A*>(p); }
+template <class A> __device__ __forceinline__ const A* as(const void* p) { return static_cast<const A*>(p); }
+
+template <class A> __device__ __forceinline__ A fresh(const void* p, int64_t i) {
+  return load_one<Cache::kCoherent>(as<A>(p) + i);
+}
+template <class A> __device__ __forceinline__ A constant(const void* p, int64_t i) {
+  return load_one<Cache::kReadOnly>(as<A>(p) + i);
+}
+template <class A> __device__ __forceinline__ void put(void* p, int64_t i, A v) { store_one(as<A>(p) + i, v); }
+
+// A sum over the lanes of a row, `lanes` being a power of two up to 32; every lane gets it.
+template <class A> __device__ __forceinline__ A lanes_sum(A v, int lanes) {
+  for (int bit = lanes / 2; bit; bit /= 2) v += __shfl_xor_sync(kAllLanes, v, bit);
+  return v;
+}
+
+// Statistics that a pool gathers: what one adds, and how two halves of a set are put together.
+template <class A_, bool kSplit> struct MeanMax {
+  using A = A_;
+  A sum;
+  Peak<A> peak;
+  static __device__ __forceinline__ MeanMax empty(int first) { return {A(0), empty_peak<kSplit, A>(first)}; }
+  __device__ __forceinline__ void add(A v, int index) {
+    sum += v;
+    add_to_peak<kSplit>(peak, v, index);
+  }
+  __device__ __forceinline__ void merge(const MeanMax& other) {
+    sum += other.sum;
+    merge_peak<kSplit>(peak, other.peak);
+  }
+  __device__ __forceinline__ MeanMax exchange(int bit) const {
+    return {__shfl_xor_sync(kAllLanes, sum, bit),
+            {__shfl_xor_sync(kAllLanes, peak.value, bit), __shfl_xor_sync(kAllLanes, peak.mark, bit)}};
+  }
+};
+template <class A_> struct Sum {
+  using A = A_;
+  A sum;
+  __device__ __forceinline__ void merge(const Sum& other) { sum += other.sum; }
+  __device__ __forceinline__ Sum exchange(int bit) const { return {__shfl_xor_sync(kAllLanes, sum, bit)}; }
+};
+template <class A_> struct Squares {
+  using A = A_;
+  A sum;
+  static __device__ __forceinline__ Squares empty(int) { return {A(0)}; }
+  __device__ __forceinline__ void add(A v, int) { sum += v * v; }
+  __device__ __forceinline__ void merge(const Squares& other) { sum += other.sum; }
+  __device__ __forceinline__ Squares exchange(int bit) const { return {__shfl_xor_sync(kAllLanes, sum, bit)}; }
+};
+template <class A_> struct Exponentials {
+  using A = A_;
+  LogSum<A> log_sum;
+  static __device__ __forceinline__ Exponentials empty(int) { return {empty_log_sum<A>()}; }
+  __device__ __forceinline__ void add(A v, int) { add_to_log_sum(log_sum, v); }
+  __device__ __forceinline__ void merge(const Exponentials& other) { merge_log_sum(log_sum, other.log_sum); }
+  __device__ __forceinline__ Exponentials exchange(int bit) const {
+    return {{__shfl_xor_sync(kAllLanes, log_sum.peak, bit), __shfl_xor_sync(kAllLanes, log_sum.sum, bit)}};
+  }
+};
+
+// Merges over lanes whose numbers differ in the bits from `from` up to `to`, powers of two up to 32.
+template <class S> __device__ __forceinline__ void merge_lanes(S& s, int from, int to) {
+  for (int bit = to / 2; bit >= from; bit /= 2) s.merge(s.exchange(bit));
+}
+
+// Merges each column of a tile over its row lanes: thread (row, column) brings V of them. On return,
+// after a barrier, `merged[group * columns * V + i]` for `groups` groups is what is left of column i.
+// Columns is a power of two up to 32.
+template <int V, class S> __device__ __forceinline__ int merge_rows(S (&acc)[V], int columns, S* merged) {
+  const int lane = threadIdx.x % 32, column = threadIdx.x & (columns - 1);
+#pragma unroll
+  for (int k = 0; k < V; ++k) merge_lanes(acc[k], columns, 32);
+  if (lane < columns) {
+#pragma unroll
+    for (int k = 0; k < V; ++k) merged[(threadIdx.x / 32 * columns + column) * V + k] = acc[k];
+  }
+  __syncthreads();
+  return kThreads / 32;
+}
+
+}  // namespace cbam

@@ -1,0 +1,263 @@
+// The streamed tier's forward: one persistent launch from x to y, or to the logits, or from them to y.
+#pragma once
+
+#include "streamed_conv.cuh"
+#include "streamed_mlp.cuh"
+#include "streamed_pool.cuh"
+#include "streamed_tile.cuh"
+
+namespace cbam {
+
+template <class A, bool kSplit>
+__device__ __forceinline__ void put_spatial(const Streamed& k, int64_t n, int chunk, int position,
+                                            const MeanMax<A, kSplit>& pool) {
+  const int64_t chunks = k.s.reduce.chunks, positions = k.p.positions;
+  if (chunks == 1) return put_spatial_pool(k, n, position, pool);
+  const int64_t at = (n * chunks + chunk) * positions + position;
+  put(k.w.spatial_parts, at, pool.peak.value);
+  put(k.w.spatial_parts, k.p.samples * chunks * positions + at, pool.sum);
+  store_index(k.w.spatial_marks, at, false, pool.peak.mark);
+}
+
+template <class Tr, bool kSplit>
+__device__ __forceinline__ void spatial_pool_rows(const Streamed& k, const Item& item, Shared shared) {
+  using T = typename Tr::T;
+  using A = typename Tr::A;
+  using S = MeanMax<A, kSplit>;
+  constexpr int V = Tr::V;
+  const Problem& p = k.p;
+  const Schedule& s = k.s;
+  const Tiling& t = s.reduce;
+  const RowTile<Tr> me(k, t, item.index);
+  A* gates = shared.take<A>(int64_t{t.chunk_rows} * s.fold);
+  S* merged = shared.take<S>(0);
+  const int base = me.first * s.fold;
+  stage_values<A>(gates, p.channel_gate, item.n * p.channels + base, (me.end - me.first) * s.fold, A(1));
+  __syncthreads();
+  S acc[V];
+#pragma unroll
+  for (int j = 0; j < V; ++j) acc[j] = S::empty(me.channel(s, me.first + me.row) + me.next(j));
+  if (me.inside) {
+    const T* x = as<T>(p.x) + item.n * s.rows * s.row_elements + int64_t{me.vector} * V;
+    int r = me.first + me.row;
+    for (; r + (kUnroll - 1) * me.lanes < me.end; r += kUnroll * me.lanes) {
+      A v[kUnroll][V];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        load_global<Cache::kReadOnly>(x + int64_t{r + u * me.lanes} * s.row_elements, v[u]);  // [V]
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int c = me.channel(s, r + u * me.lanes);
+        const PerChannel<Tr, A> gate(gates, c - base, me);
+#pragma unroll
+        for (int j = 0; j < V; ++j) acc[j].add(gate(me, j) * v[u][j], c + me.next(j));
+      }
+    }
+    for (; r < me.end; r += me.lanes) {
+      A v[V];
+      load_global<Cache::kReadOnly>(x + int64_t{r} * s.row_elements, v);  // [V]
+      const int c = me.channel(s, r);
+      const PerChannel<Tr, A> gate(gates, c - base, me);
+#pragma unroll
+      for (int j = 0; j < V; ++j) acc[j].add(gate(me, j) * v[j], c + me.next(j));
+    }
+  }
+  merge_tile<Tr>(k, t, me, acc, merged, [&](int position, const S& total) {
+    put_spatial(k, item.n, me.chunk, position, total);
+  });
+}
+
+template <class Tr, bool kSplit>
+__device__ __forceinline__ void spatial_pool_columns(const Streamed& k, const Item& item, Shared shared) {
+  using T = typename Tr::T;
+  using A = typename Tr::A;
+  using S = MeanMax<A, kSplit>;
+  constexpr int V = Tr::V;
+  const Problem& p = k.p;
+  const Schedule& s = k.s;
+  const Tiling& t = s.reduce;
+  const int column = threadIdx.x & (t.columns - 1), row = threadIdx.x >> t.columns_log2;
+  const int rows = kThreads >> t.columns_log2;
+  const int first = item.index * t.positions, end = min(s.rows, first + t.positions);
+  A* gates = shared.take<A>(p.channels);
+  stage_values<A>(gates, p.channel_gate, item.n * p.channels, static_cast<int>(p.channels), A(1));
+  __syncthreads();
+  const T* x = as<T>(p.x) + item.n * p.positions * p.channels;
+  for (int base = first; base < end; base += kUnroll * rows) {
+    S acc[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) acc[u] = S::empty(column * V);
+    for (int i = column; i < s.row_vectors; i += t.columns) {
+      A v[kUnroll][V];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int at = base + row + u * rows;
+        if (at < end) load_global<Cache::kReadOnly>(x + at * p.channels + int64_t{i} * V, v[u]);  // [V]
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if (base + row + u * rows >= end) break;
+#pragma unroll
+        for (int j = 0; j < V; ++j) acc[u].add(gates[i * V + j] * v[u][j], i * V + j);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      merge_lanes(acc[u], 1, t.columns);
+      const int at = base + row + u * rows;
+      if (column == 0 && at < end) put_spatial(k, item.n, 0, at, acc[u]);
+    }
+  }
+}
+
+template <class A> __device__ __forceinline__ A gated(A x, A channel, A spatial, bool residual) {
+  const A y = x * channel * spatial;
+  return residual ? y + x : y;
+}
+
+// The spatial gate of `count` positions; scale_forward computes it from the logits, and stores it once.
+template <class A>
+__device__ __forceinline__ void stage_spatial_gate(const Streamed& k, int64_t n, int first, int count, bool owner,
+                                                   A* shared) {
+  const int64_t at = n * k.p.positions + first;
+  if (k.operation != kScaleForward) return stage_values<A>(shared, k.p.spatial_gate, at, count, A(1));
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    const A gate = sigmoid(constant<A>(k.p.z, at + i));
+    shared[i] = gate;
+    if (owner) put(k.p.spatial_gate, at + i, gate);
+  }
+}
+
+template <class Tr>
+__device__ __forceinline__ void output_rows(const Streamed& k, const Item& item, Shared shared) {
+  using T = typename Tr::T;
+  using A = typename Tr::A;
+  constexpr int V = Tr::V;
+  const Problem& p = k.p;
+  const Schedule& s = k.s;
+  const Tiling& t = s.map;
+  const RowTile<Tr> me(k, t, item.index);
+  const int base = me.first * s.fold, positions = static_cast<int>(p.positions);
+  const int left = me.tile * t.positions, width = min(t.positions, positions - left);
+  A* gates = shared.take<A>(int64_t{t.chunk_rows} * s.fold);
+  A* spatial = shared.take<A>(t.positions);
+  stage_values<A>(gates, p.channel_gate, item.n * p.channels + base, (me.end - me.first) * s.fold, A(1));
+  stage_spatial_gate(k, item.n, left, width, me.chunk == 0, spatial);
+  __syncthreads();
+  if (!me.inside) return;
+  A gate_s[V];
+#pragma unroll
+  for (int j = 0; j < V; ++j) gate_s[j] = spatial[me.in_tile(j, positions)];
+  const int64_t start = item.n * s.rows * s.row_elements + int64_t{me.vector} * V;
+  const T* x = as<T>(p.x) + start;
+  T* y = as<T>(p.y) + start;
+  const bool residual = p.residual;
+  for (int r = me.first + me.row; r < me.end; r += kUnroll * me.lanes) {
+    A v[kUnroll][V];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int at = r + u * me.lanes;
+      if (at < me.end) load_global<Cache::kLastUse>(x + int64_t{at} * s.row_elements, v[u]);  // [V]
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int at = r + u * me.lanes;
+      if (at >= me.end) break;
+      const PerChannel<Tr, A> gate(gates, me.channel(s, at) - base, me);
+#pragma unroll
+      for (int j = 0; j < V; ++j) v[u][j] = gated(v[u][j], gate(me, j), gate_s[j], residual);
+      store_global<true>(y + int64_t{at} * s.row_elements, v[u]);  // [V]
+    }
+  }
+}
+
+template <class Tr>
+__device__ __forceinline__ void output_columns(const Streamed& k, const Item& item, Shared shared) {
+  using T = typename Tr::T;
+  using A = typename Tr::A;
+  constexpr int V = Tr::V;
+  const Problem& p = k.p;
+  const Schedule& s = k.s;
+  const Tiling& t = s.map;
+  const int column = threadIdx.x & (t.columns - 1), row = threadIdx.x >> t.columns_log2;
+  const int rows = kThreads >> t.columns_log2;
+  const int first = item.index * t.positions, end = min(s.rows, first + t.positions);
+  A* spatial = shared.take<A>(t.positions);
+  stage_spatial_gate(k, item.n, first, end - first, true, spatial);
+  __syncthreads();
+  const int64_t start = item.n * p.positions * p.channels;
+  const bool residual = p.residual;
+  for (int i = column; i < s.row_vectors; i += t.columns) {
+    const T* x = as<T>(p.x) + start + int64_t{i} * V;
+    T* y = as<T>(p.y) + start + int64_t{i} * V;
+    A gate[V];
+#pragma unroll
+    for (int j = 0; j < V; ++j) gate[j] = A(1);
+    if (p.channel_gate) fresh_vector<V>(p.channel_gate, item.n * p.channels + int64_t{i} * V, gate);  // [V]
+    for (int at = first + row; at < end; at += kUnroll * rows) {
+      A v[kUnroll][V];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if (at + u * rows < end) load_global<Cache::kLastUse>(x + (at + u * rows) * p.channels, v[u]);  // [V]
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if (at + u * rows >= end) break;
+        const A gate_s = spatial[at + u * rows - first];
+#pragma unroll
+        for (int j = 0; j < V; ++j) v[u][j] = gated(v[u][j], gate[j], gate_s, residual);
+        store_global<true>(y + (at + u * rows) * p.channels, v[u]);  // [V]
+      }
+    }
+  }
+}
+
+template <class Tr> __device__ __forceinline__ void forward_item(const Streamed& k, const Item& item, Shared shared) {
+  using T = typename Tr::T;
+  constexpr bool kLast = Tr::kLayout == kChannelsLast;
+  const bool split = k.p.ties == kTiesSplit;
+  switch (item.stage) {
+    case kPool: pool_stage<Tr>(k, item, shared); break;
+    case kHidden: hidden_stage<T>(k, part_of_unit(item, k.p.hidden, k.s.hidden_tile)); break;
+    case kGate: gate_stage<T>(k, part_of_unit(item, k.p.channels, k.s.gate_tile)); break;
+    case kSpatialPool:
+      if constexpr (kLast) {
+        if (split) spatial_pool_columns<Tr, true>(k, item, shared);
+        else spatial_pool_columns<Tr, false>(k, item, shared);
+      } else {
+        if (split) spatial_pool_rows<Tr, true>(k, item, shared);
+        else spatial_pool_rows<Tr, false>(k, item, shared);
+      }
+      break;
+    case kConv: conv_stage<T>(k, item, shared); break;
+    default:
+      if constexpr (kLast) output_columns<Tr>(k, item, shared);
+      else output_rows<Tr>(k, item, shared);
+  }
+}
+
+// What follows a unit's last pool item: pools from their parts, and the MLP where one block does it all.
+template <class Tr> __device__ __forceinline__ void forward_tail(const Streamed& k, const Item& item) {
+  using A = typename Tr::A;
+  if (k.s.pool_chunks > 1) {
+    if (k.p.ties == kTiesSplit) finish_pools<A, true>(k, item);
+    else finish_pools<A, false>(k, item);
+    __syncthreads();
+  }
+  if (k.s.stage_plan[kGate] >= 0) return;
+  hidden_stage<typename Tr::T>(k, whole_unit(item, k.p.hidden));
+  __syncthreads();
+  gate_stage<typename Tr::T>(k, whole_unit(item, k.p.channels));
+}
+
+template <class Tr>
+__global__ void __launch_bounds__(kThreads, Tr::kBlocks) streamed_forward_kernel(const Streamed k) {
+  CBAM_DYNAMIC_SHARED(memory);
+  const Shared shared{memory};
+  run_items(
+      k, [&](const Item& item) { forward_item<Tr>(k, item, shared); },
+      [&](const Item& item) { forward_tail<Tr>(k, item); }, [](int) {});
+}
+
+}  // namespace cbam

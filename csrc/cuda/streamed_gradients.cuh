@@ -1,0 +1,346 @@
+// Stages kCross, kGateGrad and kInputGrad: the backward passes over x and dy.
+#pragma once
+
+#include "streamed_tile.cuh"
+
+namespace cbam {
+
+// ds of one position: to scratch, or where scale_backward has all of it already, as dz.
+template <class A>
+__device__ __forceinline__ void put_spatial_grad(const Streamed& k, int64_t n, int chunk, int position, A ds) {
+  const Problem& p = k.p;
+  const int64_t chunks = k.s.reduce.chunks;
+  if (k.operation == kScaleBackward && chunks == 1) {
+    const int64_t at = n * p.positions + position;
+    const A gate = constant<A>(p.spatial_gate, at);
+    put(p.dz_out, at, ds * gate * (A(1) - gate));
+  } else {
+    put(k.w.spatial_grad, (slot_of(k, n) * chunks + chunk) * p.positions + position, ds);
+  }
+}
+
+// ---- kCross: ds = sum_c dy g x, and for each tile sum_p dy x s.
+
+template <class Tr> __device__ __forceinline__ void cross_rows(const Streamed& k, const Item& item, Shared shared) {
+  using T = typename Tr::T;
+  using A = typename Tr::A;
+  constexpr int V = Tr::V;
+  constexpr int kAhead = V > 4 ? 2 : kUnroll;  // two streams of 8 elements a load: 128 registers hold two
+  const Problem& p = k.p;
+  const Schedule& s = k.s;
+  const Tiling& t = s.reduce;
+  const RowTile<Tr> me(k, t, item.index);
+  const int base = me.first * s.fold, positions = static_cast<int>(p.positions);
+  const int left = me.tile * t.positions, width = min(t.positions, positions - left);
+  A* gates = shared.take<A>(int64_t{t.chunk_rows} * s.fold);
+  A* spatial = shared.take<A>(t.positions);
+  shared.take<A>(t.positions);
+  stage_values<A>(gates, p.channel_gate, item.n * p.channels + base, (me.end - me.first) * s.fold, A(1));
+  stage_values<A>(spatial, p.spatial_gate, item.n * p.positions + left, width, A(1));
+  __syncthreads();
+  Sum<A> ds[V];
+  A gate_s[V];
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    ds[j].sum = 0;
+    gate_s[j] = me.inside ? spatial[me.in_tile(j, positions)] : A(0);
+  }
+  const int64_t start = item.n * s.rows * s.row_elements + int64_t{me.vector} * V;
+  const T* x = as<T>(p.x) + start;
+  const T* dy = as<T>(p.dy) + start;
+  const int64_t parts = (slot_of(k, item.n) * t.tiles + me.tile) * p.channels;
+  FoldSums<Tr> sums(shared.take<A>(0), t);
+  const int pass = Tr::kFold ? sums.capacity : me.end - me.first;
+  for (int top = me.first; top < me.end; top += pass) {
+    const int bottom = min(me.end, top + pass);
+    for (int r = top; r < bottom; r += kAhead * me.lanes) {
+      A vx[kAhead][V], vd[kAhead][V], here[kAhead], after[kAhead];
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        const int at = r + me.row + u * me.lanes;
+        if (me.inside && at < bottom) {
+          load_global<Cache::kReadOnly>(x + int64_t{at} * s.row_elements, vx[u]);   // [V]
+          load_global<Cache::kReadOnly>(dy + int64_t{at} * s.row_elements, vd[u]);  // [V]
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        const int at = r + me.row + u * me.lanes;
+        here[u] = after[u] = A(0);
+        if (me.inside && at < bottom) {
+          const PerChannel<Tr, A> gate(gates, me.channel(s, at) - base, me);
+#pragma unroll
+          for (int j = 0; j < V; ++j) {
+            const A product = vx[u][j] * vd[u][j];
+            ds[j].sum += gate(me, j) * product;
+            if (me.next(j)) after[u] += product * gate_s[j];
+            else here[u] += product * gate_s[j];
+          }
+          if constexpr (Tr::kFold) sums.leave(me, at - top, here[u], after[u]);
+        }
+      }
+      if constexpr (!Tr::kFold) {
+#pragma unroll
+        for (int u = 0; u < kAhead; ++u) {
+          const int at = r + me.row + u * me.lanes;
+          here[u] = lanes_sum(here[u], t.columns);
+          if (me.column == 0 && at < bottom && p.pools) put(k.w.cross_parts, parts + at, here[u]);
+        }
+      }
+    }
+    if constexpr (Tr::kFold) {
+      sums.finish(k, bottom - top, [&](int c, A sum) {
+        if (p.pools) put(k.w.cross_parts, parts + top * s.fold + c, sum);
+      });
+    }
+  }
+  if (!p.spatial) return;
+  __syncthreads();
+  merge_tile<Tr>(k, t, me, ds, reinterpret_cast<Sum<A>*>(sums.pairs), [&](int position, const Sum<A>& total) {
+    put_spatial_grad(k, item.n, me.chunk, position, total.sum);
+  });
+}
+
+template <class Tr> __device__ __forceinline__ void cross_columns(const Streamed& k, const Item& item, Shared shared) {
+  using T = typename Tr::T;
+  using A = typename Tr::A;
+  constexpr int V = Tr::V;
+  constexpr int kAhead = V > 4 ? 2 : kUnroll;
+  const Problem& p = k.p;
+  const Schedule& s = k.s;
+  const Tiling& t = s.reduce;
+  const int column = threadIdx.x & (t.columns - 1), row = threadIdx.x >> t.columns_log2;
+  const int rows = kThreads >> t.columns_log2;
+  const int first = item.index * t.positions, count = min(s.rows - first, t.positions);
+  A* spatial = shared.take<A>(t.positions);
+  A* ds = shared.take<A>(t.positions);  // each element belongs to one thread
+  Sum<A>* merged = shared.take<Sum<A>>(0);
+  stage_values<A>(spatial, p.spatial_gate, item.n * p.positions + first, count, A(1));
+  for (int i = threadIdx.x; i < count; i += kThreads) ds[i] = A(0);
+  __syncthreads();
+  const int64_t start = (item.n * p.positions + first) * p.channels;
+  const int64_t parts = (slot_of(k, item.n) * t.tiles + item.index) * p.channels;
+  for (int slice = 0; slice < s.row_vectors; slice += t.columns) {
+    const int i = slice + column;
+    const bool inside = i < s.row_vectors;
+    const T* x = as<T>(p.x) + start + int64_t{i} * V;
+    const T* dy = as<T>(p.dy) + start + int64_t{i} * V;
+    A gate[V];
+    Sum<A> acc[V];
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      gate[j] = A(1);
+      acc[j].sum = A(0);
+    }
+    if (inside && p.channel_gate) fresh_vector<V>(p.channel_gate, item.n * p.channels + int64_t{i} * V, gate);  // [V]
+    for (int base = 0; base < count; base += kAhead * rows) {
+      A vx[kAhead][V], vd[kAhead][V];
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        const int at = base + row + u * rows;
+        if (inside && at < count) {
+          load_global<Cache::kReadOnly>(x + at * p.channels, vx[u]);   // [V]
+          load_global<Cache::kReadOnly>(dy + at * p.channels, vd[u]);  // [V]
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        const int at = base + row + u * rows;
+        A sum = 0;
+        if (inside && at < count) {
+          const A gate_s = spatial[at];
+#pragma unroll
+          for (int j = 0; j < V; ++j) {
+            const A product = vx[u][j] * vd[u][j];
+            sum += gate[j] * product;
+            acc[j].sum += product * gate_s;
+          }
+        }
+        sum = lanes_sum(sum, t.columns);
+        if (column == 0 && at < count) ds[at] += sum;
+      }
+    }
+    if (p.pools) {
+      const int groups = merge_rows<V>(acc, t.columns, merged), width = t.columns * V;
+      for (int c = threadIdx.x; c < width; c += kThreads) {
+        if (int64_t{slice} * V + c >= p.channels) continue;
+        Sum<A> total = merged[c];
+        for (int g = 1; g < groups; ++g) total.merge(merged[g * width + c]);
+        put(k.w.cross_parts, parts + int64_t{slice} * V + c, total.sum);
+      }
+      __syncthreads();
+    }
+  }
+  if (!p.spatial) return;
+  __syncthreads();
+  for (int i = threadIdx.x; i < count; i += kThreads) put_spatial_grad(k, item.n, 0, first + i, ds[i]);
+}
+
+// ---- What a position brings to dx': its part of dq, and where the maximum's goes.
+
+template <class A> struct PositionFields {
+  const A* mean;     // dq of the mean, divided by C
+  const A* maximum;  // dq of the maximum
+  const A* top;      // with ties shared: the maximum itself
+  const int* mark;   // its channel, or how many channels equal it
+};
+template <class A>
+__device__ __forceinline__ PositionFields<A> stage_positions(const Streamed& k, int64_t n, int first, int count,
+                                                             int size, Shared& shared) {
+  const Problem& p = k.p;
+  A* mean = shared.take<A>(size);
+  A* maximum = shared.take<A>(size);
+  A* top = shared.take<A>(size);
+  int* mark = shared.take<int>(size);
+  const int64_t at = slot_of(k, n) * 2 * p.positions + first;
+  const bool split = p.ties == kTiesSplit;
+  stage_values<A>(maximum, k.w.pooled_grad, at, count, A(0));
+  stage_values<A>(mean, k.w.pooled_grad, at + p.positions, count, A(0));
+  if (split) stage_values<A>(top, p.spatial ? p.spatial_pool : nullptr, n * 2 * p.positions + first, count, A(0));
+  stage_marks(mark, p.spatial ? p.spatial_index : nullptr, n * p.positions + first, count,
+              is_short_extent(p.channels));
+  return {mean, maximum, top, mark};
+}
+
+// The maximum's share for one element: all to the first index, or as torch.amax shares it, which makes
+// NaN of a maximum that is NaN.
+template <class A> __device__ __forceinline__ A first_share(A grad, bool is_mark) { return is_mark ? grad : A(0); }
+template <class A> __device__ __forceinline__ A even_share(A grad, bool equal, int count) {
+  return (equal ? grad : grad * A(0)) / A(count);
+}
+
+// ---- kGateGrad: for each tile, sum_p x (dq_mean / C + dq_max [c is the argmax]).
+
+template <class Tr, bool kSplit>
+__device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& item, Shared shared) {
+  using T = typename Tr::T;
+  using A = typename Tr::A;
+  constexpr int V = Tr::V;
+  const Problem& p = k.p;
+  const Schedule& s = k.s;
+  const Tiling& t = s.map;
+  const RowTile<Tr> me(k, t, item.index);
+  const int base = me.first * s.fold, positions = static_cast<int>(p.positions);
+  const int left = me.tile * t.positions, width = min(t.positions, positions - left);
+  A* gates = shared.take<A>(int64_t{t.chunk_rows} * s.fold);
+  if (kSplit) stage_values<A>(gates, p.channel_gate, item.n * p.channels + base, (me.end - me.first) * s.fold, A(1));
+  const PositionFields<A> fields = stage_positions<A>(k, item.n, left, width, t.positions, shared);
+  __syncthreads();
+  A mean[V], maximum[V], top[V];
+  int mark[V];
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    const int at = me.inside ? me.in_tile(j, positions) : 0;
+    mean[j] = fields.mean[at];
+    maximum[j] = fields.maximum[at];
+    top[j] = kSplit ? fields.top[at] : A(0);
+    mark[j] = fields.mark[at];
+  }
+  const T* x = as<T>(p.x) + item.n * s.rows * s.row_elements + int64_t{me.vector} * V;
+  const int64_t parts = (slot_of(k, item.n) * t.tiles + me.tile) * p.channels;
+  FoldSums<Tr> sums(shared.take<A>(0), t);
+  const int pass = Tr::kFold ? sums.capacity : me.end - me.first;
+  for (int start = me.first; start < me.end; start += pass) {
+    const int bottom = min(me.end, start + pass);
+    for (int r = start; r < bottom; r += kUnroll * me.lanes) {
+      A v[kUnroll][V], here[kUnroll], after[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int at = r + me.row + u * me.lanes;
+        if (me.inside && at < bottom) load_global<Cache::kLastUse>(x + int64_t{at} * s.row_elements, v[u]);  // [V]
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int at = r + me.row + u * me.lanes;
+        here[u] = after[u] = A(0);
+        if (me.inside && at < bottom) {
+          const int c = me.channel(s, at);
+          const PerChannel<Tr, A> gate(gates, kSplit ? c - base : 0, me);
+#pragma unroll
+          for (int j = 0; j < V; ++j) {
+            A weight = mean[j];
+            if constexpr (kSplit) weight += even_share(maximum[j], gate(me, j) * v[u][j] == top[j], mark[j]);
+            else weight += first_share(maximum[j], mark[j] == c + me.next(j));
+            if (me.next(j)) after[u] += v[u][j] * weight;
+            else here[u] += v[u][j] * weight;
+          }
+          if constexpr (Tr::kFold) sums.leave(me, at - start, here[u], after[u]);
+        }
+      }
+      if constexpr (!Tr::kFold) {
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          const int at = r + me.row + u * me.lanes;
+          here[u] = lanes_sum(here[u], t.columns);
+          if (me.column == 0 && at < bottom) put(k.w.gate_parts, parts + at, here[u]);
+        }
+      }
+    }
+    if constexpr (Tr::kFold) {
+      sums.finish(k, bottom - start, [&](int c, A sum) { put(k.w.gate_parts, parts + start * s.fold + c, sum); });
+    }
+  }
+}
+
+template <class Tr, bool kSplit>
+__device__ __forceinline__ void gate_grad_columns(const Streamed& k, const Item& item, Shared shared) {
+  using T = typename Tr::T;
+  using A = typename Tr::A;
+  constexpr int V = Tr::V;
+  const Problem& p = k.p;
+  const Schedule& s = k.s;
+  const Tiling& t = s.map;
+  const int column = threadIdx.x & (t.columns - 1), row = threadIdx.x >> t.columns_log2;
+  const int rows = kThreads >> t.columns_log2;
+  const int first = item.index * t.positions, count = min(s.rows - first, t.positions);
+  const PositionFields<A> fields = stage_positions<A>(k, item.n, first, count, t.positions, shared);
+  Sum<A>* merged = shared.take<Sum<A>>(0);
+  __syncthreads();
+  const int64_t start = (item.n * p.positions + first) * p.channels;
+  const int64_t parts = (slot_of(k, item.n) * t.tiles + item.index) * p.channels;
+  for (int slice = 0; slice < s.row_vectors; slice += t.columns) {
+    const int i = slice + column;
+    const T* x = as<T>(p.x) + start + int64_t{i} * V;
+    Sum<A> acc[V];
+    A gate[V];
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      acc[j].sum = A(0);
+      gate[j] = A(1);
+    }
+    if (i < s.row_vectors) {
+      if (kSplit && p.channel_gate) fresh_vector<V>(p.channel_gate, item.n * p.channels + int64_t{i} * V, gate);  // [V]
+      for (int base = row; base < count; base += kUnroll * rows) {
+        A v[kUnroll][V];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          if (base + u * rows < count) load_global<Cache::kLastUse>(x + (base + u * rows) * p.channels, v[u]);  // [V]
+        }
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          const int at = base + u * rows;
+          if (at >= count) break;
+          const A mean = fields.mean[at], maximum = fields.maximum[at];
+          const int mark = fields.mark[at];
+#pragma unroll
+          for (int j = 0; j < V; ++j) {
+            A weight = mean;
+            if constexpr (kSplit) weight += even_share(maximum, gate[j] * v[u][j] == fields.top[at], mark);
+            else weight += first_share(maximum, mark == i * V + j);
+            acc[j].sum += v[u][j] * weight;
+          }
+        }
+      }
+    }
+    const int groups = merge_rows<V>(acc, t.columns, merged), width = t.columns * V;
+    for (int c = threadIdx.x; c < width; c += kThreads) {
+      if (int64_t{slice} * V + c >= p.channels) continue;
+      Sum<A> total = merged[c];
+      for (int g = 1; g < groups; ++g) total.merge(merged[g * width + c]);
+      put(k.w.gate_parts, parts + int64_t{slice} * V + c, total.sum);
+    }
+    __syncthreads();
+  }
+}
+
+}  // namespace cbam

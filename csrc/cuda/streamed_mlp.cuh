@@ -1,0 +1,287 @@
+// The channel gate's MLP and its backward, for ranges of samples and of weight rows or columns.
+#pragma once
+
+#include "streamed_engine.cuh"
+
+namespace cbam {
+
+constexpr int kBatch = 4;  // vectors that one read of a weight serves
+
+// dot(row r of m, vector v) for rows [r0, r1) and `count` vectors of `length`. `vector(v, i)` is an
+// element; `out(r, v, valid, dots)` gets up to `batch` of them at once, in one lane.
+template <class T, class Vector, class Out>
+__device__ __forceinline__ void row_dot(const Weight& m, int64_t r0, int64_t r1, int64_t length, int64_t count,
+                                        int batch, Vector vector, Out out) {
+  using A = Accumulate<T>;
+  int lanes = 1;
+  while (lanes < 32 && lanes * 16 <= length) lanes *= 2;
+  const int lane = threadIdx.x & (lanes - 1), team = threadIdx.x / lanes;
+  for (int64_t base = r0; base < r1; base += kThreads / lanes) {
+    const int64_t r = base + team;
+    for (int64_t v = 0; v < count; v += batch) {
+      const int valid = static_cast<int>(min(int64_t{batch}, count - v));
+      A acc[kBatch] = {};
+      if (r < r1) {
+#pragma unroll 4
+        for (int64_t i = lane; i < length; i += lanes) {
+          const A w = load_weight<T>(m, r * length + i);  // [1]
+#pragma unroll
+          for (int u = 0; u < kBatch; ++u) {
+            if (u < valid) acc[u] += w * vector(v + u, i);  // [1]
+          }
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) acc[u] = lanes_sum(acc[u], lanes);
+      if (r < r1 && lane == 0) out(r, v, valid, acc);
+    }
+  }
+}
+
+// sum_r m[r][c] * vector(v, r) for columns [c0, c1) of a matrix of `rows` x `stride`; out(c, v, sum).
+template <class T, class Vector, class Out>
+__device__ __forceinline__ void column_dot(const Weight& m, int64_t c0, int64_t c1, int64_t rows, int64_t stride,
+                                           int64_t count, Shared shared, Vector vector, Out out) {
+  using A = Accumulate<T>;
+  A* parts = shared.take<A>(kBatch * kThreads);
+  int lanes = 1;
+  while (lanes < kThreads && lanes < c1 - c0) lanes *= 2;
+  const int lane = threadIdx.x & (lanes - 1), group = threadIdx.x / lanes, groups = kThreads / lanes;
+  for (int64_t base = c0; base < c1; base += lanes) {
+    const int64_t c = base + lane;
+    for (int64_t v = 0; v < count; v += kBatch) {
+      const int valid = static_cast<int>(min(int64_t{kBatch}, count - v));
+      A acc[kBatch] = {};
+      if (c < c1) {
+#pragma unroll 4
+        for (int64_t r = group; r < rows; r += groups) {
+          const A w = load_weight<T>(m, r * stride + c);  // [1]
+#pragma unroll
+          for (int u = 0; u < kBatch; ++u) {
+            if (u < valid) acc[u] += w * vector(v + u, r);  // [1]
+          }
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) parts[u * kThreads + threadIdx.x] = acc[u];
+      __syncthreads();
+      if (group == 0 && c < c1) {
+        for (int u = 0; u < valid; ++u) {
+          A total = parts[u * kThreads + lane];
+          for (int g = 1; g < groups; ++g) total += parts[u * kThreads + g * lanes + lane];
+          out(c, v + u, total);
+        }
+      }
+      __syncthreads();
+    }
+  }
+}
+
+// What the MLP reads: channel c of input j of sample n.
+template <class A> __device__ __forceinline__ A mlp_input(const Problem& p, int64_t n, int64_t j, int64_t c) {
+  if (p.pools & kBlend) {
+    return A(0.5) * fresh<A>(p.pooled, n * 2 * p.channels + c) + A(0.5) * fresh<A>(p.pooled, (n * 2 + 1) * p.channels + c);
+  }
+  return fresh<A>(p.pooled, (n * pool_count(p.pools) + j) * p.channels + c);
+}
+template <class A> __device__ __forceinline__ A summed_input(const Streamed& k, int64_t n, int64_t c) {
+  A sum = 0;
+  for (int j = 0; j < k.s.pool_vectors; ++j) sum += mlp_input<A>(k.p, n, j, c);
+  return sum;
+}
+template <class T> __device__ __forceinline__ Accumulate<T> bias(const Weight& b, int64_t i) {
+  return b.data ? load_weight<T>(b, i) : Accumulate<T>(0);
+}
+
+// A range of samples and of rows or columns, of a unit whose work one or several items do.
+struct MlpRange {
+  int64_t sample, samples;
+  int64_t begin, end;
+};
+
+__device__ __forceinline__ MlpRange whole_unit(const Item& item, int64_t extent) {
+  return {item.first, item.count, 0, extent};
+}
+__device__ __forceinline__ MlpRange part_of_unit(const Item& item, int64_t extent, int tile) {
+  const int tiles = static_cast<int>((extent + tile - 1) / tile);
+  const int64_t sample = int64_t{item.index / tiles} * kMlpSamples, begin = int64_t{item.index % tiles} * tile;
+  const int64_t left = item.count - sample;
+  return {item.first + sample, left < kMlpSamples ? (left < 0 ? 0 : left) : kMlpSamples, begin,
+          begin + tile < extent ? begin + tile : extent};
+}
+
+__device__ __forceinline__ int whole_samples(int vectors) { return vectors == 3 ? 3 : kBatch; }
+
+// hidden[n][j] = sum over the inputs of relu(w1 u + b1); for a single layer just the inputs' sum.
+template <class T> __device__ __forceinline__ void hidden_stage(const Streamed& k, MlpRange r) {
+  using A = Accumulate<T>;
+  const Problem& p = k.p;
+  const int vectors = k.s.pool_vectors;
+  if (!p.w1.data) {
+    const int64_t width = r.end - r.begin;
+    for (int64_t i = threadIdx.x; i < r.samples * width; i += kThreads) {
+      const int64_t n = r.sample + i / width, c = r.begin + i % width;
+      put(k.w.hidden, n * p.channels + c, summed_input<A>(k, n, c));
+    }
+    return;
+  }
+  row_dot<T>(
+      p.w1, r.begin, r.end, p.channels, r.samples * vectors, whole_samples(vectors),
+      [&](int64_t v, int64_t c) { return mlp_input<A>(p, r.sample + v / vectors, v % vectors, c); },
+      [&](int64_t j, int64_t v, int valid, const A(&dots)[kBatch]) {
+        const A b = bias<T>(p.b1, j);
+        A sum = 0;
+#pragma unroll
+        for (int u = 0; u < kBatch; ++u) {
+          if (u >= valid) break;
+          sum += relu(dots[u] + b);
+          if ((u + 1) % vectors == 0) {
+            put(k.w.hidden, (r.sample + (v + u) / vectors) * p.hidden + j, sum);
+            sum = 0;
+          }
+        }
+      });
+}
+
+template <class T> __device__ __forceinline__ void gate_stage(const Streamed& k, MlpRange r) {
+  using A = Accumulate<T>;
+  const Problem& p = k.p;
+  row_dot<T>(
+      p.w2, r.begin, r.end, p.hidden, r.samples, kBatch,
+      [&](int64_t v, int64_t j) { return fresh<A>(k.w.hidden, (r.sample + v) * p.hidden + j); },
+      [&](int64_t c, int64_t v, int valid, const A(&dots)[kBatch]) {
+        const A b = A(k.s.pool_vectors) * bias<T>(p.b2, c);
+#pragma unroll
+        for (int u = 0; u < kBatch; ++u) {
+          if (u < valid) put(p.channel_gate, (r.sample + v + u) * p.channels + c, sigmoid(dots[u] + b));
+        }
+      });
+}
+
+// dg, summed over its parts in the order of the tiles, then dl = dg g (1 - g). scale_backward stops at
+// dg, and also sums ds over its chunks here.
+template <class T> __device__ __forceinline__ void logit_grad_stage(const Streamed& k, const Item& item, Shared shared) {
+  using A = Accumulate<T>;
+  const Problem& p = k.p;
+  const Schedule& s = k.s;
+  const bool scale = k.operation == kScaleBackward;
+  const int gate_items = p.pools ? static_cast<int>((p.channels + kLogitTile - 1) / kLogitTile) : 0;
+  const int64_t slot = slot_of(k, item.n);
+  if (item.index >= gate_items) {
+    const int64_t begin = int64_t{item.index - gate_items} * kThreads * 4;
+    const int64_t end = min(p.positions, begin + kThreads * 4);
+    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
+      A ds = 0;
+      for (int chunk = 0; chunk < s.reduce.chunks; ++chunk) {
+        ds += fresh<A>(k.w.spatial_grad, (slot * s.reduce.chunks + chunk) * p.positions + i);  // [1]
+      }
+      const A gate = constant<A>(p.spatial_gate, item.n * p.positions + i);
+      put(p.dz_out, item.n * p.positions + i, ds * gate * (A(1) - gate));
+    }
+    return;
+  }
+  A* parts = shared.take<A>(kThreads);
+  const int lane = threadIdx.x % kLogitTile, group = threadIdx.x / kLogitTile;
+  const int64_t c = int64_t{item.index} * kLogitTile + lane;
+  const int cross = k.w.cross_parts ? s.reduce.tiles : 0, gate = k.w.gate_parts ? s.map.tiles : 0;
+  A sum = 0;
+  if (c < p.channels) {
+#pragma unroll 8
+    for (int t = group; t < cross; t += kThreads / kLogitTile) {
+      sum += fresh<A>(k.w.cross_parts, (slot * s.reduce.tiles + t) * p.channels + c);  // [1]
+    }
+#pragma unroll 8
+    for (int t = group; t < gate; t += kThreads / kLogitTile) {
+      sum += fresh<A>(k.w.gate_parts, (slot * s.map.tiles + t) * p.channels + c);  // [1]
+    }
+  }
+  parts[threadIdx.x] = sum;
+  __syncthreads();
+  if (group == 0 && c < p.channels) {
+    for (int g = 1; g < kThreads / kLogitTile; ++g) sum += parts[g * kLogitTile + lane];
+    const int64_t at = item.n * p.channels + c;
+    if (scale) {
+      put(p.dchannel_gate, at, sum);
+    } else {
+      if (k.operation == kAttentionBackward) sum += constant<A>(p.dchannel_gate, at);
+      const A g = constant<A>(p.channel_gate, at);
+      put(k.w.logit_grad, at, sum * g * (A(1) - g));
+    }
+  }
+}
+
+// hidden_grad[n][input][j], behind the ReLU, and hidden[n][j] for the gradient of w2.
+template <class T> __device__ __forceinline__ void hidden_grad_stage(const Streamed& k, MlpRange r, Shared shared) {
+  using A = Accumulate<T>;
+  const Problem& p = k.p;
+  const int vectors = k.s.pool_vectors;
+  column_dot<T>(
+      p.w2, r.begin, r.end, p.channels, p.hidden, r.samples, shared,
+      [&](int64_t v, int64_t c) { return fresh<A>(k.w.logit_grad, (r.sample + v) * p.channels + c); },
+      [&](int64_t j, int64_t v, A sum) { put(k.w.hidden_grad, (r.sample + v) * vectors * p.hidden + j, sum); });
+  row_dot<T>(
+      p.w1, r.begin, r.end, p.channels, r.samples * vectors, whole_samples(vectors),
+      [&](int64_t v, int64_t c) { return mlp_input<A>(p, r.sample + v / vectors, v % vectors, c); },
+      [&](int64_t j, int64_t v, int valid, const A(&dots)[kBatch]) {
+        const A b = bias<T>(p.b1, j);
+        A sum = 0, grad = 0;
+#pragma unroll
+        for (int u = 0; u < kBatch; ++u) {
+          if (u >= valid) break;
+          const int64_t n = r.sample + (v + u) / vectors;
+          if (u % vectors == 0) grad = fresh<A>(k.w.hidden_grad, n * vectors * p.hidden + j);
+          const A before = dots[u] + b;
+          sum += relu(before);
+          put(k.w.hidden_grad, (n * vectors + u % vectors) * p.hidden + j, before <= A(0) ? A(0) : grad);
+          if ((u + 1) % vectors == 0) {
+            put(k.w.hidden, n * p.hidden + j, sum);
+            sum = 0;
+          }
+        }
+      });
+}
+
+// The gradient of one input, as the pools that it consists of hand it on to x.
+template <class A> __device__ __forceinline__ void put_pool_grads(const Streamed& k, int64_t n, int input, int64_t c, A grad) {
+  const Problem& p = k.p;
+  const int pools = pool_count(p.pools);
+  const A share = p.pools & kBlend ? A(0.5) : A(1);
+  int row = 0;
+  for (int bit = kAvg; bit <= kLse; bit *= 2) {
+    if (!(p.pools & bit)) continue;
+    if (p.pools & kBlend || row == input) {
+      A value = share * grad;
+      if (bit == kAvg) value /= A(p.positions);
+      if (bit == kLp) {
+        const A norm = constant<A>(p.pooled, (n * pools + row) * p.channels + c);
+        value = norm == A(0) ? A(0) : value / norm;
+      }
+      put(k.w.pool_grad, (slot_of(k, n) * pools + row) * p.channels + c, value);
+    }
+    ++row;
+  }
+}
+
+template <class T> __device__ __forceinline__ void pool_grad_stage(const Streamed& k, MlpRange r, Shared shared) {
+  using A = Accumulate<T>;
+  const Problem& p = k.p;
+  const int vectors = k.s.pool_vectors;
+  if (!p.w1.data) {
+    hidden_stage<T>(k, r);
+    column_dot<T>(
+        p.w2, r.begin, r.end, p.channels, p.channels, r.samples, shared,
+        [&](int64_t v, int64_t c) { return fresh<A>(k.w.logit_grad, (r.sample + v) * p.channels + c); },
+        [&](int64_t c, int64_t v, A sum) {
+          for (int j = 0; j < vectors; ++j) put_pool_grads<A>(k, r.sample + v, j, c, sum);
+        });
+    return;
+  }
+  column_dot<T>(
+      p.w1, r.begin, r.end, p.hidden, p.channels, r.samples * vectors, shared,
+      [&](int64_t v, int64_t j) { return fresh<A>(k.w.hidden_grad, (r.sample * vectors + v) * p.hidden + j); },
+      [&](int64_t c, int64_t v, A sum) {
+        put_pool_grads<A>(k, r.sample + v / vectors, static_cast<int>(v % vectors), c, sum);
+      });
+}
+
+}  // namespace cbam

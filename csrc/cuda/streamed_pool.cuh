@@ -1,0 +1,272 @@
+// Stage kPool of the streamed tier: average, maximum, p = 2 norm and log-sum-exp of each channel.
+#pragma once
+
+#include "streamed_engine.cuh"
+
+namespace cbam {
+
+// Adds a vector whose first element has this index. In float the vector's maximum is found first, and
+// where it is only if it beats the maximum so far, which is rare after the first few.
+template <class S, int V>
+__device__ __forceinline__ void add_vector(S& s, const typename S::A (&v)[V], int index) {
+#pragma unroll
+  for (int k = 0; k < V; ++k) s.add(v[k], index + k);
+}
+template <int V>
+__device__ __forceinline__ void add_vector(MeanMax<float, false>& s, const float (&v)[V], int index) {
+  float top = v[0];
+#pragma unroll
+  for (int k = 1; k < V; ++k) top = ptx::max_nan(top, v[k]);
+#pragma unroll
+  for (int k = 0; k < V; ++k) s.sum += v[k];
+  if (!(top <= s.peak.value) && s.peak.value == s.peak.value) {
+    int at = 0;
+#pragma unroll
+    for (int k = V - 1; k >= 0; --k) {
+      if (top == top ? v[k] == top : v[k] != v[k]) at = k;
+    }
+    s.peak.value = top;
+    s.peak.mark = index + at;
+  }
+}
+
+// ---- Results: a channel's pools, or a part of them where several items share a channel.
+
+constexpr int kAllChunks = -1;
+
+struct PoolTarget {
+  int64_t n;
+  int chunk;
+};
+
+template <class A> __device__ __forceinline__ int64_t pool_part(const Streamed& k, int which, PoolTarget t, int64_t c) {
+  const int64_t rows = k.p.samples * k.s.pool_chunks;
+  return (which * rows + t.n * k.s.pool_chunks + t.chunk) * k.p.channels + c;
+}
+template <class A>
+__device__ __forceinline__ void put_pool(const Streamed& k, int64_t n, int bit, int64_t c, A v) {
+  const Problem& p = k.p;
+  put(p.pooled, (n * pool_count(p.pools) + pool_row(p.pools, bit)) * p.channels + c, v);  // [1]
+}
+
+template <class A, bool kSplit>
+__device__ __forceinline__ void put_statistic(const Streamed& k, PoolTarget t, int64_t c, MeanMax<A, kSplit> v) {
+  const Problem& p = k.p;
+  if (t.chunk != kAllChunks) {
+    put(k.w.pool_parts, pool_part<A>(k, 0, t, c), v.sum);         // [1]
+    put(k.w.pool_parts, pool_part<A>(k, 1, t, c), v.peak.value);  // [1]
+    store_index(k.w.pool_marks, pool_part<A>(k, 0, t, c), false, v.peak.mark);
+    return;
+  }
+  if (p.pools & kAvg) put_pool<A>(k, t.n, kAvg, c, v.sum / A(p.positions));
+  if (p.pools & kMax) {
+    put_pool<A>(k, t.n, kMax, c, v.peak.value);
+    if (p.pool_index) {
+      store_index(p.pool_index, t.n * p.channels + c, is_short_extent(p.positions), v.peak.mark);
+    }
+  }
+}
+template <class A>
+__device__ __forceinline__ void put_statistic(const Streamed& k, PoolTarget t, int64_t c, Squares<A> v) {
+  if (t.chunk != kAllChunks) put(k.w.pool_parts, pool_part<A>(k, 2, t, c), v.sum);  // [1]
+  else put_pool<A>(k, t.n, kLp, c, square_root(v.sum));
+}
+template <class A>
+__device__ __forceinline__ void put_statistic(const Streamed& k, PoolTarget t, int64_t c, Exponentials<A> v) {
+  if (t.chunk != kAllChunks) {
+    put(k.w.pool_parts, pool_part<A>(k, 3, t, c), v.log_sum.peak);  // [1]
+    put(k.w.pool_parts, pool_part<A>(k, 4, t, c), v.log_sum.sum);   // [1]
+  } else {
+    put_pool<A>(k, t.n, kLse, c, log_sum_value(v.log_sum));
+  }
+}
+
+// All of a unit's parts into its pools, by one block, in the order of the chunks.
+template <class A, bool kSplit> __device__ __forceinline__ void finish_pools(const Streamed& k, const Item& item) {
+  const int chunks = k.s.pool_chunks;
+  for (int64_t i = threadIdx.x; i < item.count * k.p.channels; i += kThreads) {
+    const int64_t n = item.first + i / k.p.channels, c = i % k.p.channels;
+    MeanMax<A, kSplit> base = MeanMax<A, kSplit>::empty(kNoIndex);
+    Squares<A> squares = Squares<A>::empty(0);
+    Exponentials<A> exponentials = Exponentials<A>::empty(0);
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      const PoolTarget t{n, chunk};
+      if (k.p.pools & (kAvg | kMax)) {
+        const int mark = load_index<Cache::kCoherent>(k.w.pool_marks, pool_part<A>(k, 0, t, c), false);
+        base.merge({fresh<A>(k.w.pool_parts, pool_part<A>(k, 0, t, c)),
+                    {fresh<A>(k.w.pool_parts, pool_part<A>(k, 1, t, c)), mark}});
+      }
+      if (k.p.pools & kLp) squares.merge({fresh<A>(k.w.pool_parts, pool_part<A>(k, 2, t, c))});
+      if (k.p.pools & kLse) {
+        exponentials.merge({{fresh<A>(k.w.pool_parts, pool_part<A>(k, 3, t, c)),
+                             fresh<A>(k.w.pool_parts, pool_part<A>(k, 4, t, c))}});
+      }
+    }
+    const PoolTarget t{n, kAllChunks};
+    if (k.p.pools & (kAvg | kMax)) put_statistic<A>(k, t, c, base);
+    if (k.p.pools & kLp) put_statistic<A>(k, t, c, squares);
+    if (k.p.pools & kLse) put_statistic<A>(k, t, c, exponentials);
+  }
+}
+
+// ---- Contiguous: a row is a channel; `pool_lanes` lanes share it.
+
+template <class Tr, class S>
+__device__ __forceinline__ void pool_rows(const Streamed& k, int64_t n, int index, Shared shared) {
+  using T = typename Tr::T;
+  constexpr int V = Tr::V;
+  const Schedule& s = k.s;
+  const int lanes = s.pool_lanes, lane = threadIdx.x & (lanes - 1), row = threadIdx.x / lanes;
+  const int first = index * s.pool_rows, end = min(s.rows, first + s.pool_rows);
+  S* warps = shared.take<S>(kThreads / 32);
+  const T* x = as<T>(k.p.x) + n * s.rows * k.p.positions;
+  for (int base = first; base < end; base += kThreads / lanes) {
+    const bool inside = base + row < end;
+    S acc = S::empty(lane * V);
+    if (inside) {
+      const T* p_row = x + int64_t{base + row} * k.p.positions;
+      int i = lane;
+      for (; i + 3 * lanes < s.row_vectors; i += 4 * lanes) {
+        typename Tr::A v[4][V];
+#pragma unroll
+        for (int u = 0; u < 4; ++u) {
+          load_global<Cache::kReadOnly>(p_row + int64_t{i + u * lanes} * V, v[u]);  // [V]
+        }
+#pragma unroll
+        for (int u = 0; u < 4; ++u) add_vector(acc, v[u], (i + u * lanes) * V);
+      }
+      for (; i < s.row_vectors; i += lanes) {
+        typename Tr::A v[V];
+        load_global<Cache::kReadOnly>(p_row + int64_t{i} * V, v);  // [V]
+        add_vector(acc, v, i * V);
+      }
+    }
+    merge_lanes(acc, 1, min(lanes, 32));
+    if (lanes > 32) {
+      if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = acc;
+      __syncthreads();
+      for (int w = 1; lane == 0 && w < lanes / 32; ++w) acc.merge(warps[threadIdx.x / 32 + w]);
+      __syncthreads();
+    }
+    if (inside && lane == 0) put_statistic<typename Tr::A>(k, {n, kAllChunks}, base + row, acc);
+  }
+}
+
+// ---- Folded: rows are staged in shared memory, where their channels lie one after another.
+
+template <class Tr, class S>
+__device__ __forceinline__ void pool_staged(const Streamed& k, int64_t n, int64_t channel, int channels,
+                                            const typename Tr::A* staged) {
+  const int lanes = k.s.pool_lanes, lane = threadIdx.x & (lanes - 1), row = threadIdx.x / lanes;
+  const int positions = static_cast<int>(k.p.positions);
+  for (int base = 0; base < channels; base += kThreads / lanes) {
+    const bool inside = base + row < channels;
+    S acc = S::empty(lane);
+    if (inside) {
+      for (int i = lane; i < positions; i += lanes) acc.add(staged[(base + row) * positions + i], i);
+    }
+    merge_lanes(acc, 1, lanes);
+    if (inside && lane == 0) put_statistic<typename Tr::A>(k, {n, kAllChunks}, channel + base + row, acc);
+  }
+}
+
+template <class Tr>
+__device__ __forceinline__ const typename Tr::A* stage_rows(const Streamed& k, int64_t n, int first, int rows,
+                                                            Shared shared) {
+  using T = typename Tr::T;
+  constexpr int V = Tr::V;
+  using A = typename Tr::A;
+  const Schedule& s = k.s;
+  A* staged = shared.take<A>(int64_t{s.pool_rows} * s.row_elements);
+  const T* x = as<T>(k.p.x) + (n * s.rows + first) * s.row_elements;
+  for (int i = threadIdx.x; i < rows * s.row_vectors; i += kThreads) {
+    A v[V];
+    load_global<Cache::kReadOnly>(x + int64_t{i} * V, v);  // [V]
+#pragma unroll
+    for (int j = 0; j < V; ++j) staged[i * V + j] = v[j];
+  }
+  __syncthreads();
+  return staged;
+}
+
+// ---- Channels-last: a tile of positions and `pool_lanes` vectors of channels.
+
+template <class Tr, class S>
+__device__ __forceinline__ void pool_columns(const Streamed& k, int64_t n, int index, Shared shared) {
+  using T = typename Tr::T;
+  using A = typename Tr::A;
+  constexpr int V = Tr::V;
+  const Schedule& s = k.s;
+  const int columns = s.pool_lanes, column = threadIdx.x & (columns - 1), row = threadIdx.x / columns;
+  const int rows = kThreads / columns, slices = (s.row_vectors + columns - 1) / columns;
+  const int slice = index % slices, chunk = index / slices;
+  const int first = chunk * s.pool_rows, end = min(s.rows, first + s.pool_rows);
+  S* merged = shared.take<S>(kThreads * V);
+  const int vector = slice * columns + column;
+  S acc[V];
+#pragma unroll
+  for (int j = 0; j < V; ++j) acc[j] = S::empty(first + row);
+  if (vector < s.row_vectors) {
+    const T* x = as<T>(k.p.x) + n * k.p.positions * k.p.channels + int64_t{vector} * V;
+    int i = first + row;
+    for (; i + 3 * rows < end; i += 4 * rows) {
+      A v[4][V];
+#pragma unroll
+      for (int u = 0; u < 4; ++u) load_global<Cache::kReadOnly>(x + (i + u * rows) * k.p.channels, v[u]);  // [V]
+#pragma unroll
+      for (int u = 0; u < 4; ++u) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) acc[j].add(v[u][j], i + u * rows);
+      }
+    }
+    for (; i < end; i += rows) {
+      A v[V];
+      load_global<Cache::kReadOnly>(x + i * k.p.channels, v);  // [V]
+#pragma unroll
+      for (int j = 0; j < V; ++j) acc[j].add(v[j], i);
+    }
+  }
+  const int groups = merge_rows<V>(acc, columns, merged);
+  for (int i = threadIdx.x; i < columns * V; i += kThreads) {
+    const int64_t c = int64_t{slice} * columns * V + i;
+    if (c >= k.p.channels) continue;
+    S total = merged[i];
+    for (int g = 1; g < groups; ++g) total.merge(merged[g * columns * V + i]);
+    put_statistic<A>(k, {n, s.pool_chunks > 1 ? chunk : kAllChunks}, c, total);
+  }
+  __syncthreads();
+}
+
+template <class Tr, class S>
+__device__ __forceinline__ void pool_one(const Streamed& k, int64_t n, int index, Shared shared) {
+  if constexpr (Tr::kLayout == kChannelsLast) pool_columns<Tr, S>(k, n, index, shared);
+  else pool_rows<Tr, S>(k, n, index, shared);
+}
+
+// A pool beyond average and maximum reads the item once more: its tile is in L1 or L2 by then.
+template <class Tr> __device__ __forceinline__ void pool_stage(const Streamed& k, const Item& item, Shared shared) {
+  using A = typename Tr::A;
+  const int pools = k.p.pools;
+  const bool split = k.p.ties == kTiesSplit;
+  if constexpr (Tr::kFold) {
+    const int first = item.index * k.s.pool_rows, rows = min(k.s.rows - first, k.s.pool_rows);
+    const A* staged = stage_rows<Tr>(k, item.n, first, rows, shared);
+    const int64_t channel = int64_t{first} * k.s.fold;
+    const int channels = rows * k.s.fold;
+    if (pools & (kAvg | kMax)) {
+      if (split) pool_staged<Tr, MeanMax<A, true>>(k, item.n, channel, channels, staged);
+      else pool_staged<Tr, MeanMax<A, false>>(k, item.n, channel, channels, staged);
+    }
+    if (pools & kLp) pool_staged<Tr, Squares<A>>(k, item.n, channel, channels, staged);
+    if (pools & kLse) pool_staged<Tr, Exponentials<A>>(k, item.n, channel, channels, staged);
+  } else {
+    if (pools & (kAvg | kMax)) {
+      if (split) pool_one<Tr, MeanMax<A, true>>(k, item.n, item.index, shared);
+      else pool_one<Tr, MeanMax<A, false>>(k, item.n, item.index, shared);
+    }
+    if (pools & kLp) pool_one<Tr, Squares<A>>(k, item.n, item.index, shared);
+    if (pools & kLse) pool_one<Tr, Exponentials<A>>(k, item.n, item.index, shared);
+  }
+}
+
+}  // namespace cbam

@@ -1,0 +1,161 @@
+// How a thread of the streamed tier finds its vectors in a tile of x, and what it reads beside x.
+#pragma once
+
+#include "streamed_engine.cuh"
+
+namespace cbam {
+
+constexpr int kUnroll = 4;  // loads in flight a thread
+
+// A contiguous tile: rows [first, end) of `columns` vectors. Thread (row, column) takes every `lanes`-th
+// row. In a folded row the vector may span two channels: its first `split` elements belong to channel
+// `offset` of the row, the others to the next, at position 0.
+template <class Tr> struct RowTile {
+  static constexpr int V = Tr::V;
+  int tile, chunk;
+  int column, row, lanes;
+  int first, end;
+  int vector, position, offset, split;
+  bool inside;
+
+  __device__ __forceinline__ RowTile(const Streamed& k, const Tiling& t, int index) {
+    const Schedule& s = k.s;
+    tile = index / t.chunks;
+    chunk = index % t.chunks;
+    first = chunk * t.chunk_rows;
+    end = min(s.rows, first + t.chunk_rows);
+    if constexpr (Tr::kFold) {
+      const int positions = static_cast<int>(k.p.positions);
+      column = threadIdx.x % t.columns;
+      row = threadIdx.x / t.columns;
+      lanes = kThreads / t.columns;
+      vector = column;
+      inside = row < lanes;
+      offset = column * V / positions;
+      position = column * V - offset * positions;
+      split = min(V, positions - position);
+    } else {
+      column = threadIdx.x & (t.columns - 1);
+      row = threadIdx.x >> t.columns_log2;
+      lanes = kThreads >> t.columns_log2;
+      vector = tile * t.columns + column;
+      inside = vector < s.row_vectors;
+      offset = 0;
+      position = vector * V;
+      split = V;
+    }
+  }
+  // Element j's position in the tile, and its channel in row r.
+  __device__ __forceinline__ int in_tile(int j, int positions) const {
+    if constexpr (Tr::kFold) return position + j - (j >= split ? positions : 0);
+    return column * V + j;
+  }
+  __device__ __forceinline__ int absolute(int j, int positions) const {
+    if constexpr (Tr::kFold) return in_tile(j, positions);
+    return position + j;
+  }
+  __device__ __forceinline__ int channel(const Schedule& s, int r) const { return Tr::kFold ? r * s.fold + offset : r; }
+  __device__ __forceinline__ bool next(int j) const { return Tr::kFold && j >= split; }
+};
+
+// One value for each channel that a vector meets: one, or two in a folded row.
+template <class Tr, class X> struct PerChannel {
+  X here, after;
+  __device__ __forceinline__ PerChannel(const X* values, int at, const RowTile<Tr>& t) {
+    here = values[at];
+    after = Tr::kFold && t.split < Tr::V ? values[at + 1] : here;
+  }
+  __device__ __forceinline__ X operator()(const RowTile<Tr>& t, int j) const { return t.next(j) ? after : here; }
+};
+
+// V values of the accumulation type, at an index that is a multiple of V.
+template <int V, class A> __device__ __forceinline__ void fresh_vector(const void* p, int64_t i, A (&v)[V]) {
+  constexpr int kWide = kVector<A>;
+  if constexpr (V % kWide == 0) {
+#pragma unroll
+    for (int j = 0; j < V; j += kWide) {
+      A piece[kWide];
+      load_global<Cache::kCoherent>(as<A>(p) + i + j, piece);
+#pragma unroll
+      for (int u = 0; u < kWide; ++u) v[j + u] = piece[u];
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < V; ++j) v[j] = fresh<A>(p, i + j);
+  }
+}
+
+// shared[i] = source[at + i], or `otherwise` where there is no source.
+template <class A>
+__device__ __forceinline__ void stage_values(A* shared, const void* source, int64_t at, int count, A otherwise) {
+  for (int i = threadIdx.x; i < count; i += kThreads) shared[i] = source ? fresh<A>(source, at + i) : otherwise;
+}
+__device__ __forceinline__ void stage_marks(int* shared, const void* source, int64_t at, int count, bool is_short) {
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    shared[i] = source ? load_index<Cache::kCoherent>(source, at + i, is_short) : 0;
+  }
+}
+
+// Sums of a folded tile's channels: every vector leaves one or two numbers, which are added in the order
+// of the columns. `capacity` rows are dealt with at a time.
+template <class Tr> struct FoldSums {
+  using A = typename Tr::A;
+  A* pairs;
+  int columns, capacity;
+
+  __device__ __forceinline__ FoldSums(A* memory, const Tiling& t) : pairs(memory), columns(t.columns) {
+    const int lanes = kThreads / columns, bytes = columns * 2 * static_cast<int>(sizeof(A));
+    capacity = max(lanes, (16 << 10) / bytes / lanes * lanes);
+  }
+  __device__ __forceinline__ void leave(const RowTile<Tr>& t, int r, A here, A after) {
+    pairs[(r * columns + t.column) * 2] = here;
+    pairs[(r * columns + t.column) * 2 + 1] = after;
+  }
+  // Calls out(channel in these rows, sum) for `rows` rows that all threads have left, then is free again.
+  template <class Out> __device__ __forceinline__ void finish(const Streamed& k, int rows, Out out) {
+    const int fold = k.s.fold, positions = static_cast<int>(k.p.positions);
+    __syncthreads();
+    for (int i = threadIdx.x; i < rows * fold; i += kThreads) {
+      const int r = i / fold, offset = i % fold;
+      const int from = offset * positions / Tr::V, to = ((offset + 1) * positions - 1) / Tr::V;
+      A sum = 0;
+      for (int c = from; c <= to; ++c) sum += pairs[(r * columns + c) * 2 + (c * Tr::V / positions == offset ? 0 : 1)];
+      out(i, sum);
+    }
+    __syncthreads();
+  }
+};
+
+// Sums over channels of a contiguous tile: out(position in the map, sum).
+template <class Tr, class S, class Out>
+__device__ __forceinline__ void merge_tile(const Streamed& k, const Tiling& t, const RowTile<Tr>& me,
+                                           S (&acc)[Tr::V], S* merged, Out out) {
+  constexpr int V = Tr::V;
+  const int positions = static_cast<int>(k.p.positions), width = t.columns * V;
+  if constexpr (Tr::kFold) {
+    if (me.inside) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) merged[me.row * width + me.column * V + j] = acc[j];
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < positions; i += kThreads) {
+      S total = merged[i];
+      for (int r = 0; r < me.lanes; ++r) {
+        for (int f = 0; f < k.s.fold; ++f) {
+          if (r + f) total.merge(merged[r * width + f * positions + i]);
+        }
+      }
+      out(i, total);
+    }
+  } else {
+    const int groups = merge_rows<V>(acc, t.columns, merged);
+    for (int i = threadIdx.x; i < width; i += kThreads) {
+      if (me.tile * t.positions + i >= positions) continue;
+      S total = merged[i];
+      for (int g = 1; g < groups; ++g) total.merge(merged[g * width + i]);
+      out(me.tile * t.positions + i, total);
+    }
+  }
+}
+
+}  // namespace cbam
