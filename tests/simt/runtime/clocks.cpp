@@ -129,13 +129,13 @@ void reset_base(Thread& t, const Snapshot& snapshot) {
   t.extra.clear();
 }
 
-std::string party_name(const Cluster& cluster, unsigned party) {
-  if (party >= cluster.parties) return "an asynchronous copy";
-  const unsigned threads = device.block_threads;
-  const Thread& t = cluster.blocks[party / threads]->threads[party % threads];
+std::string party_name(u32 cluster, unsigned party) {
+  const dim3 shape = device.config.block;
+  const unsigned i = party % device.block_threads;
+  const uint3 b = device.first_blocks[cluster];
   char text[120];
-  const uint3 b = t.block->index, i = t.view.thread_index;
-  std::snprintf(text, sizeof text, "thread (%u,%u,%u) of block (%u,%u,%u)", i.x, i.y, i.z, b.x, b.y, b.z);
+  std::snprintf(text, sizeof text, "thread (%u,%u,%u) of block (%u,%u,%u)", i % shape.x, i / shape.x % shape.y,
+                i / (shape.x * shape.y), b.x + party / device.block_threads, b.y, b.z);
   return text;
 }
 

@@ -19,17 +19,10 @@ bool ordered(const Thread& t, const GlobalReaders& r, unsigned& offender) {
   return true;
 }
 
-std::string who(const Thread& t, u32 cluster, unsigned party) {
-  if (cluster == t.block->cluster->number) return party_name(*t.block->cluster, party);
-  for (const auto& c : device.clusters)
-    if (c->number == cluster) return party_name(*c, party);
-  return "a block that has returned";
-}
-
 [[noreturn]] void race(const Thread& t, const Buffer& b, std::uintptr_t a, const char* verb, const char* other, u32 cluster, unsigned party, Site site) {
   const bool same = cluster == t.block->cluster->number;
   fail_site(site, std::string("race: ") + verb + " at byte " + std::to_string(a - b.begin) + " of '" + b.name + "', " + other + " by " +
-                      who(t, cluster, party) + (same ? ", with no barrier between" : ", with no release and acquire between"));
+                      party_name(cluster, party) + (same ? ", with no barrier between" : ", with no release and acquire between"));
 }
 
 void record_read(Buffer& b, GlobalCell& cell, const Thread& t, bool atomic) {

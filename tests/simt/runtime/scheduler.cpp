@@ -114,13 +114,14 @@ void admit(unsigned cluster_index) {
   const LaunchConfig& c = device.config;
   auto owned = std::make_unique<Cluster>();
   Cluster& cluster = *owned;
-  cluster.number = device.admitted++;
+  cluster.number = static_cast<u32>(device.first_blocks.size());
   cluster.parties = c.cluster * device.block_threads;
   const auto start = std::make_shared<const Clocks>(Clocks{Entries(cluster.parties, 0u), nullptr});
   const unsigned along_x = c.grid.x / c.cluster;
   for (unsigned r = 0; r < c.cluster; ++r) {
     const uint3 at{cluster_index % along_x * c.cluster + r, cluster_index / along_x % c.grid.y,
                    cluster_index / along_x / c.grid.y};
+    if (r == 0) device.first_blocks.push_back(at);
     cluster.blocks.push_back(make_block(cluster, r, at, start));
     device.resident.push_back(cluster.blocks.back().get());
   }
@@ -301,7 +302,7 @@ void launch_grid(const LaunchConfig& config, const char* kernel, void (*body)(co
   d.switches = d.progress = 0;
   d.statics.clear();
   d.released.clear();
-  d.admitted = 0;
+  d.first_blocks.clear();
   d.static_end = (config.shared + kGuard + 127) / 128 * 128;
   try {
     check_config(config);

@@ -78,7 +78,7 @@ void check_order(Block& owner, Cell& cell, const Thread& t, unsigned access, std
              access & kWrite ? "store" : "read", offset);
     report(site, "race: %s at byte %zu of shared memory (block rank %u), last written by %s, with no barrier between",
            access & kAtomic ? "atomic" : access & kWrite ? "store" : "read", offset, owner.rank,
-           party_name(cluster, cell.writer).c_str());
+           party_name(cluster.number, cell.writer).c_str());
   }
   if (!(access & kWrite)) return;
   unsigned reader = 0;
@@ -92,7 +92,7 @@ void check_order(Block& owner, Cell& cell, const Thread& t, unsigned access, std
   if (!ordered)
     report(site, "race: %s at byte %zu of shared memory (block rank %u), read by %s, with no barrier between",
            access & kIssue ? "asynchronous copy" : access & kAtomic ? "atomic" : "store", offset, owner.rank,
-           party_name(cluster, reader).c_str());
+           party_name(cluster.number, reader).c_str());
 }
 
 void touch(Block& owner, Cell& cell, Thread& t, unsigned access, std::size_t offset, Site site) {
@@ -262,7 +262,7 @@ void check_proxy(Thread& t, const void* address, std::size_t bytes, Site site) {
     const Thread& w = cluster.blocks[c.writer / device.block_threads]->threads[c.writer % device.block_threads];
     if (w.proxy_fence < c.write_clock)
       report(site, "a bulk copy reads byte %zu of shared memory, written by %s with no fence.proxy.async after it", at,
-             party_name(cluster, c.writer).c_str());
+             party_name(cluster.number, c.writer).c_str());
   });
 }
 

@@ -214,7 +214,7 @@ struct Device {
   // counted
   std::vector<Buffer> buffers;   // by address
   std::unordered_map<std::uintptr_t, ForeignRef> released;   // by an atomic's address
-  u32 admitted = 0;
+  std::vector<uint3> first_blocks;   // of each cluster admitted, by its number
   u64 bytes_read = 0, bytes_written = 0, atomics = 0, barriers = 0, launches = 0;
 };
 extern Device device;
@@ -237,7 +237,7 @@ ForeignRef release_of(const Thread& t);        // all that `t` knows, its own cl
 void acquire(Thread& t, const ForeignRef& released);
 void absorb(Thread& t, const Snapshot& snapshot);
 void reset_base(Thread& t, const Snapshot& snapshot);
-std::string party_name(const Cluster& cluster, unsigned party);
+std::string party_name(u32 cluster, unsigned party);
 
 // shadow.cpp
 struct Site {
