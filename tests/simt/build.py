@@ -142,6 +142,8 @@ def build(source: str | Path, *, flavor: str | None = None, defines: Sequence[st
         *_COMMON,
         *FLAGS[flavor]["driver"],
         "-DCBAM_SIMT=1",
+        "-include",   # as nvcc includes cuda_runtime.h
+        "simt.h",
         *(f"-D{d}" for d in defines),
         f"-I{HERE / 'include'}",
         f"-I{ROOT / 'csrc' / 'cuda'}",
