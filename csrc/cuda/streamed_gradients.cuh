@@ -255,12 +255,14 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
         here[u] = after[u] = A(0);
         if (me.inside && at < bottom) {
           const int c = me.channel(s, at);
-          const PerChannel<Tr, A> gate(gates, kSplit ? c - base : 0, me);
 #pragma unroll
           for (int j = 0; j < V; ++j) {
             A weight = mean[j];
-            if constexpr (kSplit) weight += even_share(maximum[j], gate(me, j) * v[u][j] == top[j], mark[j]);
-            else weight += first_share(maximum[j], mark[j] == c + me.next(j));
+            if constexpr (kSplit) {
+              weight += even_share(maximum[j], gates[c - base + me.next(j)] * v[u][j] == top[j], mark[j]);
+            } else {
+              weight += first_share(maximum[j], mark[j] == c + me.next(j));
+            }
             if (me.next(j)) after[u] += v[u][j] * weight;
             else here[u] += v[u][j] * weight;
           }
