@@ -1,0 +1,130 @@
+"""Every dialect beside its original: the real package's class where there is one, else plain_cbam's."""
+
+import importlib
+from typing import Any, Callable, Dict, NamedTuple, Tuple
+
+import plain_cbam as plain
+import pytest
+import torch
+import torch.nn as nn
+
+from cbam_fused import compat
+
+
+class Case(NamedTuple):
+    """One constructor call, of the fused class and of its original."""
+
+    dialect: str
+    fused: Callable[..., nn.Module]
+    original: Callable[[], Any]
+    args: Tuple[Any, ...] = ()
+    kwargs: Dict[str, Any] = {}
+    real: bool = False
+    channels: int = 0  # of the input, where the constructor does not say
+
+    def pair(self):
+        """(original, fused) with the original's state, randomised so that nothing hides."""
+        original = self.original()(*self.args, **self.kwargs)
+        randomise(original)
+        fused = self.fused(*self.args, **self.kwargs)
+        fused.load_state_dict(original.state_dict())
+        return original, fused
+
+    @property
+    def width(self) -> int:
+        return self.channels or self.args[0]
+
+
+def package(module: str, name: str) -> Callable[[], Any]:
+    """A class of a third-party package; the test skips where the package is missing."""
+
+    def load() -> Any:
+        top = module.split(".")[0]
+        pytest.importorskip(top, reason=f"{top} is not installed")
+        return getattr(importlib.import_module(module), name)
+
+    return load
+
+
+def written(kind: type) -> Callable[[], type]:
+    return lambda: kind
+
+
+def randomise(module: nn.Module) -> None:
+    """Weights that keep the gates away from 0 and 1, and a BatchNorm that is not the identity."""
+    with torch.no_grad():
+        for leaf in module.modules():
+            if isinstance(leaf, (nn.Linear, nn.Conv2d)):
+                leaf.weight.normal_(0, leaf.weight[0].numel() ** -0.5)
+                if leaf.bias is not None:
+                    leaf.bias.normal_(0, 0.3)
+            elif isinstance(leaf, nn.BatchNorm2d):
+                leaf.weight.fill_(0.75)
+                leaf.bias.fill_(-0.25)
+                leaf.running_mean.fill_(0.125)
+                leaf.running_var.fill_(1.5)
+
+
+_TIMM = "timm.layers.cbam"
+_YOLO = "ultralytics.nn.modules.conv"
+_TIMM_SE = package("timm.layers.squeeze_excite", "SEModule")
+
+CASES: Dict[str, Case] = {
+    "official": Case("official", compat.official.CBAM, written(plain.Official), (32,)),
+    "official-lp-lse": Case(
+        "official", compat.official.CBAM, written(plain.Official), (32, 8, ["avg", "max", "lp", "lse"])
+    ),
+    "official-no-spatial": Case("official", compat.official.CBAM, written(plain.Official), (32,), {"no_spatial": True}),
+    "pytorchcv": Case(
+        "pytorchcv", compat.pytorchcv.CbamBlock, package("pytorchcv.models.cbamresnet", "CbamBlock"), (32,), real=True
+    ),
+    "timm": Case("timm", compat.timm.CbamModule, package(_TIMM, "CbamModule"), (24,), real=True),
+    "timm-bias-k3": Case(
+        "timm", compat.timm.CbamModule, package(_TIMM, "CbamModule"), (40, 0.25),
+        {"spatial_kernel_size": 3, "mlp_bias": True, "rd_divisor": 8}, real=True,
+    ),
+    "timm-light": Case("timm_light", compat.timm.LightCbamModule, package(_TIMM, "LightCbamModule"), (32,), real=True),
+    "timm-se": Case("timm_se", compat.timm.SEModule, _TIMM_SE, (32,), real=True),
+    "timm-se-max": Case(
+        "timm_se", compat.timm.SEModule, _TIMM_SE, (32,), {"add_maxpool": True, "bias": False}, real=True
+    ),
+    "torchvision-se": Case(
+        "torchvision_se", compat.torchvision.SqueezeExcitation,
+        package("torchvision.ops.misc", "SqueezeExcitation"), (32, 4), real=True,
+    ),
+    "ultralytics": Case("ultralytics", compat.ultralytics.CBAM, package(_YOLO, "CBAM"), (32,), real=True),
+    "ultralytics-k3": Case("ultralytics", compat.ultralytics.CBAM, package(_YOLO, "CBAM"), (17, 3), real=True),
+    "ultralytics-channel": Case(
+        "ultralytics_channel", compat.ultralytics.ChannelAttention, package(_YOLO, "ChannelAttention"), (17,), real=True
+    ),
+    "ultralytics-spatial": Case(
+        "ultralytics_spatial", compat.ultralytics.SpatialAttention, package(_YOLO, "SpatialAttention"), (3,),
+        real=True, channels=17,
+    ),
+    "luuuyi": Case("luuuyi", compat.luuuyi.CBAM, written(plain.Luuuyi), (48,)),
+    "luuuyi2018": Case("luuuyi2018", compat.luuuyi.CBAM2018, written(plain.Luuuyi2018), (48, 4, 3)),
+    "luuuyi-channel": Case("luuuyi_channel", compat.luuuyi.ChannelAttention, written(plain.LuuuyiChannel), (48,)),
+    "luuuyi2018-channel": Case(
+        "luuuyi2018_channel", compat.luuuyi.ChannelAttention2018, written(plain.LuuuyiChannel2018), (48,)
+    ),
+    "luuuyi-spatial": Case(
+        "luuuyi_spatial", compat.luuuyi.SpatialAttention, written(plain.LuuuyiSpatial), (7,), channels=48
+    ),
+    "bubbliiiing": Case("bubbliiiing", compat.bubbliiiing.cbam_block, written(plain.Bubbliiiing), (32,)),
+    "xmu": Case("xmu", compat.xmu.CBAMBlock, written(plain.Xmu), (32, 4, 5)),
+    "xmu-k49": Case("xmu", compat.xmu.CBAMBlock, written(plain.Xmu), (16,)),
+    "peachypie98": Case("peachypie98", compat.peachypie98.CBAM, written(plain.Peachypie98), (32, 4)),
+    "elbuco1": Case("elbuco1", compat.elbuco1.CBAM, written(plain.Elbuco1), (32, 3, 5)),
+    "mmyolo": Case("mmyolo", compat.mmyolo.CBAM, written(plain.Mmyolo), (32,)),
+}  # fmt: skip
+
+BLOCKS = {k: c for k, c in CASES.items() if compat.dialects.find(c.dialect).kind == "block"}
+
+
+def inputs(channels: int, dtype: torch.dtype = torch.float32) -> Dict[str, torch.Tensor]:
+    """Dense values; and post-ReLU ones on a coarse grid, with ties in both pools and whole planes of zeros."""
+    g = torch.Generator().manual_seed(7)
+    dense = torch.randn(2, channels, 9, 7, generator=g)
+    ties = (torch.randn(3, channels, 7, 7, generator=g) * 2).round().clamp(min=0) / 2
+    ties[0, : channels // 3] = 0
+    return {"dense": dense.to(dtype), "ties": ties.to(dtype)}
