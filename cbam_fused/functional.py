@@ -16,15 +16,26 @@ from .reference import cbam_reference, channel_gate_reference, spatial_logits_re
 
 Norm = Callable[[Tensor], Tensor]
 
-# Exactly these: a subclass may do more than normalise (timm's BatchNormAct2d applies an activation).
+# Exactly these: a subclass may do more than normalise.
 _FOLDABLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+# timm's, which applies an activation and a drop layer; its CBAM builds it with the identity for both.
+_FOLDABLE_WITHOUT_CHILDREN = ("timm.layers.norm_act", "BatchNormAct2d")
+
+
+def _only_normalises(norm: object) -> bool:
+    kind = type(norm)
+    if kind in _FOLDABLE:
+        return True
+    if (kind.__module__, kind.__name__) != _FOLDABLE_WITHOUT_CHILDREN:
+        return False
+    return all(type(child) is nn.Identity for child in norm.children())  # type: ignore[attr-defined]
 
 
 def _fold(norm: Optional[Norm]) -> Optional[Folded]:
     """The tensors of a norm that the fused op can apply itself, or None if it must be called."""
     if norm is None:
         return NO_NORM
-    if type(norm) in _FOLDABLE and not norm.training and norm.running_mean is not None:
+    if _only_normalises(norm) and not norm.training and norm.running_mean is not None:
         if not (norm._forward_hooks or norm._forward_pre_hooks):
             return norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps
     return None
