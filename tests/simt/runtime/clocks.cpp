@@ -106,6 +106,11 @@ void join(Clocks& into, const Thread& t) {
   into.foreign = merge(t.foreign, into.foreign);
 }
 
+void join_snapshot(Clocks& into, const Snapshot& snapshot) {
+  raise(into.local, snapshot->local);
+  into.foreign = merge(into.foreign, snapshot->foreign);
+}
+
 void absorb(Thread& t, const Snapshot& snapshot) {
   t.fenced_since_acquire = false;
   if (!snapshot || snapshot == t.base) return;

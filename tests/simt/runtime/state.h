@@ -235,6 +235,7 @@ void join(Clocks& into, const Thread& t);
 ForeignRef merge(const ForeignRef& a, const ForeignRef& b);
 ForeignRef release_of(const Thread& t);        // all that `t` knows, its own cluster included
 void acquire(Thread& t, const ForeignRef& released);
+void join_snapshot(Clocks& into, const Snapshot& snapshot);
 void absorb(Thread& t, const Snapshot& snapshot);
 void reset_base(Thread& t, const Snapshot& snapshot);
 std::string party_name(u32 cluster, unsigned party);

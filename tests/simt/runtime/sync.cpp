@@ -8,26 +8,26 @@ namespace simt {
 
 namespace {
 
-// Ends a rendezvous: everybody learns what all knew on arrival.
-void complete(Rendezvous& r, bool all_of_block) {
-  const auto snapshot = std::make_shared<const Clocks>(std::move(r.clocks));
-  for (Thread* t : r.arrived) {
-    if (all_of_block) reset_base(*t, snapshot);
-    else absorb(*t, snapshot);
-    if (t != device.thread) wake(t);
-  }
-  device.progress = device.switches;
-  r = Rendezvous{};
+void note_first(Rendezvous& r, Thread& t, Where where) {
+  if (r.count++) return;
+  r.where = where;
+  r.first = &t;
 }
 
-void arrive(Rendezvous& r, Thread& t, Where where) {
-  if (r.clocks.local.empty()) r.clocks.local.resize(t.block->cluster->parties);
-  if (device.instrumented) join(r.clocks, t);
-  t.clock++;
-  if (!r.count++) {
-    r.where = where;
-    r.first = &t;
+// Everybody of the block is here: what all know together is each one's own clock and the union of their snapshots,
+// which are mostly one and the same object.
+Snapshot union_of_block(const Rendezvous& r) {
+  auto all = std::make_shared<Clocks>();
+  all->local.resize(r.first->block->cluster->parties);
+  const Clocks* last = nullptr;
+  for (const Thread* t : r.arrived) {
+    if (t->base.get() != last) join_snapshot(*all, t->base);
+    last = t->base.get();
+    for (const Snapshot& s : t->extra) join_snapshot(*all, s);
+    all->foreign = merge(all->foreign, t->foreign);
   }
+  for (Thread* t : r.arrived) all->local[t->party] = t->clock++;
+  return all;
 }
 
 u64 block_rendezvous(int op, unsigned predicate, Where where) {
@@ -39,7 +39,7 @@ u64 block_rendezvous(int op, unsigned predicate, Where where) {
   if (r.count && (r.where.line != where.line || std::strcmp(r.where.file, where.file) || r.op != op))
     fail(where, "__syncthreads() here, but thread (%u,%u,%u) waits at %s:%d: divergent barrier", r.first->view.thread_index.x,
          r.first->view.thread_index.y, r.first->view.thread_index.z, r.where.file, r.where.line);
-  arrive(r, t, where);
+  note_first(r, t, where);
   r.op = op;
   r.sum += predicate;
   r.arrived.push_back(&t);
@@ -47,7 +47,13 @@ u64 block_rendezvous(int op, unsigned predicate, Where where) {
     const u64 sum = r.sum;
     for (Thread* a : r.arrived) a->result = op == 1 ? sum == device.block_threads : op == 2 ? sum != 0 : sum;
     device.barriers++;
-    complete(r, true);
+    if (device.instrumented) {
+      const Snapshot all = union_of_block(r);
+      for (Thread* a : r.arrived) reset_base(*a, all);
+    }
+    for (Thread* a : r.arrived)
+      if (a != &t) wake(a);
+    r = Rendezvous{};
     // The last to arrive takes its turn with the others.
     t.ready = true;
     b.ready.push_back(&t);
@@ -165,11 +171,20 @@ void named_barrier(unsigned id, unsigned threads, bool waits, Where where) {
     fail(where, "barrier %u of %u threads: the id is 0..15, the count a multiple of 32 within the block", id, threads);
   Rendezvous& r = t.block->named[id];
   if (r.count && r.expected != threads) fail(where, "barrier %u expects %u threads, others said %u", id, threads, r.expected);
-  arrive(r, t, where);
+  note_first(r, t, where);
+  if (r.clocks.local.empty()) r.clocks.local.resize(t.block->cluster->parties);
+  if (device.instrumented) join(r.clocks, t);
+  t.clock++;
   r.expected = threads;
   if (waits) r.arrived.push_back(&t);
   if (r.count == threads) {
-    complete(r, false);
+    const auto snapshot = std::make_shared<const Clocks>(std::move(r.clocks));
+    for (Thread* a : r.arrived) {
+      absorb(*a, snapshot);
+      if (a != &t) wake(a);
+    }
+    r = Rendezvous{};
+    device.progress = device.switches;
     pause(where);
   } else if (waits) {
     wait("waits at a named barrier", where);
@@ -191,14 +206,16 @@ u64 warp_collective(WarpOp op, unsigned mask, u64 value, int argument, int width
   t.width = width;
   t.where = where;
   w.waiting |= 1u << t.view.lane;
-  bool complete = true;
-  for (unsigned l = 0; l < 32; ++l) {
-    if (!(mask >> l & 1)) continue;
+  bool complete = (w.waiting & mask) == mask;
+  const u32 others = w.waiting & mask & ~(1u << t.view.lane);
+  // While lanes are missing, comparing with one that waits is enough: it was compared with those before it.
+  for (u32 m = complete ? mask : others & -others; m; m &= m - 1) {
+    const int l = __builtin_ctz(m);
     const Thread& other = *w.lanes[l];
-    if (!(w.waiting >> l & 1) || other.mask != mask) {
+    if (other.mask != mask) {
       complete = false;
     } else if (other.op != op || other.where.line != where.line) {
-      fail(where, "lanes %u and %u of one mask %08x are at different warp operations: the other's is at %s:%d",
+      fail(where, "lanes %u and %d of one mask %08x are at different warp operations: the other's is at %s:%d",
            t.view.lane, l, mask, other.where.file, other.where.line);
     }
   }
