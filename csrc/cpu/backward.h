@@ -1,0 +1,353 @@
+// Backward of one sample, on top of the stages of block.h.
+//
+// x and dy are read together once (products), x once more (the rest of the channel gate's gradient)
+// and dy once more for dx; the second reads come from cache.
+
+template <class T, bool kChannelsLast>
+struct Backward : Block<T, kChannelsLast> {
+  using Base = Block<T, kChannelsLast>;
+  using typename Base::A;
+  using typename Base::Int;
+  using Base::call, Base::dy, Base::element, Base::L, Base::load_gate, Base::mlp_hidden, Base::out, Base::p, Base::pad,
+      Base::passes, Base::place_maps, Base::pools_count, Base::streams, Base::tile, Base::tile_dgate, Base::tile_end,
+      Base::tiles, Base::x, Base::in_parts;
+  using Base::Base;
+
+  // Brings what forward saved for sample n next to the kernels.
+  void load_saved(int64_t n, Sample<A>& s, Stage stage) const {
+    load_gate(n, s);
+    if (!p.spatial) return;
+    std::copy_n(static_cast<const A*>(p.spatial_gate) + n * p.P, p.P, s.s);
+    if (stage == Stage::kScale) return;
+    const A* q = static_cast<const A*>(p.spatial_pool) + n * 2 * p.P;
+    std::copy_n(q, p.P, s.q_max);
+    std::copy_n(q + p.P, p.P, s.q_mean);
+    place_maps(0, p.P, s);
+    for (int64_t i = 0; i < p.P; ++i) s.q_index[i] = Int(index_at(p.spatial_index, p.wide_spatial_index, n * p.P + i));
+  }
+
+  // ds of tile t, and the tile's part of sum_p dy x s.
+  void products(int64_t t, Worker<A>& w, Sample<A>& s) const {
+    const int64_t p0 = t * tile, p1 = tile_end(t);
+    A* dgate = tile_dgate(s, t);
+    if constexpr (kChannelsLast) {
+      auto slots = make_slots<A>(p.C, 0);
+      std::fill_n(w.sum, slots.size() * L, A(0));
+      weigh_product(x(s.n), dy(s.n), p.C, p0, p1, slots, s.s, s.gate, s.ds, w.sum);
+      unslot(slots, w.sum, dgate);
+    } else {
+      auto slots = make_slots<A>(p1 - p0, p0);
+      std::fill_n(w.sum, slots.size() * L, A(0));
+      weigh_product(x(s.n) + p0, dy(s.n) + p0, p.P, 0, p.C, slots, s.gate, s.s + p0, dgate, w.sum);
+      for_slots(slots, [&](int64_t l, int64_t k, auto tag) {
+        write<Write::kCached>(s.ds + p0 + l, load(w.sum + k * L), tag);
+      });
+    }
+  }
+
+  // Gradient of the logits of tile t, into the padded map (times the folded norm's scale).
+  void logits_gradient(int64_t t, Sample<A>& s, Stage stage) const {
+    const int64_t p0 = t * tile, p1 = tile_end(t);
+    A* given = p.dz ? static_cast<A*>(p.dz) + s.n * p.P : nullptr;
+    for (int64_t i = p0; stage != Stage::kAttention && i < p1; ++i) {
+      s.ds[i] = s.ds[i] * s.s[i] * (A(1) - s.s[i]);
+      if (stage == Stage::kScale) given[i] = s.ds[i];
+    }
+    if (stage == Stage::kScale) return;
+    if (stage == Stage::kAttention) std::copy(given + p0, given + p1, s.ds + p0);
+    pad.for_pieces(p0, p1, [&](int64_t pos, int64_t flat, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) s.dz[flat + pad.center + i] = A(p.scale) * s.ds[pos + i];
+    });
+  }
+
+  // dq of tile t; needs dz of the positions around it.
+  void maps_gradient(int64_t t, Worker<A>& w, Sample<A>& s) const {
+    const int64_t p0 = t * tile, p1 = tile_end(t), i0 = pad.flat(p0), i1 = pad.flat(p1 - 1) + 1;
+    A* flat[2] = {w.flat - i0, w.flat + pad.size + 8 * L - i0};
+    const A* dz[1] = {s.dz};
+    convolve<1, 2>(pad, dz, static_cast<const A*>(p.planes), true, i0, i1, flat);
+    pad.for_pieces(p0, p1, [&](int64_t pos, int64_t f, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) {
+        A share = p.ties == kSplit ? A(s.q_index[pos + i]) : A(1);
+        s.dq_max[pos + i] = flat[0][f + i] / share;
+        s.dq_mean[pos + i] = flat[1][f + i] / A(p.C);
+      }
+    });
+  }
+
+  // Adds to the tile's part of dgate what comes through the spatial pools: sum_p x dq.
+  void rest_of_gate_gradient(int64_t t, Worker<A>& w, Sample<A>& s) const {
+    const int64_t p0 = t * tile, p1 = tile_end(t);
+    A* dgate = tile_dgate(s, t);
+    const bool split = p.ties == kSplit;
+    if constexpr (kChannelsLast) {
+      auto slots = make_slots<A>(p.C, 0);
+      std::fill_n(w.sum, slots.size() * L, A(0));
+      if (split) {
+        sum_columns(x(s.n), p.C, p0, p1, slots, w.sum, [&](Vec<A> v, int64_t r, int64_t l) {
+          return v * share_of(v * load(s.gate + l), splat<A>(s.q_max[r]), splat<A>(s.dq_max[r]), splat<A>(s.dq_mean[r]));
+        });
+      } else {
+        sum_columns(x(s.n), p.C, p0, p1, slots, w.sum, [&](Vec<A> v, int64_t r, int64_t) { return v * s.dq_mean[r]; });
+      }
+      unslot(slots, w.sum, w.max);
+      for (int64_t c = 0; c < p.C; ++c) dgate[c] += w.max[c];
+    } else {
+      auto slots = make_slots<A>(p1 - p0, p0);
+      if (split) {
+        sum_rows(x(s.n) + p0, p.P, 0, p.C, slots, dgate, [&](Vec<A> v, int64_t r, int64_t l) {
+          return v * share_of(v * s.gate[r], load(s.q_max + p0 + l), load(s.dq_max + p0 + l), load(s.dq_mean + p0 + l));
+        });
+      } else {
+        sum_rows(x(s.n) + p0, p.P, 0, p.C, slots, dgate,
+                 [&](Vec<A> v, int64_t, int64_t l) { return v * load(s.dq_mean + p0 + l); });
+      }
+    }
+    if (split) return;
+    const T* xs = x(s.n);
+    for (int64_t pos = p0; pos < p1; ++pos) {
+      const int64_t c = s.q_index[pos];
+      dgate[c] += s.dq_max[pos] * load_one(xs + element(c, pos));
+    }
+  }
+
+  // dq of one element where the maximum's gradient is shared: its share where it equals the maximum.
+  // A NaN maximum equals nothing, and its share (x / 0) times 0 is the NaN that amax gives.
+  static CBAM_INLINE Vec<A> share_of(Vec<A> gated, Vec<A> max, Vec<A> share, Vec<A> mean) {
+    return mean + (gated == max ? share : share * A(0));
+  }
+
+  // Gradient of the convolution's weights (taps [t0, t1) of both planes) for this sample.
+  void planes_gradient(int64_t t0, int64_t t1, const Sample<A>& s) const {
+    correlate(pad, s.dz + pad.center, s.maps, t0, t1, call.dplanes + s.n * 2 * pad.taps());
+  }
+
+  // Sums over positions of dlogits, and of dlogits times the convolution's output.
+  void norm_gradient(Worker<A>& w, const Sample<A>& s) const {
+    double* sums = call.dnorm + s.n * 2;
+    sums[0] = sums[1] = 0;
+    A* flat[1] = {w.flat};
+    convolve<2, 1>(pad, s.maps, static_cast<const A*>(p.planes), false, 0, pad.flat(p.P - 1) + 1, flat);
+    pad.for_pieces(0, p.P, [&](int64_t pos, int64_t f, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) {
+        sums[0] += double(s.ds[pos + i]);
+        sums[1] += double(s.ds[pos + i]) * double(w.flat[f + i]);
+      }
+    });
+  }
+
+  // dlogits of the channel gate from the tiles' parts, in tile order; or dgate itself for kScale.
+  void gate_logits_gradient(const Sample<A>& s, Stage stage) const {
+    if (!p.pools) return;
+    const A* given = stage == Stage::kAttention ? static_cast<const A*>(p.dgate) + s.n * p.C : nullptr;
+    A* to = (stage == Stage::kScale ? static_cast<A*>(p.dgate) : call.dlogits) + s.n * p.C;
+    for (int64_t c = 0; c < p.C; ++c) to[c] = given ? given[c] : A(0);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const A* part = tile_dgate(s, t);
+      for (int64_t c = 0; c < p.C; ++c) to[c] += part[c];
+    }
+    if (stage == Stage::kScale) return;
+    const A* g = call.gate + s.n * p.C;
+    for (int64_t c = 0; c < p.C; ++c) to[c] = to[c] * g[c] * (A(1) - g[c]);
+  }
+
+  // The MLP's backward for the samples [n0, n1): dpooled from dlogits. Recomputes the hidden layer.
+  void mlp_backward(int64_t n0, int64_t n1) const {
+    const int64_t h = p.hidden, M = passes, C = p.C;
+    mlp_hidden(n0, n1);
+    if (!h) {
+      matvec_transposed(static_cast<const A*>(p.w2), C, C, call.dlogits + n0 * C, C, int(n1 - n0),
+                        call.dpooled + n0 * M * C, M * C);
+      for (int64_t n = n0; n < n1; ++n) {
+        for (int64_t k = 1; k < M; ++k) std::copy_n(call.dpooled + n * M * C, C, call.dpooled + (n * M + k) * C);
+      }
+      return;
+    }
+    matvec_transposed(static_cast<const A*>(p.w2), C, h, call.dlogits + n0 * C, C, int(n1 - n0),
+                      call.dhidden + n0 * M * h, M * h);
+    for (int64_t n = n0; n < n1; ++n) {
+      for (int64_t j = 0; j < h; ++j) {
+        const A d = call.dhidden[n * M * h + j];
+        // ReLU's backward lets the gradient through where the result is not <= 0, NaN included.
+        for (int64_t k = 0; k < M; ++k) {
+          const int64_t i = (n * M + k) * h + j;
+          call.dhidden[i] = call.hidden[i] <= A(0) ? A(0) : d;
+        }
+      }
+    }
+    matvec_transposed(static_cast<const A*>(p.w1), h, C, call.dhidden + n0 * M * h, h, int((n1 - n0) * M),
+                      call.dpooled + n0 * M * C, C);
+  }
+
+  // The pools' gradients of the sample, in the terms in which dx uses them.
+  void load_pool_gradients(Sample<A>& s) const {
+    if (!p.pools) return;
+    const int64_t C = p.C;
+    const A* d = call.dpooled + s.n * passes * C;
+    const A* pooled = call.pooled + s.n * pools_count * C;
+    const bool blend = p.pools & kBlend;
+    const A weight = blend ? A(0.5) : A(1);
+    auto next = [&] {
+      if (!blend) d += C;
+      pooled += C;
+    };
+    for (int64_t c = 0; c < C; ++c) s.da[c] = p.pools & kAvg ? weight * d[c] / A(p.P) : A(0);
+    if (p.pools & kAvg) next();
+    if (p.pools & kMax) {
+      for (int64_t c = 0; c < C; ++c) {
+        const int64_t i = index_at(p.pool_index, p.wide_pool_index, s.n * C + c);
+        s.p_index[c] = Int(i);
+        s.dm[c] = p.ties == kSplit ? weight * d[c] / A(i) : weight * d[c];
+        s.peak[c] = pooled[c];
+      }
+      next();
+    }
+    if (p.pools & kLp) {
+      for (int64_t c = 0; c < C; ++c) s.dlp[c] = pooled[c] == A(0) ? A(0) : d[c] / pooled[c];
+      next();
+    }
+    if (p.pools & kLse) {
+      for (int64_t c = 0; c < C; ++c) {
+        s.dlse[c] = d[c];
+        s.partition[c] = pooled[c];
+      }
+    }
+  }
+
+  // Whether dx needs x again: shared ties, lp and lse.
+  bool reads_x_again() const { return p.ties == kSplit || p.pools & (kLp | kLse); }
+
+  template <Write kWrite, bool kResidual>
+  void dx_as(int64_t t, const Sample<A>& s) const {
+    const int64_t p0 = t * tile, p1 = tile_end(t);
+    const A *gate = s.gate, *sp = s.s, *da = s.da, *dq_max = s.dq_max, *dq_mean = s.dq_mean;
+    const Int* q_index = s.q_index;
+    if constexpr (kChannelsLast) {
+      map_rows<kWrite>(dy(s.n), out(s.n), p.C, p0, p1, make_slots<A>(p.C, 0),
+                       [=](Vec<A> d, int64_t r, int64_t l, auto) {
+                         VecInt<A> hit = iota<A>() + splat_int<A>(l) == splat_int<A>(q_index[r]);
+                         Vec<A> inner = d * sp[r] + dq_mean[r];
+                         inner = hit ? inner + dq_max[r] : inner;
+                         Vec<A> v = load(gate + l) * inner + load(da + l);
+                         return kResidual ? v + d : v;
+                       });
+    } else {
+      map_rows<kWrite>(dy(s.n) + p0, out(s.n) + p0, p.P, 0, p.C, make_slots<A>(p1 - p0, p0),
+                       [=](Vec<A> d, int64_t r, int64_t l, auto) {
+                         VecInt<A> hit = load(q_index + p0 + l) == splat_int<A>(r);
+                         Vec<A> inner = d * load(sp + p0 + l) + load(dq_mean + p0 + l);
+                         inner = hit ? inner + load(dq_max + p0 + l) : inner;
+                         Vec<A> v = gate[r] * inner + da[r];
+                         return kResidual ? v + d : v;
+                       });
+    }
+    if (!(p.pools & kMax)) return;
+    // One element a channel also gets the maximum's gradient; recomputed, so that it is rounded once.
+    const T* d = dy(s.n);
+    T* to = out(s.n);
+    for (int64_t c = 0; c < p.C; ++c) {
+      const int64_t pos = s.p_index[c];
+      if (pos < p0 || pos >= p1) continue;
+      const A g = load_one(d + element(c, pos));
+      A inner = g * sp[pos] + dq_mean[pos];
+      if (q_index[pos] == c) inner += dq_max[pos];
+      const A v = gate[c] * inner + da[c] + s.dm[c];
+      store_one(to + element(c, pos), kResidual ? v + g : v);
+    }
+  }
+
+  // The general form, for ties shared evenly and the lp and lse pools; reads x, too.
+  void dx_with_x(int64_t t, const Sample<A>& s) const {
+    const int64_t p0 = t * tile, p1 = tile_end(t);
+    const bool split = p.ties == kSplit, spatial = p.spatial, residual = p.residual;
+    const int pools = p.pools;
+    const Vec<A> zero{};
+    auto value = [=](Vec<A> d, Vec<A> v, Vec<A> gate, Vec<A> sp, Vec<A> mean, Vec<A> dmax, Vec<A> qmax,
+                     VecInt<A> q_hit, Vec<A> da, Vec<A> dm, Vec<A> peak, VecInt<A> p_hit, Vec<A> dlp, Vec<A> dlse,
+                     Vec<A> lse) __attribute__((always_inline)) {
+      Vec<A> inner = d * sp;
+      if (spatial) inner += split ? share_of(v * gate, qmax, dmax, mean) : mean + (q_hit ? dmax : zero);
+      Vec<A> r = gate * inner;
+      if (pools) r += da;
+      if (pools & kMax) r += split ? share_of(v, peak, dm, zero) : (p_hit ? dm : zero);
+      if (pools & kLp) r += dlp * v;
+      if (pools & kLse) r += dlse * exp(v - lse);
+      return residual ? r + d : r;
+    };
+    auto pick = [](const A* a, int64_t i) { return a ? splat<A>(a[i]) : Vec<A>{}; };
+    auto lanes = [](const A* a, int64_t i) { return a ? load(a + i) : Vec<A>{}; };
+    const A* q_max = p.spatial ? s.q_max : nullptr;
+    if constexpr (kChannelsLast) {
+      const T* xs = x(s.n);
+      map_rows<Write::kCached>(
+          dy(s.n), out(s.n), p.C, p0, p1, make_slots<A>(p.C, 0), [&](Vec<A> d, int64_t r, int64_t l, auto tag) {
+            return value(d, load(xs + r * p.C + l, tag), load(s.gate + l), splat<A>(s.s[r]), splat<A>(s.dq_mean[r]),
+                         splat<A>(s.dq_max[r]), pick(q_max, r), iota<A>() + splat_int<A>(l) == splat_int<A>(s.q_index[r]),
+                         lanes(s.da, l), lanes(s.dm, l), lanes(s.peak, l), load(s.p_index + l) == splat_int<A>(r),
+                         lanes(s.dlp, l), lanes(s.dlse, l), lanes(s.partition, l));
+          });
+    } else {
+      const T* xs = x(s.n) + p0;
+      map_rows<Write::kCached>(
+          dy(s.n) + p0, out(s.n) + p0, p.P, 0, p.C, make_slots<A>(p1 - p0, p0),
+          [&](Vec<A> d, int64_t r, int64_t l, auto tag) {
+            return value(d, load(xs + r * p.P + l, tag), splat<A>(s.gate[r]), load(s.s + p0 + l),
+                         load(s.dq_mean + p0 + l), load(s.dq_max + p0 + l), lanes(q_max, p0 + l),
+                         load(s.q_index + p0 + l) == splat_int<A>(r), pick(s.da, r), pick(s.dm, r), pick(s.peak, r),
+                         iota<A>() + splat_int<A>(p0 + l) == splat_int<A>(s.p_index[r]), pick(s.dlp, r),
+                         pick(s.dlse, r), pick(s.partition, r));
+          });
+    }
+  }
+
+  void dx(int64_t t, const Sample<A>& s) const {
+    if (reads_x_again()) {
+      dx_with_x(t, s);
+    } else if (streams) {
+      p.residual ? dx_as<Write::kStreamed, true>(t, s) : dx_as<Write::kStreamed, false>(t, s);
+    } else {
+      p.residual ? dx_as<Write::kCached, true>(t, s) : dx_as<Write::kCached, false>(t, s);
+    }
+  }
+
+  // Gradients of the weights, summed over samples in order; rows are shared among threads.
+  void weight_gradients() const {
+    const int64_t N = p.N, C = p.C, h = p.hidden, M = passes;
+    auto as = [](void* q) { return static_cast<A*>(q); };
+    if (p.pools) {
+      const A* in = call.blend ? call.blend : call.pooled;
+      const int64_t width = h ? h : C;
+      const A* second = h ? call.hidden_sum : call.blend;
+      in_parts(C, [&](int64_t r0, int64_t r1) {
+        outer_products(r0, r1, width, N, call.dlogits, C, second, width, as(p.dw2));
+      });
+      if (h) {
+        in_parts(h, [&](int64_t r0, int64_t r1) {
+          outer_products(r0, r1, C, N * M, call.dhidden, h, in, C, as(p.dw1));
+        });
+      }
+      auto sum_into = [](A* to, int64_t width, const A* rows, int64_t count, A weight) {
+        std::fill_n(to, width, A(0));
+        for (int64_t i = 0; i < count; ++i) {
+          for (int64_t c = 0; c < width; ++c) to[c] += rows[i * width + c];
+        }
+        for (int64_t c = 0; c < width; ++c) to[c] *= weight;
+      };
+      if (p.db2) sum_into(as(p.db2), C, call.dlogits, N, A(M));
+      if (p.db1) sum_into(as(p.db1), h, call.dhidden, N * M, A(1));
+    }
+    if (p.spatial) {
+      A* dk = as(p.dplanes);
+      const int64_t taps = 2 * pad.taps();
+      std::fill_n(dk, taps, A(0));
+      if (p.dnorm) p.dnorm[0] = p.dnorm[1] = 0;
+      for (int64_t n = 0; n < N; ++n) {
+        for (int64_t t = 0; t < taps; ++t) dk[t] += call.dplanes[n * taps + t];
+        if (p.dnorm) {
+          p.dnorm[0] += call.dnorm[n * 2];
+          p.dnorm[1] += call.dnorm[n * 2 + 1];
+        }
+      }
+    }
+  }
+};

@@ -1,0 +1,480 @@
+// The stages of one sample, each on a range of channels or positions, forward and backward.
+//
+// A tile is a range of positions whose values of x (and dy) fit in the second-level cache. Stages
+// that follow each other on a tile find it there; stages that need the whole sample find it in the
+// last-level cache. Sums over positions are kept per tile and added in tile order, so results do
+// not depend on the number of threads.
+
+struct Carver {
+  char* base;
+  int64_t used = 0;
+
+  template <class U>
+  U* take(int64_t count) {
+    used = (used + 63) / 64 * 64;
+    char* at = base ? base + used : nullptr;
+    used += count * int64_t(sizeof(U));
+    return reinterpret_cast<U*>(at);
+  }
+};
+
+// Arrays of one thread.
+template <class A>
+struct Worker {
+  A *sum, *max, *flat;
+  typename Lanes<A>::Int* index;
+};
+
+// Arrays of a sample at work: its thread's, or shared where threads share a sample. "[L]" is room for
+// a whole vector past the end.
+template <class A>
+struct Sample {
+  A* gate;                            // (C)[L]
+  A* s;                               // (P)[L]  spatial gate
+  A *q_max, *q_mean;                  // (P)[L]
+  A* maps[2];                         // padded q_max and q_mean
+  A* dz;                              // padded
+  A *ds, *dq_max, *dq_mean;           // (P)[L]; dq_max by ties, dq_mean over C
+  A* dgate;                           // (tiles, C)[L]
+  A *peak, *power, *partition;        // (C)[L]: max, lp and lse pools
+  A *da, *dm, *dlp, *dlse;            // (C)[L]: gradients of the pools, in the terms of dx
+  typename Lanes<A>::Int* q_index;    // (P)[L]
+  typename Lanes<A>::Int* p_index;    // (C)[L]
+  int64_t n;
+};
+
+// Arrays of the whole call.
+template <class A>
+struct Call {
+  A *pooled, *gate;                   // (N, K, C), (N, C)
+  A *blend;                           // (N, C): the pool that a blended MLP reads
+  A *hidden, *hidden_sum;             // (N, M, h) before ReLU, (N, h) after ReLU over the M passes
+  A *logits, *dlogits;                // (N, C)
+  A *dhidden, *dpooled;               // (N, M, h), (N, M, C)
+  A *dplanes;                         // (N, 2 taps)
+  double* dnorm;                      // (N, 2)
+  std::vector<Worker<A>> workers;
+  std::vector<Sample<A>> samples;     // `group` for each worker, then the shared one
+};
+
+template <class U>
+inline int64_t read_index(const void* base, int64_t i) {
+  return static_cast<const U*>(base)[i];
+}
+inline int64_t index_at(const void* base, bool wide, int64_t i) {
+  return wide ? read_index<int32_t>(base, i) : read_index<int16_t>(base, i);
+}
+inline void put_index(void* base, bool wide, int64_t i, int64_t value) {
+  if (wide) {
+    static_cast<int32_t*>(base)[i] = int32_t(value);
+  } else {
+    static_cast<int16_t*>(base)[i] = int16_t(value);
+  }
+}
+
+template <class T, bool kChannelsLast>
+struct Block {
+  using A = Acc<T>;
+  using Int = typename Lanes<A>::Int;
+  static constexpr int L = kLanes<A>;
+  static constexpr A kInfinity = std::numeric_limits<A>::infinity();
+
+  const Problem& p;
+  const Padded pad;
+  const bool backward;
+  const int pools_count, passes;  // rows of pooled; MLP passes
+  const int64_t tile, tiles;
+  const int64_t group;
+  const bool streams;
+  Call<A> call;
+
+  static int count_pools(int pools) { return __builtin_popcount(pools & 15); }
+
+  // Positions whose x (and dy) take a quarter of a 1 MiB second-level cache.
+  static int64_t tile_positions(const Problem& p, bool backward) {
+    int64_t bytes = p.C * int64_t(sizeof(T)) * (backward ? 2 : 1);
+    int64_t positions = std::max<int64_t>((int64_t(256) << 10) / bytes / L * L, 64);
+    return std::min(positions, p.P);
+  }
+
+  // Samples that a thread takes through the pools together, so that each load of the MLP's weights
+  // serves all of them: only where weights weigh against a sample.
+  static int64_t group_size(const Problem& p, bool backward) {
+    if (!p.pools) return 1;
+    const int64_t weights = (p.hidden ? 2 * p.hidden : p.C) * p.C * int64_t(sizeof(A));
+    const int64_t sample = p.C * p.P * int64_t(sizeof(T)) * (backward ? 2 : 1);
+    const int64_t wanted = std::min((4 * weights + sample - 1) / sample, (int64_t(4) << 20) / sample);
+    return std::max<int64_t>(1, std::min(wanted, p.N / p.threads));
+  }
+
+  // Whether whole vectors of the output can bypass the caches, and it is large enough to gain by it.
+  static bool can_stream(const Problem& p) {
+    const int64_t row = (kChannelsLast ? p.C : p.P) * int64_t(sizeof(T)), width = L * int64_t(sizeof(T));
+    return row % width == 0 && reinterpret_cast<uintptr_t>(p.out) % size_t(width) == 0 &&
+           p.N * p.C * p.P * int64_t(sizeof(T)) > p.cache_bytes / 2;
+  }
+
+  Block(const Problem& problem, bool is_backward, Carver& carver)
+      : p(problem),
+        pad(problem),
+        backward(is_backward),
+        pools_count(count_pools(problem.pools)),
+        passes(problem.pools & kBlend ? 1 : count_pools(problem.pools)),
+        tile(tile_positions(problem, is_backward)),
+        tiles((problem.P + tile - 1) / tile),
+        group(group_size(problem, is_backward)),
+        streams(can_stream(problem)) {
+    carve(carver);
+  }
+
+  void carve(Carver& c) {
+    const int64_t N = p.N, C = p.C, P = p.P, h = p.hidden, M = passes;
+    call.pooled = p.pooled ? static_cast<A*>(p.pooled) : c.take<A>(N * pools_count * C);
+    call.gate = p.channel_gate ? static_cast<A*>(p.channel_gate) : c.take<A>(p.pools ? N * C : 0);
+    if (p.pools) {
+      call.blend = p.pools & kBlend || (p.hidden == 0) ? c.take<A>(N * C) : nullptr;
+      call.hidden = c.take<A>(N * M * h);
+      call.hidden_sum = c.take<A>(N * h);
+      call.logits = c.take<A>(N * C);
+      if (backward) {
+        call.dlogits = c.take<A>(N * C);
+        call.dhidden = c.take<A>(N * M * h);
+        call.dpooled = c.take<A>(N * M * C);
+      }
+    }
+    if (backward && p.spatial) {
+      call.dplanes = c.take<A>(N * 2 * pad.taps());
+      call.dnorm = c.take<double>(N * 2);
+    }
+    const int64_t lanes = std::max(C, tile) + L, positions = P + L, channels = C + L;
+    const int64_t padded = p.spatial ? pad.size + 8 * L : 0;
+    for (int i = 0; i < p.threads; ++i) {
+      Worker<A> w{};
+      w.sum = c.take<A>(lanes);
+      w.max = c.take<A>(lanes);
+      w.index = c.take<Int>(lanes);
+      w.flat = c.take<A>(2 * padded);
+      call.workers.push_back(w);
+    }
+    for (int64_t i = 0; i <= p.threads * group; ++i) {
+      Sample<A> s{};
+      s.gate = c.take<A>(channels);
+      s.s = c.take<A>(positions);
+      s.peak = c.take<A>(channels);
+      s.power = c.take<A>(channels);
+      s.partition = c.take<A>(channels);
+      s.q_index = c.take<Int>(positions);
+      if (p.spatial) {
+        s.q_max = c.take<A>(positions);
+        s.q_mean = c.take<A>(positions);
+        s.maps[0] = c.take<A>(padded);
+        s.maps[1] = c.take<A>(padded);
+      }
+      if (backward) {
+        s.dz = c.take<A>(padded);
+        s.ds = c.take<A>(positions);
+        s.dq_max = c.take<A>(positions);
+        s.dq_mean = c.take<A>(positions);
+        s.dgate = c.take<A>(tiles * channels);
+        s.da = c.take<A>(channels);
+        s.dm = c.take<A>(channels);
+        s.dlp = c.take<A>(channels);
+        s.dlse = c.take<A>(channels);
+        s.p_index = c.take<Int>(channels);
+      }
+      call.samples.push_back(s);
+    }
+  }
+
+  // Borders of the padded maps are zero and stay so; without a gate, its array holds ones.
+  void prepare() {
+    const int64_t padded = p.spatial ? pad.size + 8 * L : 0;
+    for (Sample<A>& s : call.samples) {
+      if (p.spatial) {
+        std::fill_n(s.maps[0], padded, A(0));
+        std::fill_n(s.maps[1], padded, A(0));
+      }
+      if (!p.spatial) std::fill_n(s.s, p.P + L, A(1));
+      if (!p.pools) std::fill_n(s.gate, p.C + L, A(1));
+      if (backward) {
+        std::fill_n(s.dz, padded, A(0));
+        if (!p.spatial) {
+          std::fill_n(s.dq_max, p.P + L, A(0));
+          std::fill_n(s.dq_mean, p.P + L, A(0));
+          std::fill_n(s.q_index, p.P + L, Int(-1));
+        }
+        if (!p.pools) std::fill_n(s.da, p.C + L, A(0));
+      }
+    }
+  }
+
+  const T* x(int64_t n) const { return static_cast<const T*>(p.x) + n * p.C * p.P; }
+  const T* dy(int64_t n) const { return static_cast<const T*>(p.dy) + n * p.C * p.P; }
+  T* out(int64_t n) const { return static_cast<T*>(p.out) + n * p.C * p.P; }
+  int64_t element(int64_t c, int64_t pos) const { return kChannelsLast ? pos * p.C + c : c * p.P + pos; }
+  int64_t tile_end(int64_t t) const { return std::min(p.P, (t + 1) * tile); }
+  A* tile_dgate(const Sample<A>& s, int64_t t) const { return s.dgate + t * (p.C + L); }
+
+  // Splits [0, count) into at most p.threads parts: f(begin, end), and its part where asked for.
+  template <class F>
+  void in_parts(int64_t count, F f, int64_t step = 1) const {
+    const int64_t units = (count + step - 1) / step, parts = std::min<int64_t>(p.threads, units);
+    run_parallel(parts, [&](int64_t i) {
+      const int64_t begin = units * i / parts * step, end = std::min(count, units * (i + 1) / parts * step);
+      if constexpr (std::is_invocable_v<F, int64_t, int64_t, int64_t>) {
+        f(begin, end, i);
+      } else {
+        f(begin, end);
+      }
+    });
+  }
+
+  template <class F>
+  void run_parallel(int64_t count, F f) const {
+    if (count <= 1) {
+      if (count == 1) f(0);
+      return;
+    }
+    p.parallel(
+        count,
+        [](int64_t begin, int64_t end, void* context) {
+          for (int64_t i = begin; i < end; ++i) (*static_cast<F*>(context))(i);
+        },
+        &f);
+  }
+
+  // ---- channel gate
+
+  // Pools of the channels [c0, c1); c0 is a multiple of L or 0.
+  void pool(int64_t n, int64_t c0, int64_t c1, Worker<A>& w, Sample<A>& s) const {
+    const T* xs = x(n);
+    auto done = [&](int64_t c, const Extremum<A>& e) {
+      A* row = call.pooled + n * pools_count * p.C + c;
+      if (p.pools & kAvg) *row = e.sum / A(p.P), row += p.C;
+      if (p.pools & kMax) *row = e.max;
+      s.peak[c] = e.max;
+      if (p.pool_index) put_index(p.pool_index, p.wide_pool_index, n * p.C + c, e.index);
+    };
+    if constexpr (kChannelsLast) {
+      auto slots = make_slots<A>(c1 - c0, c0);
+      reduce_columns<false>(xs + c0, p.C, 0, p.P, slots, (const A*)nullptr, w.sum, w.max, w.index);
+      finish_columns<false>(xs + c0, p.C, 0, p.P, slots, (const A*)nullptr, w.sum, w.max, w.index,
+                            [&](int64_t l, int64_t k, auto) {
+                              for (int i = 0; i < L && c0 + l + i < c1; ++i) {
+                                done(c0 + l + i, Extremum<A>{w.sum[k * L + i], w.max[k * L + i], w.index[k * L + i]});
+                              }
+                            });
+    } else {
+      reduce_rows<false>(xs, p.P, c0, c1, make_slots<A>(p.P, 0), p.P, (const A*)nullptr, done);
+    }
+    if (p.pools & (kLp | kLse)) norms(n, c0, c1, w, s);
+    if (p.pool_index && p.ties == kSplit) {
+      count_positions(n, c0, c1, w, s);
+    }
+  }
+
+  // Sum over positions of f(x, max of the channel), for the channels [c0, c1), into w.sum[c - c0].
+  template <class F>
+  void sum_positions(int64_t n, int64_t c0, int64_t c1, Worker<A>& w, const A* per_channel, F f) const {
+    if constexpr (kChannelsLast) {
+      auto slots = make_slots<A>(c1 - c0, c0);
+      std::fill_n(w.max, slots.size() * L, A(0));
+      sum_columns(x(n) + c0, p.C, 0, p.P, slots, w.max,
+                  [&](Vec<A> v, int64_t, int64_t l) { return f(v, load(per_channel + c0 + l)); });
+      unslot(slots, w.max, w.sum);
+    } else {
+      std::fill_n(w.sum, c1 - c0, A(0));
+      sum_rows(x(n) + c0 * p.P, p.P, 0, c1 - c0, make_slots<A>(p.P, 0), w.sum,
+               [&](Vec<A> v, int64_t r, int64_t) { return f(v, splat<A>(per_channel[c0 + r])); });
+    }
+  }
+
+  void norms(int64_t n, int64_t c0, int64_t c1, Worker<A>& w, Sample<A>& s) const {
+    A* row = call.pooled + n * pools_count * p.C + (__builtin_popcount(p.pools & (kAvg | kMax))) * p.C;
+    if (p.pools & kLp) {
+      sum_positions(n, c0, c1, w, s.peak, [](Vec<A> v, Vec<A>) { return v * v; });
+      for (int64_t c = c0; c < c1; ++c) row[c] = std::sqrt(w.sum[c - c0]);
+      row += p.C;
+    }
+    if (p.pools & kLse) {
+      A* origin = s.partition;  // what is subtracted before exp
+      for (int64_t c = c0; c < c1; ++c) origin[c] = std::isfinite(s.peak[c]) || s.peak[c] != s.peak[c] ? s.peak[c] : A(0);
+      sum_positions(n, c0, c1, w, origin, [](Vec<A> v, Vec<A> m) { return exp(v - m); });
+      for (int64_t c = c0; c < c1; ++c) row[c] = origin[c] + std::log(w.sum[c - c0]);
+    }
+  }
+
+  void count_positions(int64_t n, int64_t c0, int64_t c1, Worker<A>& w, Sample<A>& s) const {
+    sum_positions(n, c0, c1, w, s.peak, [](Vec<A> v, Vec<A> m) { return v == m ? splat<A>(1) : Vec<A>{}; });
+    for (int64_t c = c0; c < c1; ++c) put_index(p.pool_index, p.wide_pool_index, n * p.C + c, int64_t(w.sum[c - c0]));
+  }
+
+  // What the MLP reads in each pass for the samples [n0, n1): (n, M, C) from `stride` on.
+  const A* mlp_input(int64_t n0, int64_t n1) const {
+    if (!call.blend) return call.pooled;
+    for (int64_t n = n0; n < n1; ++n) {
+      const A* rows = call.pooled + n * pools_count * p.C;
+      for (int64_t c = 0; c < p.C; ++c) {
+        A u = 0;
+        for (int k = 0; k < pools_count; ++k) u += rows[k * p.C + c];
+        call.blend[n * p.C + c] = p.pools & kBlend ? A(0.5) * rows[c] + A(0.5) * rows[p.C + c] : u;
+      }
+    }
+    return call.blend;
+  }
+
+  // First layer of the MLP for the samples [n0, n1).
+  void mlp_hidden(int64_t n0, int64_t n1) const {
+    const int64_t h = p.hidden, M = passes;
+    const A* in = mlp_input(n0, n1);
+    if (!h) return;
+    const A* b1 = static_cast<const A*>(p.b1);
+    matvec(static_cast<const A*>(p.w1), h, p.C, in + n0 * M * p.C, p.C, int((n1 - n0) * M), call.hidden + n0 * M * h, h);
+    for (int64_t n = n0; n < n1; ++n) {
+      for (int64_t j = 0; j < h; ++j) {
+        A total = 0;
+        for (int64_t k = 0; k < M; ++k) {
+          A& v = call.hidden[(n * M + k) * h + j];
+          if (b1) v += b1[j];
+          total += relu(v);
+        }
+        call.hidden_sum[n * h + j] = total;
+      }
+    }
+  }
+
+  // Channel gates of the samples [n0, n1). The second layer is linear: one pass on the sum.
+  void mlp(int64_t n0, int64_t n1) const {
+    mlp_hidden(n0, n1);
+    const A* in = p.hidden ? call.hidden_sum : call.blend;
+    const int64_t width = p.hidden ? p.hidden : p.C;
+    const A* b2 = static_cast<const A*>(p.b2);
+    matvec(static_cast<const A*>(p.w2), p.C, width, in + n0 * width, width, int(n1 - n0), call.logits + n0 * p.C, p.C);
+    for (int64_t n = n0; n < n1; ++n) {
+      A* l = call.logits + n * p.C;
+      A* g = call.gate + n * p.C;
+      for (int64_t c = 0; b2 && c < p.C; ++c) l[c] += A(passes) * b2[c];
+      sigmoid_all(l, g, p.C);
+    }
+  }
+
+  static void sigmoid_all(const A* z, A* s, int64_t count) {
+    int64_t i = 0;
+    for (; i + L <= count; i += L) store(s + i, sigmoid<A>(load(z + i)));
+    if (i < count) store_first(s + i, sigmoid<A>(load_first(z + i, int(count - i))), int(count - i));
+  }
+
+  void load_gate(int64_t n, Sample<A>& s) const {
+    s.n = n;
+    if (p.pools) std::copy_n(call.gate + n * p.C, p.C, s.gate);
+  }
+
+  // ---- spatial gate
+
+  // Pools over channels of gated x on tile t, into the padded maps and what is saved.
+  void spatial_pool(int64_t t, Worker<A>& w, Sample<A>& s) const {
+    const int64_t p0 = t * tile, p1 = tile_end(t), n = s.n;
+    const T* xs = x(n);
+    if constexpr (kChannelsLast) {
+      reduce_rows<true>(xs, p.C, p0, p1, make_slots<A>(p.C, 0), p.C, s.gate, [&](int64_t pos, const Extremum<A>& e) {
+        s.q_max[pos] = e.max;
+        s.q_mean[pos] = e.sum / A(p.C);
+        s.q_index[pos] = Int(e.index);
+      });
+    } else {
+      auto slots = make_slots<A>(p1 - p0, p0);
+      reduce_columns<true>(xs + p0, p.P, 0, p.C, slots, s.gate, w.sum, w.max, w.index);
+      finish_columns<true>(xs + p0, p.P, 0, p.C, slots, s.gate, w.sum, w.max, w.index,
+                           [&](int64_t l, int64_t k, auto tag) {
+                             write<Write::kCached>(s.q_max + p0 + l, load(w.max + k * L), tag);
+                             write<Write::kCached>(s.q_mean + p0 + l, load(w.sum + k * L) / A(p.C), tag);
+                             for (int i = 0; i < L && p0 + l + i < p1; ++i) s.q_index[p0 + l + i] = w.index[k * L + i];
+                           });
+    }
+    place_maps(p0, p1, s);
+    if (p.spatial_index) {
+      std::copy_n(s.q_max + p0, p1 - p0, static_cast<A*>(p.spatial_pool) + n * 2 * p.P + p0);
+      std::copy_n(s.q_mean + p0, p1 - p0, static_cast<A*>(p.spatial_pool) + (n * 2 + 1) * p.P + p0);
+      if (p.ties == kSplit) count_channels(t, w, s);
+      for (int64_t pos = p0; pos < p1; ++pos) {
+        put_index(p.spatial_index, p.wide_spatial_index, n * p.P + pos, s.q_index[pos]);
+      }
+    }
+  }
+
+  void place_maps(int64_t p0, int64_t p1, Sample<A>& s) const {
+    pad.for_pieces(p0, p1, [&](int64_t pos, int64_t flat, int64_t count) {
+      std::copy_n(s.q_max + pos, count, s.maps[0] + flat + pad.center);
+      std::copy_n(s.q_mean + pos, count, s.maps[1] + flat + pad.center);
+    });
+  }
+
+  // Channels that equal the maximum at each position of the tile.
+  void count_channels(int64_t t, Worker<A>& w, Sample<A>& s) const {
+    const int64_t p0 = t * tile, p1 = tile_end(t);
+    auto equal = [](Vec<A> v, Vec<A> m) { return v == m ? splat<A>(1) : Vec<A>{}; };
+    if constexpr (kChannelsLast) {
+      std::fill_n(w.sum, p1 - p0, A(0));
+      sum_rows(x(s.n) + p0 * p.C, p.C, 0, p1 - p0, make_slots<A>(p.C, 0), w.sum, [&](Vec<A> v, int64_t r, int64_t l) {
+        return equal(v * load(s.gate + l), splat<A>(s.q_max[p0 + r]));
+      });
+    } else {
+      auto slots = make_slots<A>(p1 - p0, p0);
+      std::fill_n(w.max, slots.size() * L, A(0));
+      sum_columns(x(s.n) + p0, p.P, 0, p.C, slots, w.max, [&](Vec<A> v, int64_t r, int64_t l) {
+        return equal(v * splat<A>(s.gate[r]), load(s.q_max + p0 + l));
+      });
+      for_slots(slots, [&](int64_t l, int64_t k, auto) {
+        for (int i = 0; i < L && p0 + l + i < p1; ++i) {
+          if (l + i >= 0) w.sum[l + i] = w.max[k * L + i];
+        }
+      });
+    }
+    for (int64_t pos = p0; pos < p1; ++pos) s.q_index[pos] = Int(w.sum[pos - p0]);
+  }
+
+  // Logits of the positions [p0, p1), from the padded maps, into `z`.
+  void logits(int64_t p0, int64_t p1, Worker<A>& w, const Sample<A>& s, A* z) const {
+    const int64_t i0 = pad.flat(p0), i1 = pad.flat(p1 - 1) + 1;
+    A* flat[1] = {w.flat - i0};
+    convolve<2, 1>(pad, s.maps, static_cast<const A*>(p.planes), false, i0, i1, flat);
+    pad.for_pieces(p0, p1, [&](int64_t pos, int64_t f, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) z[pos + i] = A(p.scale) * flat[0][f + i] + A(p.shift);
+    });
+  }
+
+  // Spatial gate of tile t: from the padded maps, or from given logits.
+  void spatial_gate(int64_t t, Worker<A>& w, Sample<A>& s, Stage stage) const {
+    const int64_t p0 = t * tile, p1 = tile_end(t);
+    A* z = p.z ? static_cast<A*>(p.z) + s.n * p.P : s.s;
+    if (stage != Stage::kScale) logits(p0, p1, w, s, z);
+    if (stage == Stage::kAttention) return;
+    sigmoid_all(z + p0, s.s + p0, p1 - p0);
+    if (p.spatial_gate) std::copy_n(s.s + p0, p1 - p0, static_cast<A*>(p.spatial_gate) + s.n * p.P + p0);
+  }
+
+  template <Write kWrite, bool kResidual>
+  void apply_as(int64_t t, const Sample<A>& s) const {
+    const int64_t p0 = t * tile, p1 = tile_end(t);
+    const A *gate = s.gate, *sp = s.s;
+    if constexpr (kChannelsLast) {
+      map_rows<kWrite>(x(s.n), out(s.n), p.C, p0, p1, make_slots<A>(p.C, 0), [=](Vec<A> v, int64_t r, int64_t l, auto) {
+        Vec<A> y = v * load(gate + l) * sp[r];
+        return kResidual ? y + v : y;
+      });
+    } else {
+      map_rows<kWrite>(x(s.n) + p0, out(s.n) + p0, p.P, 0, p.C, make_slots<A>(p1 - p0, p0),
+                       [=](Vec<A> v, int64_t r, int64_t l, auto) {
+                         Vec<A> y = v * gate[r] * load(sp + p0 + l);
+                         return kResidual ? y + v : y;
+                       });
+    }
+  }
+  void apply(int64_t t, const Sample<A>& s) const {
+    if (streams) {
+      p.residual ? apply_as<Write::kStreamed, true>(t, s) : apply_as<Write::kStreamed, false>(t, s);
+    } else {
+      p.residual ? apply_as<Write::kCached, true>(t, s) : apply_as<Write::kCached, false>(t, s);
+    }
+  }
+};

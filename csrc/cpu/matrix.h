@@ -1,0 +1,312 @@
+// The passes over x as operations on a matrix of rows and lanes, shared by both memory layouts.
+//
+// Contiguous x has channels as rows and positions as lanes; channels-last x has positions as rows
+// and channels as lanes. Either way memory is read row by row, four rows at a time: the vectors
+// that belong to lanes (gates, running maxima, sums) are then loaded once for four rows.
+// A pass reads each element of x (and dy) once; what it keeps per lane stays in the L1 cache.
+
+constexpr int kBlock = 4;
+
+// How a row of `count` lanes is cut into vectors ("slots"). A last, incomplete slot is moved left
+// over lanes that the slot before it has covered ("overlap"), so that it can be loaded whole. Where
+// the row in memory is too short for that, it is copied ("partial").
+template <class A>
+struct Slots {
+  int64_t full;        // complete slots
+  int64_t tail_start;  // first lane of the last slot, negative if it begins before the tile
+  int tail_count;      // lanes that only the last slot has, 0 if there is no such slot
+  bool partial;
+  VecInt<A> fresh;  // mask of those lanes
+
+  int64_t size() const { return full + (tail_count ? 1 : 0); }
+};
+
+// `before`: lanes of the same row in memory ahead of the first one.
+template <class A>
+Slots<A> make_slots(int64_t count, int64_t before) {
+  constexpr int L = kLanes<A>;
+  Slots<A> s;
+  s.full = count / L;
+  s.tail_count = int(count % L);
+  s.partial = s.tail_count && count + before < L;
+  s.tail_start = s.partial ? s.full * L : count - L;
+  VecInt<A> lane = iota<A>();
+  s.fresh = s.partial ? lane < splat_int<A>(s.tail_count) : lane >= splat_int<A>(L - s.tail_count);
+  return s;
+}
+
+struct Full {};
+template <class A>
+struct Tail {
+  const Slots<A>& slots;
+};
+
+// f(first lane, slot index, tag) for every slot.
+template <class A, class F>
+CBAM_INLINE void for_slots(const Slots<A>& s, F&& f) {
+  for (int64_t k = 0; k < s.full; ++k) f(k * kLanes<A>, k, Full{});
+  if (s.tail_count) f(s.tail_start, s.full, Tail<A>{s});
+}
+template <class T>
+CBAM_INLINE Vec<Acc<T>> load(const T* p, Full) {
+  return load(p);
+}
+template <class T, class A>
+CBAM_INLINE Vec<Acc<T>> load(const T* p, Tail<A> t) {
+  return t.slots.partial ? load_first(p, t.slots.tail_count) : load(p);
+}
+template <class V>
+CBAM_INLINE V only_fresh(V v, Full, V) {
+  return v;
+}
+// Lanes that this slot alone covers; `other` elsewhere.
+template <class V, class A>
+CBAM_INLINE V only_fresh(V v, Tail<A> t, V other) {
+  return t.slots.fresh ? v : other;
+}
+
+enum class Write { kCached, kStreamed };
+template <Write kWrite, class T>
+CBAM_INLINE void write(T* p, Vec<Acc<T>> v, Full) {
+  if constexpr (kWrite == Write::kStreamed) {
+    stream(p, v);
+  } else {
+    store(p, v);
+  }
+}
+template <Write kWrite, class T, class A>
+CBAM_INLINE void write(T* p, Vec<Acc<T>> v, Tail<A> t) {
+  if (t.slots.partial) {
+    store_first(p, v, t.slots.tail_count);
+  } else {
+    store(p, v);
+  }
+}
+
+// Fetches the same lanes of the next block of rows.
+template <class T, int kRows>
+CBAM_INLINE void prefetch_next(const T* p, int64_t stride) {
+  for (int u = 0; u < kRows; ++u) __builtin_prefetch(p + (kRows + u) * stride);
+}
+
+// f(first row, rows as a constant) for blocks of kBlock rows and then single rows.
+template <int kRows>
+struct Rows {
+  static constexpr int value = kRows;
+};
+template <class F>
+CBAM_INLINE void for_blocks(int64_t begin, int64_t end, F&& f) {
+  int64_t r = begin;
+  for (; r + kBlock <= end; r += kBlock) f(r, Rows<kBlock>{});
+  for (; r < end; ++r) f(r, Rows<1>{});
+}
+
+// A statistic of one lane or row: sum and first maximum with its index.
+template <class A>
+struct Extremum {
+  A sum, max;
+  int64_t index;
+};
+
+// Exact first maximum of `count` values where the sum came out NaN: a NaN wins, the first one.
+// Without a NaN among the values (infinity minus infinity), the vector result stands.
+template <class A, class Get>
+void settle_nan(Extremum<A>& e, int64_t count, Get get) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (A v = get(i); v != v) {
+      e.max = v;
+      e.index = i;
+      return;
+    }
+  }
+}
+
+// Sum and first maximum over the lanes of each row in [r0, r1): done(row, Extremum).
+// kScaled multiplies lane l by lane_scale[l] first.
+template <bool kScaled, class T, class A, class Done>
+void reduce_rows(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots, int64_t count,
+                 const A* lane_scale, Done done) {
+  for_blocks(r0, r1, [&](int64_t r, auto rows) {
+    constexpr int R = decltype(rows)::value;
+    const T* row = x + r * stride;
+    Vec<A> sum[R], max[R];
+    VecInt<A> index[R];
+    for (int u = 0; u < R; ++u) {
+      sum[u] = Vec<A>{};
+      max[u] = splat<A>(-std::numeric_limits<A>::infinity());
+      index[u] = VecInt<A>{};
+    }
+    for_slots(slots, [&](int64_t l, int64_t, auto tag) {
+      VecInt<A> lane = iota<A>() + splat_int<A>(l);
+      for (int u = 0; u < R; ++u) {
+        Vec<A> v = load(row + u * stride + l, tag);  // [R, lanes]
+        if constexpr (kScaled) v = v * load(lane_scale + l);
+        sum[u] += only_fresh(v, tag, Vec<A>{});
+        v = only_fresh(v, tag, splat<A>(-std::numeric_limits<A>::infinity()));
+        VecInt<A> greater = v > max[u];
+        max[u] = greater ? v : max[u];
+        index[u] = greater ? lane : index[u];
+      }
+    });
+    for (int u = 0; u < R; ++u) {
+      Extremum<A> e;
+      e.sum = sum_lanes<A>(sum[u]);
+      e.max = max_lanes<A>(max[u]);
+      VecInt<A> far = splat_int<A>(std::numeric_limits<int32_t>::max());
+      e.index = min_lanes<A>(max[u] == splat<A>(e.max) ? index[u] : far);
+      if (e.max == -std::numeric_limits<A>::infinity()) e.index = 0;
+      if (e.sum != e.sum) {
+        settle_nan(e, count, [&](int64_t l) {
+          A v = load_one(row + u * stride + l);
+          return kScaled ? v * lane_scale[l] : v;
+        });
+      }
+      done(r + u, e);
+    }
+  });
+}
+
+// Sum and first maximum over the rows [r0, r1) of each lane, in slot order: state arrays of
+// slots.size() vectors. kScaled multiplies row r by row_scale[r] first.
+template <bool kScaled, class T, class A>
+void reduce_columns(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots, const A* row_scale,
+                    A* sum, A* max, typename Lanes<A>::Int* index) {
+  constexpr int L = kLanes<A>;
+  for (int64_t k = 0; k < slots.size(); ++k) {
+    store(sum + k * L, Vec<A>{});
+    store(max + k * L, splat<A>(-std::numeric_limits<A>::infinity()));
+    store(index + k * L, VecInt<A>{});
+  }
+  for_blocks(r0, r1, [&](int64_t r, auto rows) {
+    constexpr int R = decltype(rows)::value;
+    const T* row = x + r * stride;
+    Vec<A> scale[R];
+    if constexpr (kScaled) {
+      for (int u = 0; u < R; ++u) scale[u] = splat<A>(row_scale[r + u]);
+    }
+    for_slots(slots, [&](int64_t l, int64_t k, auto tag) {
+      prefetch_next<T, R>(row + l, stride);
+      Vec<A> s = load(sum + k * L), m = load(max + k * L);
+      VecInt<A> i = load(index + k * L);
+      for (int u = 0; u < R; ++u) {
+        Vec<A> v = load(row + u * stride + l, tag);  // [R, lanes]
+        if constexpr (kScaled) v = v * scale[u];
+        s += v;
+        VecInt<A> greater = v > m;
+        m = greater ? v : m;
+        i = greater ? splat_int<A>(r + u) : i;
+      }
+      store(sum + k * L, s);
+      store(max + k * L, m);
+      store(index + k * L, i);
+    });
+  });
+}
+
+// Settles the NaN lanes of a reduce_columns and hands over each slot: done(first lane, slot, tag).
+template <bool kScaled, class T, class A, class Done>
+void finish_columns(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots, const A* row_scale,
+                    A* sum, A* max, typename Lanes<A>::Int* index, Done done) {
+  constexpr int L = kLanes<A>;
+  for_slots(slots, [&](int64_t l, int64_t k, auto tag) {
+    Vec<A> s = load(sum + k * L);
+    if (any_lane<A>(s != s)) {
+      int lanes = slots.partial && k == slots.full ? slots.tail_count : L;
+      for (int i = 0; i < lanes; ++i) {
+        if (s[i] == s[i]) continue;
+        Extremum<A> e{s[i], max[k * L + i], index[k * L + i] - r0};
+        settle_nan(e, r1 - r0, [&](int64_t r) {
+          A v = load_one(x + (r0 + r) * stride + l + i);
+          return kScaled ? v * row_scale[r0 + r] : v;
+        });
+        max[k * L + i] = e.max;
+        index[k * L + i] = typename Lanes<A>::Int(e.index + r0);
+      }
+    }
+    done(l, k, tag);
+  });
+}
+
+// With t = x * dy: row_out[r] = sum over lanes of t * lane_weight, and per slot
+// lane_out += sum over rows of t * row_weight.
+template <class T, class A>
+void weigh_product(const T* x, const T* dy, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots,
+                   const A* row_weight, const A* lane_weight, A* row_out, A* lane_out) {
+  constexpr int L = kLanes<A>;
+  for_blocks(r0, r1, [&](int64_t r, auto rows) {
+    constexpr int R = decltype(rows)::value;
+    const int64_t offset = r * stride;
+    Vec<A> weight[R], acc[R];
+    for (int u = 0; u < R; ++u) {
+      weight[u] = splat<A>(row_weight[r + u]);
+      acc[u] = Vec<A>{};
+    }
+    for_slots(slots, [&](int64_t l, int64_t k, auto tag) {
+      prefetch_next<T, R>(x + offset + l, stride);
+      prefetch_next<T, R>(dy + offset + l, stride);
+      Vec<A> out = load(lane_out + k * L), lane = load(lane_weight + l);
+      for (int u = 0; u < R; ++u) {
+        Vec<A> t = load(x + offset + u * stride + l, tag) * load(dy + offset + u * stride + l, tag);  // [R, lanes]
+        acc[u] += only_fresh(t * lane, tag, Vec<A>{});
+        out += t * weight[u];
+      }
+      store(lane_out + k * L, out);
+    });
+    for (int u = 0; u < R; ++u) row_out[r + u] = sum_lanes<A>(acc[u]);
+  });
+}
+
+// row_out[r] += sum over lanes of f(x, row, first lane, u) for the rows [r0, r1).
+template <class T, class A, class F>
+CBAM_INLINE void sum_rows(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots, A* row_out, F f) {
+  for_blocks(r0, r1, [&](int64_t r, auto rows) {
+    constexpr int R = decltype(rows)::value;
+    const T* row = x + r * stride;
+    Vec<A> acc[R];
+    for (int u = 0; u < R; ++u) acc[u] = Vec<A>{};
+    for_slots(slots, [&](int64_t l, int64_t, auto tag) {
+      for (int u = 0; u < R; ++u) {
+        Vec<A> v = load(row + u * stride + l, tag);  // [R, lanes]
+        acc[u] += only_fresh(f(v, r + u, l), tag, Vec<A>{});
+      }
+    });
+    for (int u = 0; u < R; ++u) row_out[r + u] += sum_lanes<A>(acc[u]);
+  });
+}
+
+// Per slot, lane_out += sum over the rows [r0, r1) of f(x, row, first lane).
+template <class T, class A, class F>
+CBAM_INLINE void sum_columns(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots, A* lane_out,
+                             F f) {
+  constexpr int L = kLanes<A>;
+  for_blocks(r0, r1, [&](int64_t r, auto rows) {
+    constexpr int R = decltype(rows)::value;
+    const T* row = x + r * stride;
+    for_slots(slots, [&](int64_t l, int64_t k, auto tag) {
+      Vec<A> out = load(lane_out + k * L);
+      for (int u = 0; u < R; ++u) out += f(load(row + u * stride + l, tag), r + u, l);  // [R, lanes]
+      store(lane_out + k * L, out);
+    });
+  });
+}
+
+// out = f(in, row, first lane) over the rows [r0, r1), [R, lanes] at a time.
+template <Write kWrite, class T, class A, class F>
+CBAM_INLINE void map_rows(const T* in, T* out, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots, F f) {
+  for_blocks(r0, r1, [&](int64_t r, auto rows) {
+    constexpr int R = decltype(rows)::value;
+    const int64_t offset = r * stride;
+    for_slots(slots, [&](int64_t l, int64_t, auto tag) {
+      prefetch_next<T, R>(in + offset + l, stride);
+      Vec<A> result[R];  // all of them before the first store, so that what f loads per lane is loaded once
+      for (int u = 0; u < R; ++u) result[u] = f(load(in + offset + u * stride + l, tag), r + u, l, tag);
+      for (int u = 0; u < R; ++u) write<kWrite>(out + offset + u * stride + l, result[u], tag);
+    });
+  });
+}
+
+// Copies slot-ordered state to its lanes; `out` has room for a whole last slot.
+template <class A>
+void unslot(const Slots<A>& slots, const A* state, A* out) {
+  for_slots(slots, [&](int64_t l, int64_t k, auto) { store(out + l, load(state + k * kLanes<A>)); });
+}

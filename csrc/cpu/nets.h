@@ -1,0 +1,192 @@
+// The two small networks: the MLP on (samples, channels) and the convolution on two maps.
+
+// y[i][r] = sum_c w[r][c] * v[i][c] for i < count; v rows are v_stride apart, y rows y_stride.
+// Four vectors share each load of w.
+template <class A>
+void matvec(const A* w, int64_t rows, int64_t cols, const A* v, int64_t v_stride, int count, A* y, int64_t y_stride) {
+  constexpr int L = kLanes<A>;
+  auto run = [&](int first, auto vectors) {
+    constexpr int M = decltype(vectors)::value;
+    for (int64_t r = 0; r < rows; ++r) {
+      const A* row = w + r * cols;
+      Vec<A> acc[M];
+      for (int i = 0; i < M; ++i) acc[i] = Vec<A>{};
+      int64_t c = 0;
+      for (; c + L <= cols; c += L) {
+        Vec<A> k = load(row + c);
+        for (int i = 0; i < M; ++i) acc[i] += k * load(v + (first + i) * v_stride + c);
+      }
+      for (int i = 0; i < M; ++i) {
+        A total = cols >= L ? sum_lanes<A>(acc[i]) : A(0);
+        for (int64_t t = c; t < cols; ++t) total += row[t] * v[(first + i) * v_stride + t];
+        y[(first + i) * y_stride + r] = total;
+      }
+    }
+  };
+  int i = 0;
+  for (; i + 4 <= count; i += 4) run(i, Rows<4>{});
+  for (; i + 2 <= count; i += 2) run(i, Rows<2>{});
+  for (; i < count; ++i) run(i, Rows<1>{});
+}
+
+// y[i][c] = sum_r w[r][c] * v[i][r]: the transposed product, rows summed in order.
+template <class A>
+void matvec_transposed(const A* w, int64_t rows, int64_t cols, const A* v, int64_t v_stride, int count, A* y,
+                       int64_t y_stride) {
+  constexpr int L = kLanes<A>;
+  for (int i = 0; i < count; ++i) std::fill_n(y + i * y_stride, cols, A(0));
+  auto run = [&](int first, auto vectors) {
+    constexpr int M = decltype(vectors)::value;
+    for_blocks(0, rows, [&](int64_t r, auto block) {
+      constexpr int R = decltype(block)::value;
+      int64_t c = 0;
+      for (; c + L <= cols; c += L) {
+        Vec<A> k[R];
+        for (int u = 0; u < R; ++u) k[u] = load(w + (r + u) * cols + c);
+        for (int i = 0; i < M; ++i) {
+          A* out = y + (first + i) * y_stride + c;
+          Vec<A> acc = load(out);
+          for (int u = 0; u < R; ++u) acc += k[u] * v[(first + i) * v_stride + r + u];
+          store(out, acc);
+        }
+      }
+      for (; c < cols; ++c) {
+        for (int i = 0; i < M; ++i) {
+          A acc = y[(first + i) * y_stride + c];
+          for (int u = 0; u < R; ++u) acc += w[(r + u) * cols + c] * v[(first + i) * v_stride + r + u];
+          y[(first + i) * y_stride + c] = acc;
+        }
+      }
+    });
+  };
+  int i = 0;
+  for (; i + 4 <= count; i += 4) run(i, Rows<4>{});
+  for (; i + 2 <= count; i += 2) run(i, Rows<2>{});
+  for (; i < count; ++i) run(i, Rows<1>{});
+}
+
+// dw[r][c] = sum_i a[i][r] * b[i][c], i in order, for rows [r0, r1): the outer products of a batch.
+template <class A>
+void outer_products(int64_t r0, int64_t r1, int64_t cols, int64_t count, const A* a, int64_t a_stride, const A* b,
+                    int64_t b_stride, A* dw) {
+  constexpr int L = kLanes<A>;
+  for_blocks(r0, r1, [&](int64_t r, auto block) {
+    constexpr int R = decltype(block)::value;
+    int64_t c = 0;
+    for (; c + L <= cols; c += L) {
+      Vec<A> acc[R];
+      for (int u = 0; u < R; ++u) acc[u] = Vec<A>{};
+      for (int64_t i = 0; i < count; ++i) {
+        Vec<A> v = load(b + i * b_stride + c);
+        for (int u = 0; u < R; ++u) acc[u] += v * a[i * a_stride + r + u];
+      }
+      for (int u = 0; u < R; ++u) store(dw + (r + u) * cols + c, acc[u]);
+    }
+    for (; c < cols; ++c) {
+      for (int u = 0; u < R; ++u) {
+        A acc = 0;
+        for (int64_t i = 0; i < count; ++i) acc += b[i * b_stride + c] * a[i * a_stride + r + u];
+        dw[(r + u) * cols + c] = acc;
+      }
+    }
+  });
+}
+
+template <class A>
+A relu(A v) {  // keeps NaN
+  return v < A(0) ? A(0) : v;
+}
+
+// The maps with a border of half a kernel of zeros. Position (d, h, w) of the map is at
+// flat(d, h, w) + center; an output at flat index i reads taps i + offset(tap), all >= 0.
+struct Padded {
+  int64_t D, H, W, kD, kH, kW, pH, pW, size, center;
+
+  explicit Padded(const Problem& p)
+      : D(p.D), H(p.H), W(p.W), kD(p.kD), kH(p.kH), kW(p.kW), pH(H + kH - 1), pW(W + kW - 1) {
+    size = (D + kD - 1) * pH * pW;
+    center = offset(kD / 2, kH / 2, kW / 2);
+  }
+  int64_t taps() const { return kD * kH * kW; }
+  int64_t offset(int64_t d, int64_t h, int64_t w) const { return (d * pH + h) * pW + w; }
+  int64_t flat(int64_t p) const { return offset(p / (H * W), p / W % H, p % W); }
+  // Positions on both sides whose pooled values an output can read.
+  int64_t halo() const { return (kD / 2 * H + kH / 2) * W + kW / 2; }
+
+  // f(position, flat index, count) for each piece of a map's row in the positions [p0, p1).
+  template <class F>
+  void for_pieces(int64_t p0, int64_t p1, F f) const {
+    while (p0 < p1) {
+      int64_t n = std::min(p1 - p0, W - p0 % W);
+      f(p0, flat(p0), n);
+      p0 += n;
+    }
+  }
+};
+
+// out[m][i] for the flat indices [i0, i1): sum over taps of weights on the padded maps.
+// kIn maps in and kOut out: (2, 1) forward, (1, 2) for the gradient, with taps in reverse.
+// Writes up to four vectors past i1 and reads as far past the maps, so both have that slack.
+template <int kIn, int kOut, class A>
+void convolve(const Padded& g, const A* const* maps, const A* weights, bool reversed, int64_t i0, int64_t i1,
+              A* const* out) {
+  constexpr int L = kLanes<A>, U = kOut == 1 ? 4 : 2;
+  const int64_t taps = g.taps();
+  for (int64_t i = i0; i < i1; i += U * L) {
+    Vec<A> acc[kOut][U];
+    for (int o = 0; o < kOut; ++o) {
+      for (int u = 0; u < U; ++u) acc[o][u] = Vec<A>{};
+    }
+    int64_t t = 0;
+    for (int64_t d = 0; d < g.kD; ++d) {
+      for (int64_t h = 0; h < g.kH; ++h) {
+        for (int64_t w = 0; w < g.kW; ++w, ++t) {
+          const int64_t at = i + g.offset(d, h, w);
+          const A* k = weights + (reversed ? taps - 1 - t : t);
+          for (int m = 0; m < kIn; ++m) {
+            for (int u = 0; u < U; ++u) {
+              Vec<A> v = load(maps[m] + at + u * L);
+              for (int o = 0; o < kOut; ++o) acc[o][u] += v * k[(kIn == 2 ? m : o) * taps];
+            }
+          }
+        }
+      }
+    }
+    for (int o = 0; o < kOut; ++o) {
+      for (int u = 0; u < U; ++u) store(out[o] + i + u * L, acc[o][u]);
+    }
+  }
+}
+
+// dk[tap] = sum over positions of dz * map shifted by the tap, for the taps [t0, t1) of 2 * taps().
+// dz is flat, with zeros between the rows. `dz_at` and `map_at` serve the exact path.
+template <class A>
+void correlate(const Padded& g, const A* dz, const A* const* maps, int64_t t0, int64_t t1, A* dk) {
+  constexpr int L = kLanes<A>;
+  const int64_t taps = g.taps(), end = g.offset(g.D - 1, g.H - 1, g.W);
+  auto offset_of = [&](int64_t t) { return g.offset(t / (g.kH * g.kW), t / g.kW % g.kH, t % g.kW); };
+  for_blocks(t0, t1, [&](int64_t t, auto block) {
+    constexpr int R = decltype(block)::value;
+    const A* base[R];
+    Vec<A> acc[R];
+    for (int u = 0; u < R; ++u) {
+      base[u] = maps[(t + u) / taps] + offset_of((t + u) % taps);
+      acc[u] = Vec<A>{};
+    }
+    for (int64_t i = 0; i < end; i += L) {
+      Vec<A> v = load(dz + i);
+      for (int u = 0; u < R; ++u) acc[u] += v * load(base[u] + i);
+    }
+    for (int u = 0; u < R; ++u) {
+      A total = sum_lanes<A>(acc[u]);
+      if (!(std::abs(total) <= std::numeric_limits<A>::max())) {
+        // A zero between the rows may have met an infinity; sum over true positions alone.
+        total = 0;
+        g.for_pieces(0, g.D * g.H * g.W, [&](int64_t, int64_t f, int64_t n) {
+          for (int64_t w = 0; w < n; ++w) total += dz[f + w] * base[u][f + w];
+        });
+      }
+      dk[t + u] = total;
+    }
+  });
+}

@@ -1,0 +1,189 @@
+// The order of the stages and their split over threads, and the entry points.
+//
+// Samples in plenty: threads draw groups of samples and work alone, stage after stage in cache.
+// A group is one sample, or as many as make reading the MLP's weights worth it. The samples left
+// over by an even split (all of them in a batch of 1) are shared by all threads, stage by stage.
+
+template <class T, bool kChannelsLast>
+struct Schedule : Backward<T, kChannelsLast> {
+  using Base = Backward<T, kChannelsLast>;
+  using typename Base::A;
+  using Base::apply, Base::call, Base::dx, Base::gate_logits_gradient, Base::group, Base::in_parts, Base::L,
+      Base::load_gate, Base::load_pool_gradients, Base::load_saved, Base::logits_gradient, Base::maps_gradient,
+      Base::mlp, Base::mlp_backward, Base::norm_gradient, Base::p, Base::pad, Base::planes_gradient, Base::pool,
+      Base::prepare, Base::products, Base::rest_of_gate_gradient, Base::run_parallel, Base::spatial_gate,
+      Base::spatial_pool, Base::tile_dgate, Base::tile_end, Base::tiles, Base::weight_gradients;
+  using Base::Base;
+
+  // Runs first(t) over the tiles, and second(t) as soon as first has passed t by a halo.
+  template <class First, class Second>
+  void chase(First first, Second second) const {
+    int64_t done = 0;
+    for (int64_t t = 0; t < tiles; ++t) {
+      first(t);
+      const int64_t ready = tile_end(t);
+      while (done < tiles && (ready == p.P ? done <= t : tile_end(done) + pad.halo() <= ready)) second(done++);
+    }
+  }
+
+  // f(tile, worker) over the tiles of a shared sample.
+  template <class F>
+  void each_tile(F f) {
+    in_parts(tiles, [&](int64_t t0, int64_t t1, int64_t i) {
+      for (int64_t t = t0; t < t1; ++t) f(t, call.workers[i]);
+      stream_fence();
+    });
+  }
+
+  // solo(n0, n1, worker index) over groups drawn by the threads, then team(n) for what is left over.
+  template <class Solo, class Team>
+  void run_samples(Solo solo, Team team) const {
+    const int64_t even = p.N / p.threads * p.threads;
+    const int64_t groups = (even + group - 1) / group;
+    std::atomic<int64_t> next{0};
+    run_parallel(std::min<int64_t>(p.threads, groups), [&](int64_t worker) {
+      for (int64_t g; (g = next.fetch_add(1, std::memory_order_relaxed)) < groups;) {
+        solo(g * group, std::min(even, (g + 1) * group), int(worker));
+      }
+      stream_fence();
+    });
+    for (int64_t n = even; n < p.N; ++n) team(n);
+  }
+
+  void forward(Stage stage) {
+    prepare();
+    const bool pools = p.pools && stage != Stage::kScale, logits_needed = stage != Stage::kScale;
+    run_samples(
+        [&](int64_t n0, int64_t n1, int worker) {
+          Worker<A>& w = call.workers[worker];
+          Sample<A>& s = call.samples[worker * group];
+          for (int64_t n = n0; pools && n < n1; ++n) pool(n, 0, p.C, w, s);
+          if (pools) mlp(n0, n1);
+          for (int64_t n = n0; n < n1; ++n) {
+            load_gate(n, s);
+            chase(
+                [&](int64_t t) {
+                  if (p.spatial && logits_needed) spatial_pool(t, w, s);
+                },
+                [&](int64_t t) {
+                  if (p.spatial) spatial_gate(t, w, s, stage);
+                  if (stage != Stage::kAttention) apply(t, s);
+                });
+          }
+        },
+        [&](int64_t n) {
+          Sample<A>& s = call.samples[p.threads * group];
+          if (pools) {
+            in_parts(
+                p.C, [&](int64_t c0, int64_t c1, int64_t i) { pool(n, c0, c1, call.workers[i], s); },
+                kChannelsLast ? L : kBlock);
+            mlp(n, n + 1);
+          }
+          load_gate(n, s);
+          if (p.spatial && logits_needed) each_tile([&](int64_t t, Worker<A>& w) { spatial_pool(t, w, s); });
+          if (p.spatial || stage != Stage::kAttention) {
+            each_tile([&](int64_t t, Worker<A>& w) {
+              if (p.spatial) spatial_gate(t, w, s, stage);
+              if (stage != Stage::kAttention) apply(t, s);
+            });
+          }
+        });
+  }
+
+  void backward_pass(Stage stage) {
+    prepare();
+    const bool products_needed = stage != Stage::kAttention, rest = stage != Stage::kScale;
+    auto first_half = [&](int64_t t, Worker<A>& w, Sample<A>& s) {
+      if (products_needed) {
+        products(t, w, s);
+      } else {
+        std::fill_n(tile_dgate(s, t), p.C, A(0));
+      }
+      if (p.spatial) logits_gradient(t, s, stage);
+    };
+    auto second_half = [&](int64_t t, Worker<A>& w, Sample<A>& s) {
+      maps_gradient(t, w, s);
+      rest_of_gate_gradient(t, w, s);
+    };
+    run_samples(
+        [&](int64_t n0, int64_t n1, int worker) {
+          Worker<A>& w = call.workers[worker];
+          for (int64_t n = n0; n < n1; ++n) {
+            Sample<A>& s = call.samples[worker * group + n - n0];
+            load_saved(n, s, stage);
+            chase([&](int64_t t) { first_half(t, w, s); },
+                  [&](int64_t t) {
+                    if (p.spatial && rest) second_half(t, w, s);
+                  });
+            gate_logits_gradient(s, stage);
+            if (p.spatial && rest) planes_gradient(0, 2 * pad.taps(), s);
+            if (p.spatial && rest && p.dnorm) norm_gradient(w, s);
+          }
+          if (!rest) return;
+          if (p.pools) mlp_backward(n0, n1);
+          for (int64_t n = n0; n < n1; ++n) {
+            Sample<A>& s = call.samples[worker * group + n - n0];
+            load_pool_gradients(s);
+            for (int64_t t = 0; t < tiles; ++t) dx(t, s);
+          }
+        },
+        [&](int64_t n) {
+          Sample<A>& s = call.samples[p.threads * group];
+          load_saved(n, s, stage);
+          each_tile([&](int64_t t, Worker<A>& w) { first_half(t, w, s); });
+          if (p.spatial && rest) {
+            each_tile([&](int64_t t, Worker<A>& w) { second_half(t, w, s); });
+            in_parts(2 * pad.taps(), [&](int64_t t0, int64_t t1) { planes_gradient(t0, t1, s); }, kBlock);
+            if (p.dnorm) norm_gradient(call.workers[0], s);
+          }
+          gate_logits_gradient(s, stage);
+          if (!rest) return;
+          if (p.pools) mlp_backward(n, n + 1);
+          load_pool_gradients(s);
+          each_tile([&](int64_t t, Worker<A>&) { dx(t, s); });
+        });
+    if (rest) weight_gradients();
+  }
+};
+
+// ---- entry points
+
+// Calls f(Schedule&) for the dtype and layout of a problem.
+template <class F>
+void with_schedule(const Problem& p, DType dtype, bool backward, char* scratch, F f) {
+  auto run = [&](auto element) {
+    using T = decltype(element);
+    Carver carver{scratch};
+    if (p.channels_last) {
+      Schedule<T, true> s(p, backward, carver);
+      f(s, carver);
+    } else {
+      Schedule<T, false> s(p, backward, carver);
+      f(s, carver);
+    }
+  };
+  switch (dtype) {
+    case DType::kFloat:
+      return run(float{});
+    case DType::kDouble:
+      return run(double{});
+    case DType::kBFloat16:
+      return run(bf16{});
+    case DType::kHalf:
+      return run(half{});
+  }
+}
+
+int64_t scratch_bytes(const Problem& p, DType dtype, bool backward) {
+  int64_t bytes = 0;
+  with_schedule(p, dtype, backward, nullptr, [&](auto&, Carver& c) { bytes = c.used + 64; });
+  return bytes;
+}
+void forward(const Problem& p, DType dtype, Stage stage) {
+  with_schedule(p, dtype, false, p.scratch, [&](auto& s, Carver&) { s.forward(stage); });
+}
+void backward(const Problem& p, DType dtype, Stage stage) {
+  with_schedule(p, dtype, true, p.scratch, [&](auto& s, Carver&) { s.backward_pass(stage); });
+}
+
+const Kernels kKernels = {scratch_bytes, forward, backward};
