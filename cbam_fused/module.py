@@ -47,7 +47,7 @@ class _Gates(nn.Module):
     ) -> None:
         from .compat import convert
 
-        convert.adapt(self, state_dict, prefix, strict, lists[-1])
+        convert.adapt(self, state_dict, prefix, lists[-1])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
 
 

@@ -248,8 +248,12 @@ def _warn_of_options(row: Dialect, layout: Layout) -> None:
         )
 
 
-def adapt(module: nn.Module, state: Dict[str, Any], prefix: str, strict: bool, errors: List[str]) -> None:
-    """Rewrites, in place, another dialect's entries behind `prefix` to the module's own keys."""
+def adapt(module: nn.Module, state: Dict[str, Any], prefix: str, errors: List[str]) -> None:
+    """Rewrites, in place, another dialect's entries behind `prefix` to the module's own keys.
+
+    What it does not recognise it leaves with a warning: torch lists the missing and unexpected keys,
+    and does not tell a submodule whether the load is strict.
+    """
     found = {k: v for k, v in state.items() if k.startswith(prefix)}
     if not found:
         return
@@ -262,8 +266,8 @@ def adapt(module: nn.Module, state: Dict[str, Any], prefix: str, strict: bool, e
     matches = detect(found, layout.kind, prefix)
     if not matches:
         parametrised = {prefix + k for k in module.state_dict()} & set(found)
-        if strict and not shared and not parametrised:
-            errors.append(unrecognised(found, layout.kind))
+        if not shared and not parametrised:
+            warnings.warn(unrecognised(found, layout.kind), UserWarning, stacklevel=6)
         return
     match = matches[0]
     c = read(match, state)
