@@ -92,11 +92,13 @@ def measure_case(case: Case, settings: Settings, progress: Optional[Progress] = 
     time_interleaved(
         case, steps, settings.rounds, settings.seconds, progress.update if progress else lambda _: None
     )
-    result.rows.append(make_row(case, steps[0], "copy", "", peak_bytes(case, steps[0]), None, None))
+    result.rows.append(make_row(case, steps[0], "copy", "", peak_bytes(case.device, steps[0]), None, None))
     for step, (candidate, share) in zip(steps[1:], admitted):
         kept = kept_bytes(candidate, x) if case.mode == "train" else None
         result.rows.append(
-            make_row(case, step, candidate.provider, candidate.backend, peak_bytes(case, step), kept, share)
+            make_row(
+                case, step, candidate.provider, candidate.backend, peak_bytes(case.device, step), kept, share
+            )
         )
     return result
 

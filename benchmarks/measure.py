@@ -151,14 +151,14 @@ def time_interleaved(
         torch.set_num_threads(case.threads)
 
 
-def peak_bytes(case: Case, step: Step) -> int:
+def peak_bytes(device: str, step: Step) -> int:
     """Most bytes held at once by a call beyond what was held before it, its results included.
 
     On the CPU this is the running maximum over the allocator's events; memory that a kernel takes
     from elsewhere than the allocator does not show.
     """
     step.call()
-    if case.device == "cuda":
+    if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -74,7 +74,7 @@ KEYS = {"eager": _EAGER, "compile": _EAGER, "timm": _TIMM, "fused": _FUSED}
 MEAN_FIRST = ("timm",)
 
 
-def _tensor(module: nn.Module, path: str) -> Tensor:
+def tensor_at(module: nn.Module, path: str) -> Tensor:
     owner, _, leaf = path.rpartition(".")
     return getattr(module.get_submodule(owner), leaf)
 
@@ -87,7 +87,7 @@ def load_weights(provider: str, module: nn.Module, weights: Dict[str, Tensor]) -
     """Copies `weights`, named and shaped as for `EagerCBAM`, into another implementation."""
     with torch.no_grad():
         for name, value in weights.items():
-            target = _tensor(module, KEYS[provider][name])
+            target = tensor_at(module, KEYS[provider][name])
             target.copy_(_reorder(provider, name, value).reshape(target.shape))
     return module
 
@@ -96,7 +96,7 @@ def gradients(provider: str, module: nn.Module, weights: Dict[str, Tensor]) -> D
     """Gradients of the parameters under the names and in the shapes of `weights`."""
     found = {}
     for name, like in weights.items():
-        parameter = _tensor(module, KEYS[provider][name])
+        parameter = tensor_at(module, KEYS[provider][name])
         if isinstance(parameter, nn.Parameter):
             assert parameter.grad is not None, f"{provider} gave {name} no gradient"
             found[name] = _reorder(provider, name, parameter.grad.reshape(like.shape))
