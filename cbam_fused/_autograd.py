@@ -98,11 +98,12 @@ class _CBAM(torch.autograd.Function):
 
 
 class _Attention(torch.autograd.Function):
-    """x -> x itself, z, channel gate, and a slot.
+    """x -> a handle of x's shape, z, channel gate, and a slot of z's shape.
 
-    The block is cut around the norm, and a cut graph would write a gradient of x twice. So the edges
-    to `_Scale` carry what this backward needs instead of their true gradients: that of `x` is dy,
-    that of the slot is the spatial gate. Nobody else sees these edges.
+    The block is cut around the norm, and a cut graph would write a gradient of x twice. So two edges
+    to `_Scale` carry what this backward needs instead of gradients: that of the handle is dy, that
+    of the slot is the spatial gate. Nobody else sees these edges; `_Scale` takes x beside them, for
+    what double backward has to say of it.
     """
 
     @staticmethod
@@ -134,8 +135,9 @@ def _attention_vjp(c: Config, inputs, needs, dy: Tensor, dz: Tensor, dgate: Tens
         gate = channel_gate_reference(x, p, c)
         return gate, spatial_logits_reference(x * _broadcast(gate, x), p, c)
 
-    needs = (True, *needs[1:])
     dx, *dweights = _vjp(gates, inputs, needs, (dgate, dz) if c.pools else (dz,))
+    if dx is None:
+        return (None, *dweights)
     through = dy.to(s.dtype) * s
     if c.pools:
         acc = [None if t is None else t.to(s.dtype) for t in inputs]
@@ -145,10 +147,12 @@ def _attention_vjp(c: Config, inputs, needs, dy: Tensor, dz: Tensor, dgate: Tens
 
 
 class _Scale(torch.autograd.Function):
-    """x, channel gate, normed z, slot -> y; see `_Attention` for what its backward hands over."""
+    """x, handle, channel gate, normed z, slot -> y; see `_Attention` for what its backward hands over."""
 
     @staticmethod
-    def forward(ctx, backend: str, residual: bool, x: Tensor, gate: Tensor, z: Tensor, slot: Tensor) -> Tensor:
+    def forward(
+        ctx, backend: str, residual: bool, x: Tensor, handle: Tensor, gate: Tensor, z: Tensor, slot: Tensor
+    ) -> Tensor:
         y, s = _ops.get(backend, "scale_forward")(x, gate, z, residual)
         ctx.save_for_backward(x, gate, z, s)
         ctx.backend = backend
@@ -166,7 +170,7 @@ class _Scale(torch.autograd.Function):
         else:
             dy = _like_layout(dy, x)
             dz, dgate = _ops.get(ctx.backend, "scale_backward")(dy, x, gate, s)
-        return None, None, dy, dgate, dz, s
+        return None, None, None, dy, dgate, dz, s
 
 
 def _needs_grad(*tensors: Optional[Tensor]) -> bool:
@@ -188,8 +192,8 @@ def fused_cbam_with_norm(
 ) -> Tensor:
     """The block cut around `norm`, which sees the spatial logits (N, 1, *spatial). x must be dense."""
     if _needs_grad(x, *p) or torch.is_grad_enabled() and any(q.requires_grad for q in _parameters(norm)):
-        x, z, gate, slot = _Attention.apply(backend, c, x, *p)
-        return _Scale.apply(backend, c.residual, x, gate, norm(z), slot)
+        handle, z, gate, slot = _Attention.apply(backend, c, x, *p)
+        return _Scale.apply(backend, c.residual, x, handle, gate, norm(z), slot)
     z, gate = attention(backend, x, p, c)
     return _ops.get(backend, "scale_forward")(x, gate, norm(z), c.residual)[0]
 
