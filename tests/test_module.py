@@ -206,7 +206,7 @@ def test_attention_maps(target, dtype, training):
         if dtype == torch.float64:
             torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-13)
         else:
-            assert_within(name, got.to(dtype), exact, low)
+            assert_within(name, got.to(dtype), exact, [low])
 
 
 def test_attention_maps_are_the_gates_of_forward(target):
