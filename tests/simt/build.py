@@ -1,7 +1,7 @@
 """Compile a driver that includes kernel sources for the host, and call it with numpy arrays.
 
 Flavours:
-    checked  every load and store of the driver is checked (bounds, alignment, unwritten values, races) and counted
+    checked  every load and store is checked (bounds, alignment, unwritten values, races) and counted
     asan     AddressSanitizer and UBSan; must run in a process that `sanitized_environment` describes
     fast     neither: for comparing numbers over many shapes
 """
@@ -28,7 +28,9 @@ ROOT = HERE.parents[1]
 CACHE = Path(os.environ.get("SIMT_CACHE", ROOT / "build" / "simt"))
 CXX = os.environ.get("SIMT_CXX", "g++")
 
-_COMMON = ("-std=c++20", "-fPIC", "-g1", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas")
+_COMMON = tuple(
+    "-std=c++20 -fPIC -g1 -fvisibility=hidden -ffp-contract=off -Wall -Wno-unknown-pragmas".split()
+)
 _ASAN = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 # Only compiled with -fsanitize=thread, never linked: the hooks it calls are the runtime's.
 _HOOKS = (
@@ -55,7 +57,11 @@ def default_flavor() -> str:
 
 @functools.cache
 def _compiler_version() -> str:
-    return subprocess.run([CXX, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    return _output(CXX, "--version").splitlines()[0]
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _digest(*parts: str) -> str:
@@ -93,7 +99,7 @@ def _compile(sources: Sequence[Path], output_stem: str, flags: Sequence[str], li
         library = folder / f"lib{output_stem}-{_digest(*dependencies.values())}.so"
         command = [CXX, *flags, "-shared", "-o", str(library), *map(str, sources), *link]
         hooks = [f for f in flags if f.startswith("-fsanitize=thread")]
-        if hooks:   # two steps, so that linking does not bring in ThreadSanitizer
+        if hooks:  # two steps, so that linking does not bring in ThreadSanitizer
             objects = []
             for source in sources:
                 objects.append(str(folder / (source.name + ".o")))
@@ -119,11 +125,20 @@ def build_runtime(flavor: str) -> Path:
     include = (f"-I{HERE / 'include'}", f"-I{HERE / 'runtime'}")
     kind = "asan" if flavor == "asan" else "plain"
     return _compile(
-        sources, f"simt_{kind}", (*_COMMON, *flags["runtime"], *include), (*flags["link"], "-Wl,-Bsymbolic", "-ldl")
+        sources,
+        f"simt_{kind}",
+        (*_COMMON, *flags["runtime"], *include),
+        (*flags["link"], "-Wl,-Bsymbolic", "-ldl"),
     )
 
 
-def build(source: str | Path, *, flavor: str | None = None, defines: Sequence[str] = (), include: Sequence[str | Path] = ()) -> Path:
+def build(
+    source: str | Path,
+    *,
+    flavor: str | None = None,
+    defines: Sequence[str] = (),
+    include: Sequence[str | Path] = (),
+) -> Path:
     """Compiles `source`, a C++ file with `extern "C" SIMT_API` entry points, to a shared library.
 
     Args:
@@ -142,7 +157,7 @@ def build(source: str | Path, *, flavor: str | None = None, defines: Sequence[st
         *_COMMON,
         *FLAGS[flavor]["driver"],
         "-DCBAM_SIMT=1",
-        "-include",   # as nvcc includes cuda_runtime.h
+        "-include",  # as nvcc includes cuda_runtime.h
         "simt.h",
         *(f"-D{d}" for d in defines),
         f"-I{HERE / 'include'}",
@@ -177,7 +192,7 @@ class Array:
 
 @dataclass(frozen=True)
 class Counts:
-    """Totals over one call: bytes of global memory asked for, atomics on it, block barriers, kernel launches."""
+    """Totals of one call: bytes of global memory asked for, atomics on it, block barriers, launches."""
 
     bytes_read: int
     bytes_written: int
@@ -220,7 +235,9 @@ class Library:
                     arrays.append((value, base, address))
                     name = (value.name or f"argument {i}").encode()
                     flags = READ_ONLY * value.read_only + UNWRITTEN * value.unwritten
-                    lib.simt_register(ctypes.c_void_p(address), ctypes.c_uint64(value.data.nbytes), name, flags)
+                    lib.simt_register(
+                        ctypes.c_void_p(address), ctypes.c_uint64(value.data.nbytes), name, flags
+                    )
                     converted.append(ctypes.c_void_p(address))
                 elif isinstance(value, (bool, int, np.integer)):
                     converted.append(ctypes.c_int64(int(value)))
@@ -271,8 +288,7 @@ def sanitized_environment() -> dict[str, str]:
     """Environment of a process that loads libraries of the "asan" flavour: `SIMT_FLAVOR` asks for it."""
     preload = []
     for name in ("libasan.so", "libubsan.so", "libstdc++.so"):
-        path = subprocess.run([CXX, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        preload.append(str(Path(path).resolve()))
+        preload.append(str(Path(_output(CXX, f"-print-file-name={name}")).resolve()))
     return {
         **os.environ,
         "SIMT_FLAVOR": "asan",

@@ -4,73 +4,75 @@
 using namespace cbam::ptx;
 
 #define FAULT_KERNEL(name) __global__ void name(const float* x, float* out, unsigned* counters)
-#define FAULT(name, ...)                                                                     \
-  FAULT_KERNEL(name);                                                                        \
-  extern "C" SIMT_API void run_##name(const float* x, float* out, unsigned* counters) {      \
-    simt::launch({__VA_ARGS__}, #name, name, x, out, counters);                              \
-  }                                                                                          \
+#define FAULT(name, ...)                                                                \
+  FAULT_KERNEL(name);                                                                   \
+  extern "C" SIMT_API void run_##name(const float* x, float* out, unsigned* counters) { \
+    simt::launch({__VA_ARGS__}, #name, name, x, out, counters);                         \
+  }                                                                                     \
   FAULT_KERNEL(name)
 
 FAULT(missing_barrier, .grid = 2, .block = 64) {
   CBAM_SHARED(s, float[64]);
   s[threadIdx.x] = x[threadIdx.x];
-  out[blockIdx.x * 64 + threadIdx.x] = s[63 - threadIdx.x];   // FAULT
+  out[blockIdx.x * 64 + threadIdx.x] = s[63 - threadIdx.x];  // FAULT
 }
 FAULT(missing_second_barrier, .grid = 1, .block = 64) {
   CBAM_SHARED(s, float[64]);
   for (int i = 0; i < 3; ++i) {
-    s[threadIdx.x] = x[threadIdx.x] + i;   // FAULT
+    s[threadIdx.x] = x[threadIdx.x] + i;  // FAULT
     __syncthreads();
-    out[threadIdx.x] = s[63 - threadIdx.x];   // FAULT: the next store does not wait for it
+    out[threadIdx.x] = s[63 - threadIdx.x];  // FAULT: the next store does not wait for it
   }
 }
 FAULT(missing_syncwarp, .grid = 1, .block = 32) {
   CBAM_SHARED(s, float[32]);
   s[threadIdx.x] = x[threadIdx.x];
-  const float sum = __shfl_xor_sync(~0u, x[threadIdx.x], 1);   // a shuffle orders no memory
-  out[threadIdx.x] = s[31 - threadIdx.x] + sum;   // FAULT
+  const float sum = __shfl_xor_sync(~0u, x[threadIdx.x], 1);  // a shuffle orders no memory
+  out[threadIdx.x] = s[31 - threadIdx.x] + sum;               // FAULT
 }
 FAULT(byte_race, .grid = 1, .block = 64) {
   CBAM_SHARED(s, unsigned char[64]);
-  s[threadIdx.x] = static_cast<unsigned char>(threadIdx.x);   // neighbours in one word: no race
-  out[threadIdx.x] = s[threadIdx.x ^ 1];   // FAULT
+  s[threadIdx.x] = static_cast<unsigned char>(threadIdx.x);  // neighbours in one word: no race
+  out[threadIdx.x] = s[threadIdx.x ^ 1];                     // FAULT
 }
 FAULT(global_store_bounds, .grid = 2, .block = 64) {
   const unsigned i = blockIdx.x * 64 + threadIdx.x;
-  out[i + 1] = x[i];   // FAULT
+  out[i + 1] = x[i];  // FAULT
 }
 FAULT(global_load_bounds, .grid = 1, .block = 64) {
-  out[threadIdx.x] = __ldg(x + int(threadIdx.x) - 1);   // FAULT
+  out[threadIdx.x] = __ldg(x + int(threadIdx.x) - 1);  // FAULT
 }
 FAULT(read_only_store, .grid = 1, .block = 64) {
-  const_cast<float*>(x)[threadIdx.x] = 0.0f;   // FAULT
+  const_cast<float*>(x)[threadIdx.x] = 0.0f;  // FAULT
   out[threadIdx.x] = 0.0f;
 }
 FAULT(shared_bounds, .grid = 1, .block = 64, .shared = 256) {
   CBAM_DYNAMIC_SHARED(smem);
-  reinterpret_cast<float*>(smem)[threadIdx.x + 1] = x[threadIdx.x];   // FAULT
+  reinterpret_cast<float*>(smem)[threadIdx.x + 1] = x[threadIdx.x];  // FAULT
 }
 FAULT(static_shared_bounds, .grid = 1, .block = 64) {
   CBAM_SHARED(s, float[64]);
   float* p = s;
-  p[threadIdx.x + 1] = x[threadIdx.x];   // FAULT
+  p[threadIdx.x + 1] = x[threadIdx.x];  // FAULT
 }
 FAULT(local_bounds, .grid = 1, .block = 64) {
   float v[4] = {};
   for (unsigned i = 0; i < 4; ++i) v[i] = x[i];
   const unsigned i = counters[0] + 4 + threadIdx.x % 2;
-  out[threadIdx.x] = v[i];   // FAULT
+  out[threadIdx.x] = v[i];  // FAULT
 }
 FAULT(unwritten_shared, .grid = 1, .block = 64, .shared = 260) {
   CBAM_DYNAMIC_SHARED(smem);
   auto* s = reinterpret_cast<float*>(smem);
   s[threadIdx.x] = x[threadIdx.x];
   __syncthreads();
-  out[threadIdx.x] = s[threadIdx.x + 1];   // FAULT
+  out[threadIdx.x] = s[threadIdx.x + 1];  // FAULT
 }
 FAULT(unwritten_global, .grid = 1, .block = 64) {
-  if (threadIdx.x % 2) out[threadIdx.x] = 1.0f;
-  else out[threadIdx.x] += 1.0f;   // FAULT
+  if (threadIdx.x % 2)
+    out[threadIdx.x] = 1.0f;
+  else
+    out[threadIdx.x] += 1.0f;  // FAULT
 }
 FAULT(async_not_waited, .grid = 1, .block = 64, .shared = 1024) {
   CBAM_DYNAMIC_SHARED(smem);
@@ -78,7 +80,7 @@ FAULT(async_not_waited, .grid = 1, .block = 64, .shared = 1024) {
   copy_async_4(s + threadIdx.x, x + threadIdx.x);
   copy_async_commit();
   copy_async_wait<1>();
-  out[threadIdx.x] = s[threadIdx.x];   // FAULT
+  out[threadIdx.x] = s[threadIdx.x];  // FAULT
   copy_async_wait<0>();
 }
 FAULT(async_no_barrier, .grid = 1, .block = 64, .shared = 1024) {
@@ -86,11 +88,11 @@ FAULT(async_no_barrier, .grid = 1, .block = 64, .shared = 1024) {
   auto* s = reinterpret_cast<float*>(smem);
   copy_async_4(s + threadIdx.x, x + threadIdx.x);
   copy_async_wait_all();
-  out[threadIdx.x] = s[63 - threadIdx.x];   // FAULT
+  out[threadIdx.x] = s[63 - threadIdx.x];  // FAULT
 }
 FAULT(async_never_waited, .grid = 1, .block = 64, .shared = 1024) {
   CBAM_DYNAMIC_SHARED(smem);
-  copy_async_4(smem + 4 * threadIdx.x, x + threadIdx.x);   // FAULT
+  copy_async_4(smem + 4 * threadIdx.x, x + threadIdx.x);  // FAULT
   copy_async_commit();
 }
 FAULT(bulk_not_waited, .grid = 1, .block = 32, .shared = 512) {
@@ -104,7 +106,7 @@ FAULT(bulk_not_waited, .grid = 1, .block = 32, .shared = 512) {
     bulk_load(s, x, 256, barrier);
   }
   __syncthreads();
-  out[threadIdx.x] = s[threadIdx.x];   // FAULT
+  out[threadIdx.x] = s[threadIdx.x];  // FAULT
   barrier_wait(barrier, 0);
 }
 FAULT(bulk_wrong_parity, .grid = 1, .block = 32, .shared = 512) {
@@ -118,8 +120,8 @@ FAULT(bulk_wrong_parity, .grid = 1, .block = 32, .shared = 512) {
     bulk_load(s, x, 256, barrier);
   }
   __syncthreads();
-  barrier_wait(barrier, 1);   // the phase before the first: passes at once
-  out[threadIdx.x] = s[threadIdx.x];   // FAULT
+  barrier_wait(barrier, 1);           // the phase before the first: passes at once
+  out[threadIdx.x] = s[threadIdx.x];  // FAULT
 }
 FAULT(bulk_expect_too_much, .grid = 1, .block = 32, .shared = 512) {
   CBAM_DYNAMIC_SHARED(smem);
@@ -131,13 +133,13 @@ FAULT(bulk_expect_too_much, .grid = 1, .block = 32, .shared = 512) {
     bulk_load(smem, x, 256, barrier);
   }
   __syncthreads();
-  barrier_wait(barrier, 0);   // FAULT
+  barrier_wait(barrier, 0);  // FAULT
 }
 FAULT(mbarrier_no_barrier, .grid = 1, .block = 64, .shared = 512) {
   CBAM_DYNAMIC_SHARED(smem);
   auto* barrier = reinterpret_cast<std::uint64_t*>(smem);
   if (threadIdx.x == 0) barrier_init(barrier, 64);
-  barrier_arrive(barrier);   // FAULT
+  barrier_arrive(barrier);  // FAULT
 }
 FAULT(bulk_misaligned, .grid = 1, .block = 32, .shared = 512) {
   CBAM_DYNAMIC_SHARED(smem);
@@ -145,7 +147,7 @@ FAULT(bulk_misaligned, .grid = 1, .block = 32, .shared = 512) {
   if (threadIdx.x == 0) {
     barrier_init(barrier, 1);
     barrier_arrive_expect(barrier, 128);
-    bulk_load(smem, x + 1, 128, barrier);   // FAULT
+    bulk_load(smem, x + 1, 128, barrier);  // FAULT
   }
 }
 FAULT(bulk_store_no_fence, .grid = 1, .block = 64, .shared = 512) {
@@ -153,7 +155,7 @@ FAULT(bulk_store_no_fence, .grid = 1, .block = 64, .shared = 512) {
   reinterpret_cast<float*>(smem)[threadIdx.x] = x[threadIdx.x];
   __syncthreads();
   if (threadIdx.x == 0) {
-    bulk_store(out, smem, 256);   // FAULT
+    bulk_store(out, smem, 256);  // FAULT
     bulk_commit();
     bulk_wait<0>();
   }
@@ -165,7 +167,7 @@ FAULT(bulk_store_overwritten, .grid = 1, .block = 64, .shared = 512) {
   fence_proxy_async();
   __syncthreads();
   if (threadIdx.x == 0) {
-    bulk_store(out, smem, 256);   // FAULT
+    bulk_store(out, smem, 256);  // FAULT
     bulk_commit();
   }
   __syncthreads();
@@ -179,72 +181,78 @@ FAULT(bulk_store_never_waited, .grid = 1, .block = 32, .shared = 512) {
   fence_proxy_async();
   __syncthreads();
   if (threadIdx.x == 0) {
-    bulk_store(out, smem, 256);   // FAULT
+    bulk_store(out, smem, 256);  // FAULT
     bulk_commit();
   }
 }
 FAULT(early_return, .grid = 1, .block = 64) {
   if (threadIdx.x >= 60) return;
   out[threadIdx.x] = x[threadIdx.x];
-  __syncthreads();   // FAULT
+  __syncthreads();  // FAULT
 }
 FAULT(two_barriers, .grid = 1, .block = 64) {
   if (threadIdx.x < 32) {
     out[threadIdx.x] = 1.0f;
-    __syncthreads();   // FAULT
+    __syncthreads();  // FAULT
   } else {
     out[threadIdx.x] = 2.0f;
-    __syncthreads();   // FAULT
+    __syncthreads();  // FAULT
   }
 }
 FAULT(barrier_deadlock, .grid = 1, .block = 64) {
-  if (threadIdx.x < 32) named_barrier_sync(1, 64);   // FAULT
-  else named_barrier_sync(2, 64);   // FAULT
+  if (threadIdx.x < 32)
+    named_barrier_sync(1, 64);  // FAULT
+  else
+    named_barrier_sync(2, 64);  // FAULT
 }
 FAULT(cluster_deadlock, .grid = 2, .block = 32, .cluster = 2) {
-  if (blockIdx.x == 0) cluster_sync();   // FAULT
-  else while (load_acquire(counters) == 0) sleep(64);   // FAULT
+  if (blockIdx.x == 0)
+    cluster_sync();  // FAULT
+  else
+    while (load_acquire(counters) == 0) sleep(64);  // FAULT
 }
 FAULT(livelock, .grid = 2, .block = 32) {
   if (threadIdx.x == 0)
-    while (load_acquire(counters + blockIdx.x) == 0) sleep(64);   // FAULT
+    while (load_acquire(counters + blockIdx.x) == 0) sleep(64);  // FAULT
 }
 FAULT(shuffle_absent_lane, .grid = 1, .block = 32) {
   float v = x[threadIdx.x];
-  if (threadIdx.x < 16) v = __shfl_sync(0xffffu, v, int(threadIdx.x) + 16);   // FAULT
+  if (threadIdx.x < 16) v = __shfl_sync(0xffffu, v, int(threadIdx.x) + 16);  // FAULT
   out[threadIdx.x] = v;
 }
 FAULT(shuffle_returned_lane, .grid = 1, .block = 32) {
   if (threadIdx.x == 31) return;
-  out[threadIdx.x] = __shfl_down_sync(~0u, x[threadIdx.x], 1);   // FAULT
+  out[threadIdx.x] = __shfl_down_sync(~0u, x[threadIdx.x], 1);  // FAULT
 }
 FAULT(shuffle_partial_warp, .grid = 1, .block = 48) {
-  out[threadIdx.x] = __shfl_xor_sync(~0u, x[threadIdx.x], 1);   // FAULT
+  out[threadIdx.x] = __shfl_xor_sync(~0u, x[threadIdx.x], 1);  // FAULT
 }
 FAULT(shuffle_outside_mask, .grid = 1, .block = 32) {
-  out[threadIdx.x] = __shfl_xor_sync(0xffu, x[threadIdx.x], 1);   // FAULT
+  out[threadIdx.x] = __shfl_xor_sync(0xffu, x[threadIdx.x], 1);  // FAULT
 }
 FAULT(shuffle_divergent, .grid = 1, .block = 32) {
   float v = x[threadIdx.x];
-  if (threadIdx.x < 16) v = __shfl_xor_sync(~0u, v, 1);   // FAULT
-  else v = __shfl_xor_sync(~0u, v, 2);   // FAULT
+  if (threadIdx.x < 16)
+    v = __shfl_xor_sync(~0u, v, 1);  // FAULT
+  else
+    v = __shfl_xor_sync(~0u, v, 2);  // FAULT
   out[threadIdx.x] = v;
 }
 FAULT(misaligned_ldg, .grid = 1, .block = 8) {
-  const float4 v = __ldg(reinterpret_cast<const float4*>(x + 1) + threadIdx.x);   // FAULT
+  const float4 v = __ldg(reinterpret_cast<const float4*>(x + 1) + threadIdx.x);  // FAULT
   out[threadIdx.x] = v.x;
 }
 FAULT(misaligned_dereference, .grid = 1, .block = 8) {
-  const float4 v = reinterpret_cast<const float4*>(x + 2)[threadIdx.x];   // FAULT
+  const float4 v = reinterpret_cast<const float4*>(x + 2)[threadIdx.x];  // FAULT
   out[threadIdx.x] = v.x + v.y + v.z + v.w;
 }
 FAULT(misaligned_shared, .grid = 1, .block = 8, .shared = 512) {
   CBAM_DYNAMIC_SHARED(smem);
-  *reinterpret_cast<double2*>(smem + 8 + 16 * threadIdx.x) = make_double2(x[0], 1.0);   // FAULT
+  *reinterpret_cast<double2*>(smem + 8 + 16 * threadIdx.x) = make_double2(x[0], 1.0);  // FAULT
 }
 FAULT(remote_before_start, .grid = 2, .block = 32, .shared = 128, .cluster = 2) {
   CBAM_DYNAMIC_SHARED(smem);
-  reinterpret_cast<float*>(map_shared(smem, 1 - cluster_rank()))[threadIdx.x] = 1.0f;   // FAULT
+  reinterpret_cast<float*>(map_shared(smem, 1 - cluster_rank()))[threadIdx.x] = 1.0f;  // FAULT
   cluster_sync();
 }
 FAULT(remote_after_return, .grid = 2, .block = 32, .shared = 128, .cluster = 2) {
@@ -253,7 +261,7 @@ FAULT(remote_after_return, .grid = 2, .block = 32, .shared = 128, .cluster = 2) 
   s[threadIdx.x] = x[threadIdx.x];
   cluster_sync();
   if (cluster_rank() == 1) return;
-  for (int i = 0; i < 200; ++i) out[threadIdx.x] = map_shared(s, 1)[threadIdx.x], __syncwarp();   // FAULT
+  for (int i = 0; i < 200; ++i) out[threadIdx.x] = map_shared(s, 1)[threadIdx.x], __syncwarp();  // FAULT
 }
 FAULT(remote_race, .grid = 2, .block = 32, .shared = 128, .cluster = 2) {
   CBAM_DYNAMIC_SHARED(smem);
@@ -261,7 +269,8 @@ FAULT(remote_race, .grid = 2, .block = 32, .shared = 128, .cluster = 2) {
   s[threadIdx.x] = x[threadIdx.x];
   cluster_sync();
   map_shared(s, 1 - cluster_rank())[threadIdx.x] = 1.0f;
-  out[blockIdx.x * 32 + threadIdx.x] = s[threadIdx.x];   // races with the other block's store, whichever comes first
+  out[blockIdx.x * 32 + threadIdx.x] =
+      s[threadIdx.x];  // races with the other block's store, whichever comes first
   cluster_sync();
 }
 FAULT(relaxed_cluster_arrive, .grid = 2, .block = 32, .shared = 128, .cluster = 2) {
@@ -271,34 +280,43 @@ FAULT(relaxed_cluster_arrive, .grid = 2, .block = 32, .shared = 128, .cluster = 
   s[threadIdx.x] = x[threadIdx.x];
   cluster_arrive_relaxed();
   cluster_wait();
-  out[blockIdx.x * 32 + threadIdx.x] = map_shared(s, 1 - cluster_rank())[threadIdx.x];   // FAULT
+  out[blockIdx.x * 32 + threadIdx.x] = map_shared(s, 1 - cluster_rank())[threadIdx.x];  // FAULT
   cluster_sync();
 }
 // Block 0 hands out[0..63] to block 1 through a counter.
-#define HANDOVER(name, barrier_before, signal, poll, load)                                \
-  FAULT(name, .grid = 2, .block = 64) {                                                   \
-    if (blockIdx.x == 0) {                                                                \
-      out[threadIdx.x] = x[threadIdx.x];                                                  \
-      barrier_before;                                                                     \
-      if (threadIdx.x == 0) signal;                                                       \
-    } else {                                                                              \
-      if (threadIdx.x == 0)                                                               \
-        while (poll == 0) sleep(32);                                                      \
-      __syncthreads();                                                                    \
-      out[64 + threadIdx.x] = load(out + 63 - threadIdx.x);                               \
-    }                                                                                     \
+#define HANDOVER(name, barrier, signal, poll, load)         \
+  FAULT(name, .grid = 2, .block = 64) {                     \
+    if (blockIdx.x == 0) {                                  \
+      out[threadIdx.x] = x[threadIdx.x];                    \
+      barrier;                                              \
+      if (threadIdx.x == 0) signal(counters, 1u);           \
+    } else {                                                \
+      if (threadIdx.x == 0)                                 \
+        while (poll(counters) == 0) sleep(32);              \
+      __syncthreads();                                      \
+      out[64 + threadIdx.x] = load(out + 63 - threadIdx.x); \
+    }                                                       \
   }
-HANDOVER(handover, __syncthreads(), add_release(counters, 1u), load_acquire(counters), __ldcg)   // right
-HANDOVER(handover_fence, __syncthreads(), (__threadfence(), atomicAdd(counters, 1u)), load_acquire(counters), __ldcg)   // right
-HANDOVER(handover_no_barrier, , add_release(counters, 1u), load_acquire(counters), __ldcg)   // FAULT
-HANDOVER(handover_relaxed_signal, __syncthreads(), add_relaxed(counters, 1u), load_acquire(counters), __ldcg)   // FAULT
-HANDOVER(handover_relaxed_poll, __syncthreads(), add_release(counters, 1u), load_relaxed(counters), __ldcg)   // FAULT
-HANDOVER(handover_read_only, __syncthreads(), add_release(counters, 1u), load_acquire(counters), __ldg)   // FAULT
+static void fenced_add(unsigned* p, unsigned v) {
+  __threadfence();
+  atomicAdd(p, v);
+}
+static unsigned fenced_poll(const unsigned* p) {
+  const unsigned v = load_relaxed(p);
+  __threadfence();
+  return v;
+}
+HANDOVER(handover, __syncthreads(), add_release, load_acquire, __ldcg)                 // right
+HANDOVER(handover_fence, __syncthreads(), fenced_add, fenced_poll, __ldcg)             // right
+HANDOVER(handover_no_barrier, , add_release, load_acquire, __ldcg)                     // FAULT
+HANDOVER(handover_relaxed_signal, __syncthreads(), add_relaxed, load_acquire, __ldcg)  // FAULT
+HANDOVER(handover_relaxed_poll, __syncthreads(), add_release, load_relaxed, __ldcg)    // FAULT
+HANDOVER(handover_read_only, __syncthreads(), add_release, load_acquire, __ldg)        // FAULT
 
 FAULT(ring_overwritten, .grid = 2, .block = 32) {
   if (blockIdx.x == 0) {
     for (unsigned i = 0; i < 3; ++i) {
-      out[threadIdx.x] = x[threadIdx.x] + i;   // FAULT
+      out[threadIdx.x] = x[threadIdx.x] + i;  // FAULT
       __syncthreads();
       if (threadIdx.x == 0) add_release(counters, 1u);
     }
@@ -306,12 +324,16 @@ FAULT(ring_overwritten, .grid = 2, .block = 32) {
     if (threadIdx.x == 0)
       while (load_acquire(counters) == 0) sleep(32);
     __syncthreads();
-    out[64 + threadIdx.x] = __ldcg(out + threadIdx.x);   // FAULT
+    out[64 + threadIdx.x] = __ldcg(out + threadIdx.x);  // FAULT
   }
 }
 FAULT(signed_overflow, .grid = 1, .block = 32) {
   const int v = 0x7fffffff - int(threadIdx.x) + int(counters[0]);
-  out[threadIdx.x] = float(v + 40);   // FAULT
+  out[threadIdx.x] = float(v + 40);  // FAULT
 }
-FAULT(too_much_shared, .grid = 1, .block = 32, .shared = 228 << 10) { out[0] = x[0]; }
-FAULT(uneven_cluster, .grid = 3, .block = 32, .cluster = 2) { out[0] = x[0]; }
+FAULT(too_much_shared, .grid = 1, .block = 32, .shared = 228 << 10) {
+  out[0] = x[0];
+}
+FAULT(uneven_cluster, .grid = 3, .block = 32, .cluster = 2) {
+  out[0] = x[0];
+}

@@ -4,9 +4,9 @@
 #define CBAM_SIMT 1
 #endif
 #include "simt/core.h"
-#include "simt/types.h"
-#include "simt/math.h"
 #include "simt/half.h"
-#include "simt/warp.h"
+#include "simt/math.h"
 #include "simt/memory.h"
+#include "simt/types.h"
+#include "simt/warp.h"
 #include "simt_ptx.h"

@@ -6,7 +6,8 @@
 using namespace simt;
 #define SIMT_C extern "C" SIMT_API
 
-// Forgets buffers, counts and the error. At most `max_resident` blocks are resident together (a cluster always fits).
+// Forgets buffers, counts and the error. At most `max_resident` blocks are resident together (a cluster
+// always fits).
 SIMT_C void simt_reset(u64 seed, unsigned max_resident) {
   device.seed = seed;
   device.max_resident = max_resident ? max_resident : 1;
@@ -15,7 +16,8 @@ SIMT_C void simt_reset(u64 seed, unsigned max_resident) {
   device.bytes_read = device.bytes_written = device.atomics = device.barriers = device.launches = 0;
 }
 
-// A global allocation. flags: 1 read-only, 2 starts without values (reading one before it is written is an error)
+// A global allocation. flags: 1 read-only, 2 starts without values (reading one before it is written is an
+// error)
 SIMT_C void simt_register(const void* address, u64 bytes, const char* name, unsigned flags) {
   Buffer b;
   b.begin = reinterpret_cast<std::uintptr_t>(address);
@@ -24,14 +26,19 @@ SIMT_C void simt_register(const void* address, u64 bytes, const char* name, unsi
   b.read_only = flags & 1;
   if (flags & 2) b.written.assign(bytes, 0);
   auto& all = device.buffers;
-  all.insert(std::upper_bound(all.begin(), all.end(), b.begin, [](std::uintptr_t v, const Buffer& o) { return v < o.begin; }), std::move(b));
+  all.insert(std::upper_bound(all.begin(), all.end(), b.begin,
+                              [](std::uintptr_t v, const Buffer& o) { return v < o.begin; }),
+             std::move(b));
 }
 
-SIMT_C const char* simt_error() { return device.error.empty() ? nullptr : device.error.c_str(); }
+SIMT_C const char* simt_error() {
+  return device.error.empty() ? nullptr : device.error.c_str();
+}
 
 // out: bytes read, bytes written, atomics (all of global memory), barriers of blocks, launches
 SIMT_C void simt_counts(u64* out) {
-  const u64 counts[] = {device.bytes_read, device.bytes_written, device.atomics, device.barriers, device.launches};
+  const u64 counts[] = {device.bytes_read, device.bytes_written, device.atomics, device.barriers,
+                        device.launches};
   std::copy(std::begin(counts), std::end(counts), out);
 }
 
@@ -39,7 +46,8 @@ SIMT_C void simt_counts(u64* out) {
 SIMT_C void simt_buffer_counts(const void* address, u64* out) {
   out[0] = out[1] = 0;
   for (const Buffer& b : device.buffers)
-    if (b.begin == reinterpret_cast<std::uintptr_t>(address)) out[0] += b.bytes_read, out[1] += b.bytes_written;
+    if (b.begin == reinterpret_cast<std::uintptr_t>(address))
+      out[0] += b.bytes_read, out[1] += b.bytes_written;
 }
 
 // For AddressSanitizer's report: which CUDA thread was running.
@@ -49,8 +57,9 @@ SIMT_C void simt_describe(char* out, u64 size) {
     std::snprintf(out, size, "no kernel");
     return;
   }
-  std::snprintf(out, size, "kernel '%s' block (%u,%u,%u) thread (%u,%u,%u)", device.kernel, t->block->index.x, t->block->index.y,
-                t->block->index.z, t->view.thread_index.x, t->view.thread_index.y, t->view.thread_index.z);
+  std::snprintf(out, size, "kernel '%s' block (%u,%u,%u) thread (%u,%u,%u)", device.kernel, t->block->index.x,
+                t->block->index.y, t->block->index.z, t->view.thread_index.x, t->view.thread_index.y,
+                t->view.thread_index.z);
 }
 
 #if SIMT_ASAN
@@ -60,6 +69,8 @@ void print_thread() {
   simt_describe(text, sizeof text);
   std::fprintf(stderr, "simt: %s\n", text);
 }
-__attribute__((constructor)) void install() { __sanitizer_set_death_callback(print_thread); }
+__attribute__((constructor)) void install() {
+  __sanitizer_set_death_callback(print_thread);
+}
 }  // namespace
 #endif

@@ -1,4 +1,5 @@
-// Asynchronous copies and mbarriers: data lands late, and belongs to nobody until its completion was waited for.
+// Asynchronous copies and mbarriers: data lands late, and belongs to nobody until its completion was waited
+// for.
 #include <algorithm>
 
 #include "simt_ptx.h"
@@ -8,7 +9,9 @@ namespace simt {
 
 namespace {
 
-Thread& me() { return *device.thread; }
+Thread& me() {
+  return *device.thread;
+}
 
 Copy make_copy(void* to, const void* from, unsigned bytes, unsigned source_bytes, u64* barrier, Where where) {
   Copy c{};
@@ -25,8 +28,10 @@ Copy make_copy(void* to, const void* from, unsigned bytes, unsigned source_bytes
 }
 
 void land(const Copy& c) {
-  if (!c.early && c.source_bytes) std::memcpy(c.to, c.from, c.source_bytes);
-  else std::memcpy(c.to, c.bytes.data(), c.source_bytes);
+  if (!c.early && c.source_bytes)
+    std::memcpy(c.to, c.from, c.source_bytes);
+  else
+    std::memcpy(c.to, c.bytes.data(), c.source_bytes);
   if (c.source_bytes < c.bytes.size()) std::memset(c.to + c.source_bytes, 0, c.bytes.size() - c.source_bytes);
 }
 
@@ -43,7 +48,8 @@ void land_stores(std::deque<std::vector<Copy>>& groups, unsigned keep) {
   for (; groups.size() > keep; groups.pop_front())
     for (const Copy& c : groups.front()) {
       if (std::memcmp(c.bytes.data(), c.from, c.bytes.size()))
-        fail(c.where, "the shared memory that a bulk store reads was overwritten before the store was waited for");
+        fail(c.where,
+             "the shared memory that a bulk store reads was overwritten before the store was waited for");
       std::memcpy(c.to, c.bytes.data(), c.bytes.size());
     }
 }
@@ -55,13 +61,15 @@ MBarrier& find(u64* barrier, Where where) {
   const auto it = all.find(barrier);
   if (it == all.end()) fail(where, "this mbarrier was never initialised");
   Block& owner = *shared_block(barrier);
-  if (&owner != t.block && owner.live == 0) fail(where, "mbarrier of block rank %u, which has returned", owner.rank);
+  if (&owner != t.block && owner.live == 0)
+    fail(where, "mbarrier of block rank %u, which has returned", owner.rank);
   if (device.instrumented && !knows(t, it->second.initialiser, it->second.init_clock))
     fail(where, "the mbarrier's initialisation is not ordered before this use: no barrier between");
   return it->second;
 }
 
-// A phase ends when nobody and nothing is awaited any more; those who then test it learn what the arrivers knew.
+// A phase ends when nobody and nothing is awaited any more; those who then test it learn what the arrivers
+// knew.
 void settle(MBarrier& m) {
   if (m.pending || m.bytes) return;
   m.joining.local[m.party] = ++m.phase;
@@ -112,7 +120,8 @@ void async_wait(unsigned keep, bool all, Where where) {
 
 void mbarrier_init(u64* barrier, unsigned count, Where where) {
   Thread& t = me();
-  if (!in_shared(barrier) || shared_block(barrier) != t.block) fail(where, "an mbarrier is initialised in its own block's shared memory");
+  if (!in_shared(barrier) || shared_block(barrier) != t.block)
+    fail(where, "an mbarrier is initialised in its own block's shared memory");
   if (count == 0 || count >= 1u << 20) fail(where, "mbarrier of %u arrivals", count);
   check_access(barrier, 8, 8, kWrite, {where, nullptr});
   Cluster& c = *t.block->cluster;
@@ -123,7 +132,7 @@ void mbarrier_init(u64* barrier, unsigned count, Where where) {
   const u32 old_phase = m.phase;
   m = MBarrier{};
   m.party = fresh ? party : old_party;
-  m.phase = fresh ? 0 : (old_phase + 1) & ~1u;   // even again, and its clock never runs backwards
+  m.phase = fresh ? 0 : (old_phase + 1) & ~1u;  // even again, and its clock never runs backwards
   m.count = m.pending = count;
   m.initialiser = t.party;
   m.init_clock = t.clock;
@@ -160,9 +169,11 @@ void bulk_copy_in(void* to, const void* from, unsigned bytes, u64* barrier, Wher
   check_bulk(to, from, bytes, where);
   if (!in_shared(to)) fail(where, "bulk copy to memory that is not shared");
   MBarrier& m = find(barrier, where);
-  if (shared_block(to) != shared_block(barrier)) fail(where, "the mbarrier of a bulk copy is not in the destination's block");
+  if (shared_block(to) != shared_block(barrier))
+    fail(where, "the mbarrier of a bulk copy is not in the destination's block");
   if (in_shared(from)) {
-    if (shared_block(from) != t.block) fail(where, "a bulk copy between shared memories starts in the issuing block");
+    if (shared_block(from) != t.block)
+      fail(where, "a bulk copy between shared memories starts in the issuing block");
     check_proxy(t, from, bytes, {where, nullptr});
   }
   check_access(from, bytes, 16, kRead, {where, nullptr});
@@ -186,9 +197,11 @@ bool land_one(Cluster& cluster) {
 
 void remote_store(void* remote, const void* value, unsigned bytes, u64* barrier, Where where) {
   Thread& t = me();
-  if (!in_shared(remote) || reinterpret_cast<std::uintptr_t>(remote) % bytes) fail(where, "st.async to %p: not shared, or misaligned", remote);
+  if (!in_shared(remote) || reinterpret_cast<std::uintptr_t>(remote) % bytes)
+    fail(where, "st.async to %p: not shared, or misaligned", remote);
   MBarrier& m = find(barrier, where);
-  if (shared_block(remote) != shared_block(barrier)) fail(where, "the mbarrier of an st.async is not in the destination's block");
+  if (shared_block(remote) != shared_block(barrier))
+    fail(where, "the mbarrier of an st.async is not in the destination's block");
   mark_async(t, remote, bytes, m.party, m.phase + 1, false, {where, nullptr});
   Copy c{};
   c.to = static_cast<unsigned char*>(remote);
@@ -204,7 +217,8 @@ void remote_store(void* remote, const void* value, unsigned bytes, u64* barrier,
 void bulk_copy_out(void* global, const void* shared, unsigned bytes, Where where) {
   Thread& t = me();
   check_bulk(global, shared, bytes, where);
-  if (!in_shared(shared) || shared_block(shared) != t.block) fail(where, "a bulk store starts in the issuing block's shared memory");
+  if (!in_shared(shared) || shared_block(shared) != t.block)
+    fail(where, "a bulk store starts in the issuing block's shared memory");
   if (in_shared(global)) fail(where, "a bulk store goes to global memory");
   check_proxy(t, shared, bytes, {where, nullptr});
   check_access(shared, bytes, 16, kRead, {where, nullptr});
@@ -218,7 +232,9 @@ void bulk_commit(Where) {
   t.stores.clear();
 }
 
-void bulk_wait(unsigned keep, bool, Where) { land_stores(me().store_groups, keep); }
+void bulk_wait(unsigned keep, bool, Where) {
+  land_stores(me().store_groups, keep);
+}
 
 void proxy_fence() {
   Thread& t = me();
@@ -232,18 +248,22 @@ void finish_copies(Thread& t) {
   if (!t.copies.empty()) fail(t.copies[0].where, "the thread returned before this cp.async was waited for");
   for (const auto& group : t.groups)
     if (!group.empty()) fail(group[0].where, "the thread returned before this cp.async was waited for");
-  if (!t.stores.empty()) fail(t.stores[0].where, "the thread returned before this bulk store was committed and waited for");
+  if (!t.stores.empty())
+    fail(t.stores[0].where, "the thread returned before this bulk store was committed and waited for");
   for (const auto& group : t.store_groups)
     if (!group.empty()) fail(group[0].where, "the thread returned before this bulk store was waited for");
 }
 
-// A block that ends with a copy into its memory in flight would have it written after another block took it over.
+// A block that ends with a copy into its memory in flight would have it written after another block took it
+// over.
 void block_leaves(Block& b) {
   for (const Copy& c : b.cluster->copies)
     if (shared_block(c.to) == &b) {
       char text[400];
-      std::snprintf(text, sizeof text, "kernel '%s' block (%u,%u,%u): returned before the bulk copy of %s:%d landed in its shared memory",
-                    device.kernel, b.index.x, b.index.y, b.index.z, c.where.file, c.where.line);
+      std::snprintf(
+          text, sizeof text,
+          "kernel '%s' block (%u,%u,%u): returned before the bulk copy of %s:%d landed in its shared memory",
+          device.kernel, b.index.x, b.index.y, b.index.z, c.where.file, c.where.line);
       device.error = text;
     }
 }

@@ -19,7 +19,8 @@ bool covers(const Entries& a, const Entries& b) {
 }
 
 const Entries* entries_of(const Foreign& f, u32 cluster) {
-  const auto it = std::lower_bound(f.clusters.begin(), f.clusters.end(), cluster, [](const auto& e, u32 c) { return e.first < c; });
+  const auto it = std::lower_bound(f.clusters.begin(), f.clusters.end(), cluster,
+                                   [](const auto& e, u32 c) { return e.first < c; });
   return it != f.clusters.end() && it->first == cluster ? it->second.get() : nullptr;
 }
 
@@ -43,7 +44,8 @@ bool knows(const Thread& t, unsigned party, u32 clock) {
   if (party == t.party) return true;
   if (party < t.base->local.size() && t.base->local[party] >= clock) return true;
   const unsigned first = t.party - t.view.lane;
-  if (party - first < 32 && party < t.block->cluster->parties && t.warp_seen[party - first] >= clock) return true;
+  if (party - first < 32 && party < t.block->cluster->parties && t.warp_seen[party - first] >= clock)
+    return true;
   for (const Snapshot& s : t.extra)
     if (party < s->local.size() && s->local[party] >= clock) return true;
   return false;
@@ -139,8 +141,8 @@ std::string party_name(u32 cluster, unsigned party) {
   const unsigned i = party % device.block_threads;
   const uint3 b = device.first_blocks[cluster];
   char text[120];
-  std::snprintf(text, sizeof text, "thread (%u,%u,%u) of block (%u,%u,%u)", i % shape.x, i / shape.x % shape.y,
-                i / (shape.x * shape.y), b.x + party / device.block_threads, b.y, b.z);
+  std::snprintf(text, sizeof text, "thread (%u,%u,%u) of block (%u,%u,%u)", i % shape.x,
+                i / shape.x % shape.y, i / (shape.x * shape.y), b.x + party / device.block_threads, b.y, b.z);
   return text;
 }
 

@@ -38,7 +38,7 @@ constexpr int kCanaryWords = 64;
 
 void fiber_create(Fiber& f, unsigned char* stack, void (*entry)()) {
 #if SIMT_ASAN
-  __asan_unpoison_memory_region(stack, kStackBytes);   // an abandoned fiber leaves its redzones behind
+  __asan_unpoison_memory_region(stack, kStackBytes);  // an abandoned fiber leaves its redzones behind
 #endif
   f.stack = stack;
   f.fake_stack = nullptr;

@@ -20,20 +20,20 @@ namespace simt {
 constexpr std::size_t kStackBytes = SIMT_ASAN ? 256 << 10 : 64 << 10;
 
 struct Fiber {
-  unsigned char* stack = nullptr;   // kStackBytes; null for the scheduler's own
+  unsigned char* stack = nullptr;  // kStackBytes; null for the scheduler's own
 #if defined(__x86_64__)
   void* sp = nullptr;
 #else
   ucontext_t context;
 #endif
   void* fake_stack = nullptr;
-  const void* bottom = nullptr;     // what ASan is told of the destination's stack
+  const void* bottom = nullptr;  // what ASan is told of the destination's stack
   std::size_t size = 0;
 };
 
 void fiber_create(Fiber& fiber, unsigned char* stack, void (*entry)());
 void fiber_switch(Fiber& from, Fiber& to, bool from_is_over = false);
-void fiber_entered(Fiber& scheduler);   // first act of an entry function
+void fiber_entered(Fiber& scheduler);  // first act of an entry function
 bool fiber_overflowed(const Fiber& fiber);
 
 }  // namespace simt

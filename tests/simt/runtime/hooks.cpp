@@ -16,26 +16,43 @@ inline void access(void* p, std::size_t bytes, std::size_t alignment, unsigned k
 }
 }  // namespace
 
-#define SIMT_HOOKS(bytes, alignment)                                                                                     \
-  SIMT_HOOK void __tsan_read##bytes(void* p) { access(p, bytes, alignment, simt::kRead, __builtin_return_address(0)); }    \
-  SIMT_HOOK void __tsan_write##bytes(void* p) { access(p, bytes, alignment, simt::kWrite, __builtin_return_address(0)); }  \
-  SIMT_HOOK void __tsan_volatile_read##bytes(void* p) { access(p, bytes, alignment, simt::kRead, __builtin_return_address(0)); } \
-  SIMT_HOOK void __tsan_volatile_write##bytes(void* p) { access(p, bytes, alignment, simt::kWrite, __builtin_return_address(0)); } \
-  SIMT_HOOK void __tsan_unaligned_read##bytes(void* p) { access(p, bytes, 1, simt::kRead, __builtin_return_address(0)); }  \
-  SIMT_HOOK void __tsan_unaligned_write##bytes(void* p) { access(p, bytes, 1, simt::kWrite, __builtin_return_address(0)); }
+#define SIMT_HOOKS(bytes, alignment)                                        \
+  SIMT_HOOK void __tsan_read##bytes(void* p) {                              \
+    access(p, bytes, alignment, simt::kRead, __builtin_return_address(0));  \
+  }                                                                         \
+  SIMT_HOOK void __tsan_write##bytes(void* p) {                             \
+    access(p, bytes, alignment, simt::kWrite, __builtin_return_address(0)); \
+  }                                                                         \
+  SIMT_HOOK void __tsan_volatile_read##bytes(void* p) {                     \
+    access(p, bytes, alignment, simt::kRead, __builtin_return_address(0));  \
+  }                                                                         \
+  SIMT_HOOK void __tsan_volatile_write##bytes(void* p) {                    \
+    access(p, bytes, alignment, simt::kWrite, __builtin_return_address(0)); \
+  }                                                                         \
+  SIMT_HOOK void __tsan_unaligned_read##bytes(void* p) {                    \
+    access(p, bytes, 1, simt::kRead, __builtin_return_address(0));          \
+  }                                                                         \
+  SIMT_HOOK void __tsan_unaligned_write##bytes(void* p) {                   \
+    access(p, bytes, 1, simt::kWrite, __builtin_return_address(0));         \
+  }
 SIMT_HOOKS(1, 1)
 SIMT_HOOKS(2, 2)
 SIMT_HOOKS(4, 4)
 SIMT_HOOKS(8, 8)
-SIMT_HOOKS(16, 8)   // a pair of 8-byte values may be copied as 16 bytes; typed vectors are checked by the UBSan hook
+SIMT_HOOKS(
+    16, 8)  // a pair of 8-byte values may be copied as 16 bytes; typed vectors are checked by the UBSan hook
 
 SIMT_HOOK void __tsan_init() {}
 SIMT_HOOK void __tsan_func_entry(void*) {}
 SIMT_HOOK void __tsan_func_exit() {}
 SIMT_HOOK void __tsan_vptr_update(void**, void*) {}
 SIMT_HOOK void __tsan_vptr_read(void**) {}
-SIMT_HOOK void __tsan_read_range(void* p, std::size_t n) { access(p, n, 1, simt::kRead, __builtin_return_address(0)); }
-SIMT_HOOK void __tsan_write_range(void* p, std::size_t n) { access(p, n, 1, simt::kWrite, __builtin_return_address(0)); }
+SIMT_HOOK void __tsan_read_range(void* p, std::size_t n) {
+  access(p, n, 1, simt::kRead, __builtin_return_address(0));
+}
+SIMT_HOOK void __tsan_write_range(void* p, std::size_t n) {
+  access(p, n, 1, simt::kWrite, __builtin_return_address(0));
+}
 
 namespace {
 struct UbsanLocation {
@@ -60,11 +77,12 @@ struct UbsanBounds {
 SIMT_HOOK void __ubsan_handle_type_mismatch_v1(UbsanMismatch* data, std::uintptr_t p) {
   if (!simt::self) return;
   const simt::Where where{data->location.file, static_cast<int>(data->location.line)};
-  simt::fail(where, "misaligned access to %p as %s, which needs a multiple of %u", reinterpret_cast<void*>(p), data->type->name,
-             1u << data->log_alignment);
+  simt::fail(where, "misaligned access to %p as %s, which needs a multiple of %u", reinterpret_cast<void*>(p),
+             data->type->name, 1u << data->log_alignment);
 }
 SIMT_HOOK void __ubsan_handle_out_of_bounds(UbsanBounds* data, std::uintptr_t index) {
   if (!simt::self) return;
   const simt::Where where{data->location.file, static_cast<int>(data->location.line)};
-  simt::fail(where, "index %lld is out of the bounds of a local array of type %s", static_cast<long long>(index), data->array->name);
+  simt::fail(where, "index %lld is out of the bounds of a local array of type %s",
+             static_cast<long long>(index), data->array->name);
 }

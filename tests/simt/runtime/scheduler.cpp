@@ -16,10 +16,10 @@ View* self = nullptr;
 
 namespace {
 
-constexpr std::size_t kStaticBytes = 64 << 10;   // room for a block's static shared memory
-constexpr std::size_t kGuard = 64;               // unaddressable bytes behind each piece of shared memory
+constexpr std::size_t kStaticBytes = 64 << 10;  // room for a block's static shared memory
+constexpr std::size_t kGuard = 64;              // unaddressable bytes behind each piece of shared memory
 
-u64 mix(u64 z) {                                  // splitmix64
+u64 mix(u64 z) {  // splitmix64
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
   z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
   return z ^ (z >> 31);
@@ -41,13 +41,15 @@ void thread_entry() {
   t.block->live--;
   device.progress = device.switches;
   if (t.block->barrier.count)
-    fail(t.where, "thread (%u,%u,%u) returned while others wait at the __syncthreads() of %s:%d: divergent barrier",
+    fail(t.where,
+         "thread (%u,%u,%u) returned while others wait at the __syncthreads() of %s:%d: divergent barrier",
          t.view.thread_index.x, t.view.thread_index.y, t.view.thread_index.z, t.block->barrier.where.file,
          t.block->barrier.where.line);
   if (t.warp->waiting)
     for (Thread* lane : t.warp->lanes)
       if (lane && (t.warp->waiting >> lane->view.lane & 1) && (lane->mask >> t.view.lane & 1))
-        fail(lane->where, "lane %u returned, but the mask %08x of a warp operation waits for it", t.view.lane, lane->mask);
+        fail(lane->where, "lane %u returned, but the mask %08x of a warp operation waits for it", t.view.lane,
+             lane->mask);
   cluster_leave(t);
   if (fiber_overflowed(t.fiber)) fail(t.where, "the thread overflowed its stack of %zu bytes", kStackBytes);
   fiber_switch(t.fiber, device.scheduler, true);
@@ -78,7 +80,7 @@ std::unique_ptr<Block> make_block(Cluster& cluster, unsigned rank, uint3 index, 
 #if SIMT_ASAN
   __asan_unpoison_memory_region(b.shared, device.slot_bytes);
 #endif
-  std::memset(b.shared, 0xff, device.slot_bytes);   // NaN in every floating-point type
+  std::memset(b.shared, 0xff, device.slot_bytes);  // NaN in every floating-point type
 #if SIMT_ASAN
   __asan_poison_memory_region(b.shared, device.slot_bytes);
   __asan_unpoison_memory_region(b.shared, c.shared);
@@ -86,7 +88,8 @@ std::unique_ptr<Block> make_block(Cluster& cluster, unsigned rank, uint3 index, 
   b.segments.push_back({0, c.shared, "dynamic shared memory"});
   if (device.instrumented) {
     b.cells = static_cast<Cell*>(std::calloc(device.slot_bytes / 4, sizeof(Cell)));
-    b.bytes = static_cast<Cell*>(std::calloc(device.slot_bytes, sizeof(Cell)));   // touched only where words are split
+    b.bytes = static_cast<Cell*>(
+        std::calloc(device.slot_bytes, sizeof(Cell)));  // touched only where words are split
   }
   b.threads.resize(device.block_threads);
   b.warps.resize((device.block_threads + 31) / 32);
@@ -104,7 +107,8 @@ std::unique_ptr<Block> make_block(Cluster& cluster, unsigned rank, uint3 index, 
     t.base = start;
     t.ready = true;
     t.where = {"kernel entry", 0};
-    fiber_create(t.fiber, device.stacks + (std::size_t(b.slot) * device.block_threads + i) * kStackBytes, thread_entry);
+    fiber_create(t.fiber, device.stacks + (std::size_t(b.slot) * device.block_threads + i) * kStackBytes,
+                 thread_entry);
     b.ready.push_back(&t);
   }
   return block;
@@ -137,7 +141,8 @@ void release(Block& b) {
 bool retire(Cluster* cluster) {
   for (auto& b : cluster->blocks)
     if (b->live) return false;
-  while (land_one(*cluster)) {}
+  while (land_one(*cluster)) {
+  }
   for (auto& b : cluster->blocks) {
     std::free(b->cells);
     std::free(b->bytes);
@@ -157,11 +162,12 @@ std::string stuck_report(const char* what) {
       for (Thread& t : b->threads) {
         if (t.done) continue;
         char line[400];
-        std::snprintf(line, sizeof line, "%s at %s:%d", t.waiting ? t.waiting : "runs", t.where.file, t.where.line);
+        std::snprintf(line, sizeof line, "%s at %s:%d", t.waiting ? t.waiting : "runs", t.where.file,
+                      t.where.line);
         if (!seen.insert(line).second || seen.size() > 8) continue;
-        std::snprintf(line, sizeof line, "\n  block (%u,%u,%u) thread (%u,%u,%u) %s at %s:%d", b->index.x, b->index.y,
-                      b->index.z, t.view.thread_index.x, t.view.thread_index.y, t.view.thread_index.z,
-                      t.waiting ? t.waiting : "runs", t.where.file, t.where.line);
+        std::snprintf(line, sizeof line, "\n  block (%u,%u,%u) thread (%u,%u,%u) %s at %s:%d", b->index.x,
+                      b->index.y, b->index.z, t.view.thread_index.x, t.view.thread_index.y,
+                      t.view.thread_index.z, t.waiting ? t.waiting : "runs", t.where.file, t.where.line);
         s += line;
       }
   return s;
@@ -219,7 +225,8 @@ void run_all() {
       Cluster* cluster = b.cluster;
       release(b);
       retire(cluster);
-    } else if (device.switches - device.progress > 200000 + 400ull * device.block_threads * device.resident.size()) {
+    } else if (device.switches - device.progress >
+               200000 + 400ull * device.block_threads * device.resident.size()) {
       device.error = stuck_report("livelock: threads only poll, and nothing changes");
       return;
     }
@@ -229,12 +236,17 @@ void run_all() {
 void check_config(const LaunchConfig& c) {
   const u64 threads = u64(c.block.x) * c.block.y * c.block.z;
   char message[200] = "";
-  if (threads == 0 || threads > 1024) std::snprintf(message, sizeof message, "%llu threads a block: 1 to 1024", (unsigned long long)threads);
-  else if (c.grid.x == 0 || c.grid.y == 0 || c.grid.z == 0 || c.grid.y > 65535 || c.grid.z > 65535 || c.grid.x > 0x7fffffff)
-    std::snprintf(message, sizeof message, "grid (%u,%u,%u) is empty or too large", c.grid.x, c.grid.y, c.grid.z);
-  else if (c.shared > 227 << 10) std::snprintf(message, sizeof message, "%zu bytes of shared memory: at most 227 KiB", c.shared);
+  if (threads == 0 || threads > 1024)
+    std::snprintf(message, sizeof message, "%llu threads a block: 1 to 1024", (unsigned long long)threads);
+  else if (c.grid.x == 0 || c.grid.y == 0 || c.grid.z == 0 || c.grid.y > 65535 || c.grid.z > 65535 ||
+           c.grid.x > 0x7fffffff)
+    std::snprintf(message, sizeof message, "grid (%u,%u,%u) is empty or too large", c.grid.x, c.grid.y,
+                  c.grid.z);
+  else if (c.shared > 227 << 10)
+    std::snprintf(message, sizeof message, "%zu bytes of shared memory: at most 227 KiB", c.shared);
   else if (c.cluster == 0 || c.cluster > 16 || c.grid.x % c.cluster)
-    std::snprintf(message, sizeof message, "cluster of %u blocks does not divide grid.x = %u, or is above 16", c.cluster, c.grid.x);
+    std::snprintf(message, sizeof message, "cluster of %u blocks does not divide grid.x = %u, or is above 16",
+                  c.cluster, c.grid.x);
   if (*message) fail_device(std::string("kernel '") + device.kernel + "': " + message);
 }
 
@@ -266,7 +278,9 @@ void pause(Where where) {
   wait("polls", where);
 }
 
-u64 clock() { return device.switches; }
+u64 clock() {
+  return device.switches;
+}
 
 void fail(Where where, const char* format, ...) {
   char text[2000];
@@ -277,19 +291,21 @@ void fail(Where where, const char* format, ...) {
   const Thread& t = *device.thread;
   char head[600];
   std::snprintf(head, sizeof head, "kernel '%s' block (%u,%u,%u) thread (%u,%u,%u) at %s:%d: ", device.kernel,
-                t.block->index.x, t.block->index.y, t.block->index.z, t.view.thread_index.x, t.view.thread_index.y,
-                t.view.thread_index.z, where.file, where.line);
+                t.block->index.x, t.block->index.y, t.block->index.z, t.view.thread_index.x,
+                t.view.thread_index.y, t.view.thread_index.z, where.file, where.line);
   device.error = std::string(head) + text;
-  for (;;) fiber_switch(device.thread->fiber, device.scheduler);   // never resumed: the launch is over
+  for (;;) fiber_switch(device.thread->fiber, device.scheduler);  // never resumed: the launch is over
 }
 
 struct LaunchRefused {
   std::string message;
 };
-void fail_device(const std::string& message) { throw LaunchRefused{message}; }
+void fail_device(const std::string& message) {
+  throw LaunchRefused{message};
+}
 
-void launch_grid(const LaunchConfig& config, const char* kernel, void (*body)(const void*), const void* parameters,
-                 std::size_t parameter_bytes, bool instrumented) {
+void launch_grid(const LaunchConfig& config, const char* kernel, void (*body)(const void*),
+                 const void* parameters, std::size_t parameter_bytes, bool instrumented) {
   Device& d = device;
   if (!d.error.empty()) return;
   d.instrumented = instrumented;
@@ -341,20 +357,23 @@ void launch_grid(const LaunchConfig& config, const char* kernel, void (*body)(co
   d.arena = d.stacks = nullptr;
 }
 
-void* dynamic_shared() { return device.thread->block->shared; }
+void* dynamic_shared() {
+  return device.thread->block->shared;
+}
 
 void* static_shared(const void* key, std::size_t bytes, std::size_t alignment, Where where) {
   Device& d = device;
   Block& b = *d.thread->block;
   auto [it, fresh] = d.statics.try_emplace(key);
-  if (fresh) {   // one offset for all blocks of a launch, so that a mapped address means the same variable
+  if (fresh) {  // one offset for all blocks of a launch, so that a mapped address means the same variable
     const std::size_t begin = (d.static_end + alignment - 1) / alignment * alignment;
     it->second = {begin, begin + bytes, "static shared memory"};
     d.static_end = begin + bytes + kGuard;
     if (d.static_end > d.slot_bytes) fail(where, "static shared memory exceeds %zu bytes", kStaticBytes);
   }
   const Segment& s = it->second;
-  if (std::none_of(b.segments.begin(), b.segments.end(), [&](const Segment& o) { return o.begin == s.begin && o.end == s.end; })) {
+  if (std::none_of(b.segments.begin(), b.segments.end(),
+                   [&](const Segment& o) { return o.begin == s.begin && o.end == s.end; })) {
     b.segments.push_back(s);
 #if SIMT_ASAN
     __asan_unpoison_memory_region(b.shared + s.begin, bytes);

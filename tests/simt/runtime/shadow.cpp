@@ -1,4 +1,5 @@
-// Checks each memory access: bounds, alignment, values never written, races in shared memory; counts global bytes.
+// Checks each memory access: bounds, alignment, values never written, races in shared memory; counts global
+// bytes.
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -59,8 +60,10 @@ void record_read(Block& owner, Cell& cell, const Thread& t) {
         r.mask |= lane;
         return;
       }
-    list.erase(std::remove_if(list.begin(), list.end(), [&](const Readers& r) { return all_known(t, r.warp, r.clock, r.mask, offender); }),
-               list.end());
+    list.erase(
+        std::remove_if(list.begin(), list.end(),
+                       [&](const Readers& r) { return all_known(t, r.warp, r.clock, r.mask, offender); }),
+        list.end());
     list.push_back({t.clock, lane, warp});
     return;
   }
@@ -71,14 +74,18 @@ void record_read(Block& owner, Cell& cell, const Thread& t) {
 
 void check_order(Block& owner, Cell& cell, const Thread& t, unsigned access, std::size_t offset, Site site) {
   const Cluster& cluster = *owner.cluster;
-  if ((cell.flags & kWritten) && cell.writer != t.party && !((access & kAtomic) && (cell.flags & kAtomicCell)) &&
-      !knows(t, cell.writer, cell.write_clock)) {
+  if ((cell.flags & kWritten) && cell.writer != t.party &&
+      !((access & kAtomic) && (cell.flags & kAtomicCell)) && !knows(t, cell.writer, cell.write_clock)) {
     if (cell.writer >= cluster.parties)
       report(site, "%s at byte %zu of shared memory before the bulk copy into it was waited for",
              access & kWrite ? "store" : "read", offset);
-    report(site, "race: %s at byte %zu of shared memory (block rank %u), last written by %s, with no barrier between",
-           access & kAtomic ? "atomic" : access & kWrite ? "store" : "read", offset, owner.rank,
-           party_name(cluster.number, cell.writer).c_str());
+    report(
+        site,
+        "race: %s at byte %zu of shared memory (block rank %u), last written by %s, with no barrier between",
+        access & kAtomic  ? "atomic"
+        : access & kWrite ? "store"
+                          : "read",
+        offset, owner.rank, party_name(cluster.number, cell.writer).c_str());
   }
   if (!(access & kWrite)) return;
   unsigned reader = 0;
@@ -91,8 +98,10 @@ void check_order(Block& owner, Cell& cell, const Thread& t, unsigned access, std
       }
   if (!ordered)
     report(site, "race: %s at byte %zu of shared memory (block rank %u), read by %s, with no barrier between",
-           access & kIssue ? "asynchronous copy" : access & kAtomic ? "atomic" : "store", offset, owner.rank,
-           party_name(cluster.number, reader).c_str());
+           access & kIssue    ? "asynchronous copy"
+           : access & kAtomic ? "atomic"
+                              : "store",
+           offset, owner.rank, party_name(cluster.number, reader).c_str());
 }
 
 void touch(Block& owner, Cell& cell, Thread& t, unsigned access, std::size_t offset, Site site) {
@@ -145,17 +154,23 @@ void for_cells(Block& owner, std::size_t offset, std::size_t bytes, F&& f) {
   }
 }
 
-void check_shared(Block& owner, Thread& t, std::size_t offset, std::size_t bytes, unsigned access, Site site) {
-  if (owner.cluster != t.block->cluster) report(site, "access to shared memory of a block outside the cluster");
+void check_shared(Block& owner, Thread& t, std::size_t offset, std::size_t bytes, unsigned access,
+                  Site site) {
+  if (owner.cluster != t.block->cluster)
+    report(site, "access to shared memory of a block outside the cluster");
   bool inside = false;
   for (const Segment& s : owner.segments) inside = inside || (offset >= s.begin && offset + bytes <= s.end);
   if (!inside)
-    report(site, "out-of-bounds %s at byte %zu of shared memory; the block has %zu bytes of dynamic shared memory",
+    report(site,
+           "out-of-bounds %s at byte %zu of shared memory; the block has %zu bytes of dynamic shared memory",
            access_name(access, bytes).text, offset, device.config.shared);
   if (&owner != t.block) {
-    if (owner.live == 0) report(site, "access to shared memory of block rank %u, which has returned", owner.rank);
+    if (owner.live == 0)
+      report(site, "access to shared memory of block rank %u, which has returned", owner.rank);
     if (device.instrumented && !knows(t, owner.threads[0].party, 1))
-      report(site, "access to shared memory of block rank %u before a cluster barrier shows that it has started", owner.rank);
+      report(site,
+             "access to shared memory of block rank %u before a cluster barrier shows that it has started",
+             owner.rank);
   }
   if (device.instrumented)
     for_cells(owner, offset, bytes, [&](Cell& c, std::size_t at) { touch(owner, c, t, access, at, site); });
@@ -165,7 +180,11 @@ void check_shared(Block& owner, Thread& t, std::size_t offset, std::size_t bytes
 
 Name access_name(unsigned access, std::size_t bytes) {
   Name n;
-  std::snprintf(n.text, sizeof n.text, "%s of %zu bytes", access & kAtomic ? "atomic" : access & kWrite ? "store" : "load", bytes);
+  std::snprintf(n.text, sizeof n.text, "%s of %zu bytes",
+                access & kAtomic  ? "atomic"
+                : access & kWrite ? "store"
+                                  : "load",
+                bytes);
   return n;
 }
 
@@ -183,7 +202,7 @@ void fail_pc(const void* pc, const char* format, ...) {
   static char place[500];
   int line = 0;
   Dl_info info{};
-  const auto call = static_cast<const char*>(pc) - 1;   // the return address is already the next line's
+  const auto call = static_cast<const char*>(pc) - 1;  // the return address is already the next line's
   if (dladdr(call, &info) && info.dli_fname) {
     const auto offset = static_cast<std::size_t>(call - static_cast<const char*>(info.dli_fbase));
     std::snprintf(place, sizeof place, "%s+0x%zx", info.dli_fname, offset);
@@ -203,11 +222,13 @@ void fail_pc(const void* pc, const char* format, ...) {
 }
 
 bool in_shared(const void* address) {
-  return static_cast<std::size_t>(static_cast<const unsigned char*>(address) - device.arena) < device.arena_bytes;
+  return static_cast<std::size_t>(static_cast<const unsigned char*>(address) - device.arena) <
+         device.arena_bytes;
 }
 
 Block* shared_block(const void* address) {
-  return device.slots[static_cast<std::size_t>(static_cast<const unsigned char*>(address) - device.arena) / device.slot_bytes];
+  return device.slots[static_cast<std::size_t>(static_cast<const unsigned char*>(address) - device.arena) /
+                      device.slot_bytes];
 }
 
 void check_access(const void* address, std::size_t bytes, std::size_t alignment, unsigned access, Site site) {
@@ -215,11 +236,15 @@ void check_access(const void* address, std::size_t bytes, std::size_t alignment,
   Thread& t = *d.thread;
   const auto a = reinterpret_cast<std::uintptr_t>(address);
   if (a - reinterpret_cast<std::uintptr_t>(t.fiber.stack) < kStackBytes) return;
-  if (a % alignment) report(site, "misaligned %s at %p: the address is not a multiple of %zu", access_name(access, bytes).text, address, alignment);
+  if (a % alignment)
+    report(site, "misaligned %s at %p: the address is not a multiple of %zu", access_name(access, bytes).text,
+           address, alignment);
   if (in_shared(address)) {
     Block* owner = shared_block(address);
     if (!owner) report(site, "access to shared memory of a block that has returned");
-    check_shared(*owner, t, static_cast<std::size_t>(static_cast<const unsigned char*>(address) - owner->shared), bytes, access, site);
+    check_shared(*owner, t,
+                 static_cast<std::size_t>(static_cast<const unsigned char*>(address) - owner->shared), bytes,
+                 access, site);
     return;
   }
   if (a - reinterpret_cast<std::uintptr_t>(d.stacks) < d.stack_bytes)
@@ -227,47 +252,57 @@ void check_access(const void* address, std::size_t bytes, std::size_t alignment,
   check_global(t, a, bytes, access, site);
 }
 
-// The destination of an asynchronous copy: checked as a store of the issuing thread, then owned by `party`, which
-// nobody knows of until the copy has been waited for.
-void mark_async(Thread& t, void* address, std::size_t bytes, unsigned party, u32 clock, bool pending, Site site) {
+// The destination of an asynchronous copy: checked as a store of the issuing thread, then owned by `party`,
+// which nobody knows of until the copy has been waited for.
+void mark_async(Thread& t, void* address, std::size_t bytes, unsigned party, u32 clock, bool pending,
+                Site site) {
   Block& owner = *shared_block(address);
   check_access(address, bytes, 1, unsigned(kWrite) | kIssue | kCheckOnly, site);
   if (!device.instrumented) return;
   (void)t;
-  for_cells(owner, static_cast<std::size_t>(static_cast<unsigned char*>(address) - owner.shared), bytes, [&](Cell& c, std::size_t) {
-    forget_readers(owner, c);
-    c.writer = static_cast<u16>(party);
-    c.write_clock = clock;
-    c.flags = static_cast<u8>((c.flags & kSplit) | kWritten | (pending ? kPending : 0));
-  });
+  for_cells(owner, static_cast<std::size_t>(static_cast<unsigned char*>(address) - owner.shared), bytes,
+            [&](Cell& c, std::size_t) {
+              forget_readers(owner, c);
+              c.writer = static_cast<u16>(party);
+              c.write_clock = clock;
+              c.flags = static_cast<u8>((c.flags & kSplit) | kWritten | (pending ? kPending : 0));
+            });
 }
 
 // A cp.async that its thread has waited for is that thread's own store.
 void mark_landed(Thread& t, void* address, std::size_t bytes) {
   Block& owner = *shared_block(address);
-  for_cells(owner, static_cast<std::size_t>(static_cast<unsigned char*>(address) - owner.shared), bytes, [&](Cell& c, std::size_t) {
-    c.write_clock = t.clock;
-    c.flags &= static_cast<u8>(~kPending);
-  });
+  for_cells(owner, static_cast<std::size_t>(static_cast<unsigned char*>(address) - owner.shared), bytes,
+            [&](Cell& c, std::size_t) {
+              c.write_clock = t.clock;
+              c.flags &= static_cast<u8>(~kPending);
+            });
 }
 
-// Plain stores that a bulk copy is to read must be followed by fence.proxy.async: by the writer, or by the issuer
-// after it learnt of them.
+// Plain stores that a bulk copy is to read must be followed by fence.proxy.async: by the writer, or by the
+// issuer after it learnt of them.
 void check_proxy(Thread& t, const void* address, std::size_t bytes, Site site) {
   if (!device.instrumented || t.fenced_since_acquire) return;
   Block& owner = *shared_block(address);
   const Cluster& cluster = *owner.cluster;
-  for_cells(owner, static_cast<std::size_t>(static_cast<const unsigned char*>(address) - owner.shared), bytes, [&](Cell& c, std::size_t at) {
-    if (c.writer >= cluster.parties) return;
-    const Thread& w = cluster.blocks[c.writer / device.block_threads]->threads[c.writer % device.block_threads];
-    if (w.proxy_fence < c.write_clock)
-      report(site, "a bulk copy reads byte %zu of shared memory, written by %s with no fence.proxy.async after it", at,
-             party_name(cluster.number, c.writer).c_str());
-  });
+  for_cells(
+      owner, static_cast<std::size_t>(static_cast<const unsigned char*>(address) - owner.shared), bytes,
+      [&](Cell& c, std::size_t at) {
+        if (c.writer >= cluster.parties) return;
+        const Thread& w =
+            cluster.blocks[c.writer / device.block_threads]->threads[c.writer % device.block_threads];
+        if (w.proxy_fence < c.write_clock)
+          report(
+              site,
+              "a bulk copy reads byte %zu of shared memory, written by %s with no fence.proxy.async after it",
+              at, party_name(cluster.number, c.writer).c_str());
+      });
 }
 
-void load(void* out, const void* address, std::size_t bytes, std::size_t alignment, bool read_only_path, Where where) {
-  check_access(address, bytes, alignment, unsigned(kRead) | (read_only_path ? unsigned(kReadOnlyPath) : 0), {where, nullptr});
+void load(void* out, const void* address, std::size_t bytes, std::size_t alignment, bool read_only_path,
+          Where where) {
+  check_access(address, bytes, alignment, unsigned(kRead) | (read_only_path ? unsigned(kReadOnlyPath) : 0),
+               {where, nullptr});
   std::memcpy(out, address, bytes);
 }
 

@@ -20,14 +20,15 @@ using u16 = std::uint16_t;
 using u32 = std::uint32_t;
 using u64 = std::uint64_t;
 
-// What a thread knows of the others, as vector clocks: entry i is the last clock of party i that happened before.
-// Parties are the cluster's threads, then one for each mbarrier (standing for the copies that complete on it).
+// What a thread knows of the others, as vector clocks: entry i is the last clock of party i that happened
+// before. Parties are the cluster's threads, then one for each mbarrier (standing for the copies that
+// complete on it).
 using Entries = std::vector<u32>;
 
 // The same of other clusters, by cluster number; what was released through global memory and acquired.
 struct Foreign {
-  u64 id, parent;                // of the one that this adds to, which it covers
-  std::vector<std::pair<u32, std::shared_ptr<const Entries>>> clusters;   // sorted
+  u64 id, parent;  // of the one that this adds to, which it covers
+  std::vector<std::pair<u32, std::shared_ptr<const Entries>>> clusters;  // sorted
 };
 using ForeignRef = std::shared_ptr<const Foreign>;
 
@@ -42,14 +43,14 @@ struct Block;
 struct Cluster;
 struct Warp;
 
-struct Copy {                    // an asynchronous copy that has been issued and has not landed
+struct Copy {  // an asynchronous copy that has been issued and has not landed
   unsigned char* to;
   const unsigned char* from;
-  std::vector<u8> bytes;         // the source as it was at issue, then zero fill
+  std::vector<u8> bytes;  // the source as it was at issue, then zero fill
   unsigned source_bytes;
-  u64* barrier;                  // null for cp.async and bulk stores
-  u32 phase;                     // of `barrier`, at issue
-  bool early;                    // take the source at issue or at landing: hardware may do either
+  u64* barrier;  // null for cp.async and bulk stores
+  u32 phase;     // of `barrier`, at issue
+  bool early;    // take the source at issue or at landing: hardware may do either
   unsigned issuer;
   Where where;
 };
@@ -59,15 +60,15 @@ struct Thread {
   Fiber fiber;
   Block* block;
   Warp* warp;
-  unsigned linear, party;        // index in the block; index in the cluster
+  unsigned linear, party;  // index in the block; index in the cluster
   bool ready, done;
-  const char* waiting;           // for the deadlock report
+  const char* waiting;  // for the deadlock report
   Where where;
-  u64 result;                    // of a warp or block collective
+  u64 result;  // of a warp or block collective
   bool cluster_arrived;
   u32 cluster_waits;
 
-  WarpOp op;                     // the collective this lane waits in
+  WarpOp op;  // the collective this lane waits in
   u32 mask;
   u64 value;
   int argument, width;
@@ -76,16 +77,16 @@ struct Thread {
   Snapshot base;
   std::vector<Snapshot> extra;
   u32 warp_seen[32];
-  u32 proxy_fence;               // clock of the last fence.proxy.async
+  u32 proxy_fence;  // clock of the last fence.proxy.async
   bool fenced_since_acquire;
   ForeignRef foreign;
-  ForeignRef fence_release;      // what the last fence covers: a relaxed atomic after it releases this
-  ForeignRef fence_acquire;      // what relaxed atomics have seen: the next fence acquires it
+  ForeignRef fence_release;  // what the last fence covers: a relaxed atomic after it releases this
+  ForeignRef fence_acquire;  // what relaxed atomics have seen: the next fence acquires it
   ForeignRef last_acquired;
 
-  std::vector<Copy> copies;      // cp.async, not yet committed
+  std::vector<Copy> copies;  // cp.async, not yet committed
   std::deque<std::vector<Copy>> groups;
-  std::vector<Copy> stores;      // bulk stores
+  std::vector<Copy> stores;  // bulk stores
   std::deque<std::vector<Copy>> store_groups;
 };
 
@@ -94,7 +95,7 @@ struct Warp {
   u32 exists, exited, waiting;
 };
 
-struct Rendezvous {              // threads that wait at one barrier
+struct Rendezvous {  // threads that wait at one barrier
   std::vector<Thread*> arrived;
   unsigned count = 0, expected = 0, sum = 0;
   int op = -1;
@@ -110,7 +111,7 @@ struct Segment {
 
 // Shadow of one word (or byte) of shared memory.
 struct Cell {
-  u32 write_clock, read_clock, read_mask, more;   // more: 1 + index of a list of further readers
+  u32 write_clock, read_clock, read_mask, more;  // more: 1 + index of a list of further readers
   u16 writer, read_warp;
   u8 flags;
 };
@@ -131,16 +132,16 @@ struct Block {
   std::map<unsigned, Rendezvous> named;
   unsigned char* shared;
   std::vector<Segment> segments;
-  Cell* cells;                   // a word each
-  Cell* bytes;                   // a byte each, used where words are split
+  Cell* cells;  // a word each
+  Cell* bytes;  // a byte each, used where words are split
   std::vector<std::vector<Readers>> readers;
 };
 
 struct MBarrier {
   unsigned count, pending;
-  std::int64_t bytes;            // expected and not yet arrived
-  u32 phase;                     // completed so far
-  unsigned party, owner;         // clock entry; block rank
+  std::int64_t bytes;     // expected and not yet arrived
+  u32 phase;              // completed so far
+  unsigned party, owner;  // clock entry; block rank
   unsigned initialiser;
   u32 init_clock;
   Clocks joining;
@@ -148,15 +149,15 @@ struct MBarrier {
 };
 
 struct Cluster {
-  u32 number;                    // within the launch
+  u32 number;  // within the launch
   std::vector<std::unique_ptr<Block>> blocks;
-  Rendezvous barrier;            // barrier.cluster, arrived side
+  Rendezvous barrier;  // barrier.cluster, arrived side
   std::vector<Thread*> waiting;
   u32 barrier_phase = 0;
   Snapshot barrier_released;
   std::unordered_map<u64*, MBarrier> mbarriers;
   unsigned parties;
-  std::vector<Copy> copies;      // bulk copies in flight
+  std::vector<Copy> copies;  // bulk copies in flight
 };
 
 // Shadow of one word of global memory, of buffers that kernels may write. Of no meaning to a later launch.
@@ -169,16 +170,16 @@ struct GlobalCell {
   u32 launch, cluster, clock;
   u16 party;
   u8 flags;
-  u32 readers;                   // 1 + index of a list
+  u32 readers;  // 1 + index of a list
 };
 
 struct Buffer {
   std::uintptr_t begin, end;
   std::string name;
   bool read_only;
-  std::vector<u8> written;       // a byte each, where the buffer starts without values; else empty
+  std::vector<u8> written;  // a byte each, where the buffer starts without values; else empty
   std::vector<GlobalCell> words;
-  std::vector<GlobalCell> halves;   // two a word, where words are shared by 16-bit elements
+  std::vector<GlobalCell> halves;  // two a word, where words are shared by 16-bit elements
   std::vector<std::vector<GlobalReaders>> readers;
   u64 bytes_read = 0, bytes_written = 0;
 };
@@ -212,28 +213,28 @@ struct Device {
   bool running = false;
   std::string error;
   // counted
-  std::vector<Buffer> buffers;   // by address
-  std::unordered_map<std::uintptr_t, ForeignRef> released;   // by an atomic's address
-  std::vector<uint3> first_blocks;   // of each cluster admitted, by its number
+  std::vector<Buffer> buffers;                              // by address
+  std::unordered_map<std::uintptr_t, ForeignRef> released;  // by an atomic's address
+  std::vector<uint3> first_blocks;                          // of each cluster admitted, by its number
   u64 bytes_read = 0, bytes_written = 0, atomics = 0, barriers = 0, launches = 0;
 };
 extern Device device;
 
 u64 random_below(u64 n);
-void wait(const char* what, Where where);   // blocks the running thread until `wake`
+void wait(const char* what, Where where);  // blocks the running thread until `wake`
 void wake(Thread* thread);
 [[noreturn]] void fail_pc(const void* pc, const char* format, ...) __attribute__((format(printf, 2, 3)));
-[[noreturn]] void fail_device(const std::string& message);   // from the scheduler: no thread is at fault
+[[noreturn]] void fail_device(const std::string& message);  // from the scheduler: no thread is at fault
 
 // sync.cpp
-void cluster_leave(Thread& t);             // exited threads are not waited for by cluster barriers
+void cluster_leave(Thread& t);  // exited threads are not waited for by cluster barriers
 
 // clocks.cpp
 bool knows(const Thread& t, unsigned party, u32 clock);
 bool knows(const Thread& t, u32 cluster, unsigned party, u32 clock);
 void join(Clocks& into, const Thread& t);
 ForeignRef merge(const ForeignRef& a, const ForeignRef& b);
-ForeignRef release_of(const Thread& t);        // all that `t` knows, its own cluster included
+ForeignRef release_of(const Thread& t);  // all that `t` knows, its own cluster included
 void acquire(Thread& t, const ForeignRef& released);
 void join_snapshot(Clocks& into, const Snapshot& snapshot);
 void absorb(Thread& t, const Snapshot& snapshot);
@@ -243,7 +244,7 @@ std::string party_name(u32 cluster, unsigned party);
 // shadow.cpp
 struct Site {
   Where where;
-  const void* pc;                // where set, names the place instead of `where`
+  const void* pc;  // where set, names the place instead of `where`
 };
 struct Name {
   char text[64];
@@ -251,7 +252,8 @@ struct Name {
 Name access_name(unsigned access, std::size_t bytes);
 enum AccessExtra : unsigned { kIssue = 16, kCheckOnly = 32 };
 void check_access(const void* address, std::size_t bytes, std::size_t alignment, unsigned access, Site site);
-void mark_async(Thread& t, void* address, std::size_t bytes, unsigned party, u32 clock, bool pending, Site site);
+void mark_async(Thread& t, void* address, std::size_t bytes, unsigned party, u32 clock, bool pending,
+                Site site);
 void mark_landed(Thread& t, void* address, std::size_t bytes);
 void check_proxy(Thread& t, const void* address, std::size_t bytes, Site site);
 void check_global(Thread& t, std::uintptr_t address, std::size_t bytes, unsigned access, Site site);

@@ -1,4 +1,5 @@
-// Barriers and warp collectives: rendezvous of threads, their results, and what each then knows of the others.
+// Barriers and warp collectives: rendezvous of threads, their results, and what each then knows of the
+// others.
 #include <algorithm>
 
 #include "simt_ptx.h"
@@ -14,8 +15,8 @@ void note_first(Rendezvous& r, Thread& t, Where where) {
   r.first = &t;
 }
 
-// Everybody of the block is here: what all know together is each one's own clock and the union of their snapshots,
-// which are mostly one and the same object.
+// Everybody of the block is here: what all know together is each one's own clock and the union of their
+// snapshots, which are mostly one and the same object.
 Snapshot union_of_block(const Rendezvous& r) {
   auto all = std::make_shared<Clocks>();
   all->local.resize(r.first->block->cluster->parties);
@@ -35,10 +36,12 @@ u64 block_rendezvous(int op, unsigned predicate, Where where) {
   Block& b = *t.block;
   Rendezvous& r = b.barrier;
   if (b.live < device.block_threads)
-    fail(where, "__syncthreads() after %u threads of the block returned: divergent barrier", device.block_threads - b.live);
+    fail(where, "__syncthreads() after %u threads of the block returned: divergent barrier",
+         device.block_threads - b.live);
   if (r.count && (r.where.line != where.line || std::strcmp(r.where.file, where.file) || r.op != op))
-    fail(where, "__syncthreads() here, but thread (%u,%u,%u) waits at %s:%d: divergent barrier", r.first->view.thread_index.x,
-         r.first->view.thread_index.y, r.first->view.thread_index.z, r.where.file, r.where.line);
+    fail(where, "__syncthreads() here, but thread (%u,%u,%u) waits at %s:%d: divergent barrier",
+         r.first->view.thread_index.x, r.first->view.thread_index.y, r.first->view.thread_index.z,
+         r.where.file, r.where.line);
   note_first(r, t, where);
   r.op = op;
   r.sum += predicate;
@@ -66,13 +69,20 @@ u64 reduce(WarpOp op, u64 a, u64 b) {
   const u32 x = static_cast<u32>(a), y = static_cast<u32>(b);
   const auto sx = static_cast<std::int32_t>(x), sy = static_cast<std::int32_t>(y);
   switch (op) {
-    case WarpOp::kAdd: return static_cast<u32>(x + y);
-    case WarpOp::kMinS: return static_cast<u32>(std::min(sx, sy));
-    case WarpOp::kMaxS: return static_cast<u32>(std::max(sx, sy));
-    case WarpOp::kMinU: return std::min(x, y);
-    case WarpOp::kMaxU: return std::max(x, y);
-    case WarpOp::kAnd: return x & y;
-    default: return x | y;
+    case WarpOp::kAdd:
+      return static_cast<u32>(x + y);
+    case WarpOp::kMinS:
+      return static_cast<u32>(std::min(sx, sy));
+    case WarpOp::kMaxS:
+      return static_cast<u32>(std::max(sx, sy));
+    case WarpOp::kMinU:
+      return std::min(x, y);
+    case WarpOp::kMaxU:
+      return std::max(x, y);
+    case WarpOp::kAnd:
+      return x & y;
+    default:
+      return x | y;
   }
 }
 
@@ -80,10 +90,17 @@ int shuffle_source(const Thread& t, WarpOp op) {
   const int lane = static_cast<int>(t.view.lane), width = t.width, segment = lane & ~(width - 1);
   int source = lane;
   switch (op) {
-    case WarpOp::kShuffleIndex: return segment + (t.argument & (width - 1));
-    case WarpOp::kShuffleUp: source = lane - t.argument; return source < segment ? lane : source;
-    case WarpOp::kShuffleDown: source = lane + t.argument; return source >= segment + width ? lane : source;
-    default: source = lane ^ t.argument; return source >= segment + width ? lane : source;
+    case WarpOp::kShuffleIndex:
+      return segment + (t.argument & (width - 1));
+    case WarpOp::kShuffleUp:
+      source = lane - t.argument;
+      return source < segment ? lane : source;
+    case WarpOp::kShuffleDown:
+      source = lane + t.argument;
+      return source >= segment + width ? lane : source;
+    default:
+      source = lane ^ t.argument;
+      return source >= segment + width ? lane : source;
   }
 }
 
@@ -94,8 +111,10 @@ void complete_warp(Warp& warp, u32 mask, WarpOp op) {
   for (unsigned l = 0; l < 32; ++l) {
     if (!(mask >> l & 1)) continue;
     const u64 v = warp.lanes[l]->value;
-    if (op == WarpOp::kBallot) combined |= v << l;
-    else combined = first ? v : reduce(op, combined, v);
+    if (op == WarpOp::kBallot)
+      combined |= v << l;
+    else
+      combined = first ? v : reduce(op, combined, v);
     first = false;
   }
   u32 seen[32] = {};
@@ -159,7 +178,9 @@ void cluster_settle(Cluster& c) {
 
 }  // namespace
 
-void block_barrier(Where where) { block_rendezvous(-1, 0, where); }
+void block_barrier(Where where) {
+  block_rendezvous(-1, 0, where);
+}
 
 unsigned block_barrier_reduce(int predicate, int op, Where where) {
   return static_cast<unsigned>(block_rendezvous(op, predicate != 0, where));
@@ -168,9 +189,11 @@ unsigned block_barrier_reduce(int predicate, int op, Where where) {
 void named_barrier(unsigned id, unsigned threads, bool waits, Where where) {
   Thread& t = *device.thread;
   if (id > 15 || threads == 0 || threads % 32 || threads > device.block_threads)
-    fail(where, "barrier %u of %u threads: the id is 0..15, the count a multiple of 32 within the block", id, threads);
+    fail(where, "barrier %u of %u threads: the id is 0..15, the count a multiple of 32 within the block", id,
+         threads);
   Rendezvous& r = t.block->named[id];
-  if (r.count && r.expected != threads) fail(where, "barrier %u expects %u threads, others said %u", id, threads, r.expected);
+  if (r.count && r.expected != threads)
+    fail(where, "barrier %u expects %u threads, others said %u", id, threads, r.expected);
   note_first(r, t, where);
   if (r.clocks.local.empty()) r.clocks.local.resize(t.block->cluster->parties);
   if (device.instrumented) join(r.clocks, t);
@@ -194,11 +217,13 @@ void named_barrier(unsigned id, unsigned threads, bool waits, Where where) {
 u64 warp_collective(WarpOp op, unsigned mask, u64 value, int argument, int width, Where where) {
   Thread& t = *device.thread;
   Warp& w = *t.warp;
-  if (!(mask >> t.view.lane & 1)) fail(where, "lane %u calls a warp operation whose mask %08x leaves it out", t.view.lane, mask);
+  if (!(mask >> t.view.lane & 1))
+    fail(where, "lane %u calls a warp operation whose mask %08x leaves it out", t.view.lane, mask);
   if (const u32 absent = mask & (~w.exists | w.exited))
     fail(where, "the mask %08x names lanes %08x, which %s: they cannot take part", mask, absent,
          absent & w.exited ? "have returned" : "do not exist");
-  if (width <= 0 || width > 32 || (width & (width - 1))) fail(where, "shuffle width %d is not a power of two within 32", width);
+  if (width <= 0 || width > 32 || (width & (width - 1)))
+    fail(where, "shuffle width %d is not a power of two within 32", width);
   t.op = op;
   t.mask = mask;
   t.value = value;
@@ -215,7 +240,8 @@ u64 warp_collective(WarpOp op, unsigned mask, u64 value, int argument, int width
     if (other.mask != mask) {
       complete = false;
     } else if (other.op != op || other.where.line != where.line) {
-      fail(where, "lanes %u and %d of one mask %08x are at different warp operations: the other's is at %s:%d",
+      fail(where,
+           "lanes %u and %d of one mask %08x are at different warp operations: the other's is at %s:%d",
            t.view.lane, l, mask, other.where.file, other.where.line);
     }
   }
@@ -241,13 +267,16 @@ void cluster_arrive(bool release, Where where) {
   cluster_settle(c);
 }
 
-void cluster_leave(Thread& t) { cluster_settle(*t.block->cluster); }
+void cluster_leave(Thread& t) {
+  cluster_settle(*t.block->cluster);
+}
 
 void cluster_wait(Where where) {
   Thread& t = *device.thread;
   Cluster& c = *t.block->cluster;
   if (!t.cluster_arrived) fail(where, "cluster barrier: a wait without an arrive");
-  // Nobody arrives for the next phase before waiting for this one, so phases cannot lap a thread that has not waited.
+  // Nobody arrives for the next phase before waiting for this one, so phases cannot lap a thread that has not
+  // waited.
   if (c.barrier_phase == t.cluster_waits) {
     c.waiting.push_back(&t);
     wait("waits at a cluster barrier", where);
@@ -264,7 +293,8 @@ void* cluster_map(const void* address, unsigned rank, Where where) {
   Block& b = *t.block;
   const auto offset = static_cast<std::size_t>(static_cast<const unsigned char*>(address) - b.shared);
   if (offset >= device.slot_bytes) fail(where, "the address to map is not in this block's shared memory");
-  if (rank >= device.config.cluster) fail(where, "rank %u of a cluster of %u blocks", rank, device.config.cluster);
+  if (rank >= device.config.cluster)
+    fail(where, "rank %u of a cluster of %u blocks", rank, device.config.cluster);
   return b.cluster->blocks[rank]->shared + offset;
 }
 

@@ -1,5 +1,5 @@
-// Loads and stores with cache hints, and atomics. Each is one access of its type's width: counted, and checked for
-// alignment to that width.
+// Loads and stores with cache hints, and atomics. Each is one access of its type's width: counted, and
+// checked for alignment to that width.
 #pragma once
 #include "core.h"
 #include "warp.h"
@@ -30,8 +30,8 @@ inline void write(T* p, const T& v, Where where) {
   store(p, &v, sizeof(T), kWidth<T>, where);
 }
 
-// Checks the access, may let other threads run first, and takes or gives what `order` orders; the operation itself
-// is then a plain one, since threads only change at such points.
+// Checks the access, may let other threads run first, and takes or gives what `order` orders; the operation
+// itself is then a plain one, since threads only change at such points.
 SIMT_API void atomic_begin(void* address, std::size_t bytes, unsigned access, Order order, Where where);
 SIMT_API void atomic_copy(void* to, const void* from, std::size_t bytes);
 
@@ -60,13 +60,19 @@ inline void atomic_store(T* p, T v, Order order, Where where) {
 }  // namespace simt
 
 template <class T>
-inline T __ldg(const T* p, SIMT_WHERE) { return simt::read_only(p, where); }
-#define SIMT_LOAD(name) \
-  template <class T>    \
-  inline T name(const T* p, SIMT_WHERE) { return simt::read(p, where); }
-#define SIMT_STORE(name) \
-  template <class T>     \
-  inline void name(T* p, std::type_identity_t<T> v, SIMT_WHERE) { simt::write(p, v, where); }
+inline T __ldg(const T* p, SIMT_WHERE) {
+  return simt::read_only(p, where);
+}
+#define SIMT_LOAD(name)                   \
+  template <class T>                      \
+  inline T name(const T* p, SIMT_WHERE) { \
+    return simt::read(p, where);          \
+  }
+#define SIMT_STORE(name)                                          \
+  template <class T>                                              \
+  inline void name(T* p, std::type_identity_t<T> v, SIMT_WHERE) { \
+    simt::write(p, v, where);                                     \
+  }
 SIMT_LOAD(__ldcg)
 SIMT_LOAD(__ldca)
 SIMT_LOAD(__ldcs)
@@ -79,17 +85,18 @@ SIMT_STORE(__stwt)
 #undef SIMT_LOAD
 #undef SIMT_STORE
 
-#define SIMT_ATOMIC(name, expression)                                                          \
-  template <class T>                                                                           \
-  inline T name(T* p, std::type_identity_t<T> v, SIMT_WHERE) {                                 \
-    return simt::atomic_update(p, simt::Order::kRelaxed, where, [v](T old) { return static_cast<T>(expression); }); \
+#define SIMT_ATOMIC(name, expression)                                              \
+  template <class T>                                                               \
+  inline T name(T* p, std::type_identity_t<T> v, SIMT_WHERE) {                     \
+    return simt::atomic_update(p, simt::Order::kRelaxed, where,                    \
+                               [v](T old) { return static_cast<T>(expression); }); \
   }
 SIMT_ATOMIC(atomicAdd, old + v)
 SIMT_ATOMIC(atomicSub, old - v)
 SIMT_ATOMIC(atomicExch, (void(old), v))
 SIMT_ATOMIC(atomicMin, v < old ? v : old)
 SIMT_ATOMIC(atomicMax, old < v ? v : old)
-SIMT_ATOMIC(atomicAnd, old & v)
+SIMT_ATOMIC(atomicAnd, old& v)
 SIMT_ATOMIC(atomicOr, old | v)
 SIMT_ATOMIC(atomicXor, old ^ v)
 SIMT_ATOMIC(atomicInc, old >= v ? 0 : old + 1)
@@ -97,5 +104,6 @@ SIMT_ATOMIC(atomicDec, old == 0 || old > v ? v : old - 1)
 #undef SIMT_ATOMIC
 template <class T>
 inline T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_identity_t<T> v, SIMT_WHERE) {
-  return simt::atomic_update(p, simt::Order::kRelaxed, where, [=](T old) { return old == expected ? v : old; });
+  return simt::atomic_update(p, simt::Order::kRelaxed, where,
+                             [=](T old) { return old == expected ? v : old; });
 }

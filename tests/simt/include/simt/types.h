@@ -2,15 +2,31 @@
 #pragma once
 #include <cstdint>
 
-#define SIMT_VECTOR(T, base, a1, a2, a4)                                                                  \
-  struct base##1 { T x; };                                                                                \
-  struct alignas(a2) base##2 { T x, y; };                                                                 \
-  struct base##3 { T x, y, z; };                                                                          \
-  struct alignas(a4) base##4 { T x, y, z, w; };                                                           \
-  inline base##1 make_##base##1(T x) { return {x}; }                                                      \
-  inline base##2 make_##base##2(T x, T y) { return {x, y}; }                                              \
-  inline base##3 make_##base##3(T x, T y, T z) { return {x, y, z}; }                                      \
-  inline base##4 make_##base##4(T x, T y, T z, T w) { return {x, y, z, w}; }
+#define SIMT_VECTOR(T, base, a1, a2, a4)              \
+  struct base##1 {                                    \
+    T x;                                              \
+  };                                                  \
+  struct alignas(a2) base##2 {                        \
+    T x, y;                                           \
+  };                                                  \
+  struct base##3 {                                    \
+    T x, y, z;                                        \
+  };                                                  \
+  struct alignas(a4) base##4 {                        \
+    T x, y, z, w;                                     \
+  };                                                  \
+  inline base##1 make_##base##1(T x) {                \
+    return {x};                                       \
+  }                                                   \
+  inline base##2 make_##base##2(T x, T y) {           \
+    return {x, y};                                    \
+  }                                                   \
+  inline base##3 make_##base##3(T x, T y, T z) {      \
+    return {x, y, z};                                 \
+  }                                                   \
+  inline base##4 make_##base##4(T x, T y, T z, T w) { \
+    return {x, y, z, w};                              \
+  }
 
 SIMT_VECTOR(signed char, char, 1, 2, 4)
 SIMT_VECTOR(unsigned char, uchar, 1, 2, 4)
