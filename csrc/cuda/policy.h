@@ -215,7 +215,7 @@ inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
                     s.map.positions * 4, std::max(last ? columns(s.map, a) : 0, fold_sums)});
     case kLogitGrad: return std::max(mlp, bytes({kThreads * a}));
     case kInputGrad:
-      return bytes({last ? 0 : 7 * channels(s.map) * a, last ? 0 : channels(s.map) * 4, s.map.positions * a,
+      return bytes({last ? 0 : channels(s.map) * 4 * a, last ? 0 : channels(s.map) * 4 * a, s.map.positions * a,
                     s.map.positions * a, s.map.positions * a, s.map.positions * a, s.map.positions * 4});
     default: return bytes({kThreads * int64_t{kWeightRows} * a});
   }

@@ -203,9 +203,11 @@ template <class T> __device__ __forceinline__ void backward_tail(const Streamed&
 }
 
 template <class Tr>
-__global__ void __launch_bounds__(kThreads, Tr::kBlocks) streamed_backward_kernel(const Streamed k) {
+__global__ void __launch_bounds__(kThreads, Tr::kBlocks) streamed_backward_kernel(const Streamed launch) {
   CBAM_DYNAMIC_SHARED(memory);
+  CBAM_SHARED(k, Streamed);
   const Shared shared{memory};
+  share_parameters(launch, &k);
   run_items(
       k, [&](const Item& item) { backward_item<Tr>(k, item, shared); },
       [&](const Item& item) { backward_tail<typename Tr::T>(k, item, shared); },

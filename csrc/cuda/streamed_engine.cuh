@@ -28,6 +28,13 @@ struct Shared {
   }
 };
 
+// The launch's parameters, read from shared memory by every item. Out of the constant bank, whatever the
+// stages derive from them would be hoisted out of the loop over the items: more than registers can hold.
+__device__ __forceinline__ void share_parameters(const Streamed& launch, Streamed* k) {
+  if (threadIdx.x == 0) *k = launch;
+  __syncthreads();
+}
+
 // One item: sample n of a per-sample stage; `index` counts within the sample, or within the unit.
 struct Item {
   int stage, index;
@@ -87,6 +94,18 @@ __device__ __forceinline__ bool decode(const Streamed& k, uint32_t ticket, Item&
   return true;
 }
 
+// An item's inputs: the stage before it, or for a unit's first stage the ring's slot that it takes over.
+__device__ __forceinline__ void wait_for_inputs(const Streamed& k, const StagePlan& plan, const Item& item) {
+  const Schedule& s = k.s;
+  const uint32_t* unit = unit_counters(k, item.unit);
+  if (plan.wait_counter >= 0) {
+    wait_for(unit + plan.wait_counter, expected(plan.wait_for, item.count));
+  } else if (s.ring && item.unit >= s.ring) {
+    const Count all = s.plan[s.stage_plan[s.ring_counter]].total;
+    wait_for(unit - s.ring * kCounters + s.ring_counter, expected(all, s.unit_samples));
+  }
+}
+
 // Runs every item of the launch. `body(item)` does one item's work, `tail(item)` what follows when all
 // items of its stage and unit are done, `weights(index)` one item of the weight gradients. All three are
 // entered by the whole block, after a barrier.
@@ -112,21 +131,16 @@ __device__ __forceinline__ void run_items(const Streamed& k, Body body, Tail tai
       __syncthreads();
       weights(static_cast<int>(ticket - s.main_items));
     } else {
-      Item item;
       const StagePlan* plan;
+      Item item;
       if (decode(k, ticket, item, plan)) {
-        uint32_t* unit = unit_counters(k, item.unit);
-        if (leader) {
-          if (plan->wait_counter >= 0) {
-            wait_for(unit + plan->wait_counter, expected(plan->wait_for, item.count));
-          } else if (s.ring && item.unit >= s.ring) {
-            const Count all = s.plan[s.stage_plan[s.ring_counter]].total;
-            wait_for(unit - s.ring * kCounters + s.ring_counter, expected(all, s.unit_samples));
-          }
-        }
+        if (leader) wait_for_inputs(k, *plan, item);
         __syncthreads();
         body(item);
         __syncthreads();
+        // Decoded anew, so that the stages need not keep it in registers.
+        decode(k, shared_ticket, item, plan);
+        uint32_t* unit = unit_counters(k, item.unit);
         if (plan->tail) {
           if (leader) {
             const uint32_t all = expected(plan->total, item.count);

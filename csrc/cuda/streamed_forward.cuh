@@ -252,9 +252,11 @@ template <class Tr> __device__ __forceinline__ void forward_tail(const Streamed&
 }
 
 template <class Tr>
-__global__ void __launch_bounds__(kThreads, Tr::kBlocks) streamed_forward_kernel(const Streamed k) {
+__global__ void __launch_bounds__(kThreads, Tr::kBlocks) streamed_forward_kernel(const Streamed launch) {
   CBAM_DYNAMIC_SHARED(memory);
+  CBAM_SHARED(k, Streamed);
   const Shared shared{memory};
+  share_parameters(launch, &k);
   run_items(
       k, [&](const Item& item) { forward_item<Tr>(k, item, shared); },
       [&](const Item& item) { forward_tail<Tr>(k, item); }, [](int) {});

@@ -216,6 +216,7 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
   using T = typename Tr::T;
   using A = typename Tr::A;
   constexpr int V = Tr::V;
+  constexpr int kAhead = V > 4 ? 2 : kUnroll;
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.map;
@@ -242,15 +243,15 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
   const int pass = Tr::kFold ? sums.capacity : me.end - me.first;
   for (int start = me.first; start < me.end; start += pass) {
     const int bottom = min(me.end, start + pass);
-    for (int r = start; r < bottom; r += kUnroll * me.lanes) {
-      A v[kUnroll][V], here[kUnroll], after[kUnroll];
+    for (int r = start; r < bottom; r += kAhead * me.lanes) {
+      A v[kAhead][V], here[kAhead], after[kAhead];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
+      for (int u = 0; u < kAhead; ++u) {
         const int at = r + me.row + u * me.lanes;
         if (me.inside && at < bottom) load_global<Cache::kLastUse>(x + int64_t{at} * s.row_elements, v[u]);  // [V]
       }
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
+      for (int u = 0; u < kAhead; ++u) {
         const int at = r + me.row + u * me.lanes;
         here[u] = after[u] = A(0);
         if (me.inside && at < bottom) {
@@ -271,7 +272,7 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
       }
       if constexpr (!Tr::kFold) {
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
+        for (int u = 0; u < kAhead; ++u) {
           const int at = r + me.row + u * me.lanes;
           here[u] = lanes_sum(here[u], t.columns);
           if (me.column == 0 && at < bottom) put(k.w.gate_parts, parts + at, here[u]);

@@ -12,54 +12,73 @@ __device__ __forceinline__ bool input_grad_needs_x(const Problem& p) {
 }
 
 // One channel's terms of dx = g dx' + average + [p is the argmax] maximum + norm x + log_sum exp(x - level).
-template <class A> struct ChannelTerms {
-  A gate, average, maximum, top, norm, log_sum, level;
+template <class A> struct alignas(4 * sizeof(A)) ChannelTerms {
+  A gate, average, maximum;
   int mark;
+};
+template <class A> struct alignas(4 * sizeof(A)) RareTerms {
+  A top, norm, log_sum, level;
 };
 
 template <class A>
-__device__ __forceinline__ ChannelTerms<A> channel_terms(const Streamed& k, int64_t n, int64_t c, bool needs_x) {
+__device__ __forceinline__ ChannelTerms<A> channel_terms(const Streamed& k, int64_t n, int64_t c) {
   const Problem& p = k.p;
-  ChannelTerms<A> terms = {A(1), A(0), A(0), A(0), A(0), A(0), A(0), -1};
+  ChannelTerms<A> terms = {A(1), A(0), A(0), -1};
   if (!p.pools) return terms;
-  const int pools = pool_count(p.pools);
-  const int64_t grads = slot_of(k, n) * pools, pooled = n * pools;
-  const auto row = [&](int64_t first, int bit) { return (first + pool_row(p.pools, bit)) * p.channels + c; };
+  const int64_t grads = slot_of(k, n) * pool_count(p.pools);
   terms.gate = constant<A>(p.channel_gate, n * p.channels + c);
-  if (p.pools & kAvg) terms.average = fresh<A>(k.w.pool_grad, row(grads, kAvg));
+  if (p.pools & kAvg) terms.average = fresh<A>(k.w.pool_grad, (grads + pool_row(p.pools, kAvg)) * p.channels + c);
   if (p.pools & kMax) {
-    terms.maximum = fresh<A>(k.w.pool_grad, row(grads, kMax));
+    terms.maximum = fresh<A>(k.w.pool_grad, (grads + pool_row(p.pools, kMax)) * p.channels + c);
     terms.mark = load_index<Cache::kReadOnly>(p.pool_index, n * p.channels + c, is_short_extent(p.positions));
-    if (needs_x) terms.top = constant<A>(p.pooled, row(pooled, kMax));
   }
+  return terms;
+}
+template <class A> __device__ __forceinline__ RareTerms<A> rare_terms(const Streamed& k, int64_t n, int64_t c) {
+  const Problem& p = k.p;
+  RareTerms<A> terms = {A(0), A(0), A(0), A(0)};
+  const int64_t pools = pool_count(p.pools), grads = slot_of(k, n) * pools;
+  const auto row = [&](int64_t first, int bit) { return (first + pool_row(p.pools, bit)) * p.channels + c; };
+  if (p.pools & kMax) terms.top = constant<A>(p.pooled, row(n * pools, kMax));
   if (p.pools & kLp) terms.norm = fresh<A>(k.w.pool_grad, row(grads, kLp));
   if (p.pools & kLse) {
     terms.log_sum = fresh<A>(k.w.pool_grad, row(grads, kLse));
-    terms.level = constant<A>(p.pooled, row(pooled, kLse));
+    terms.level = constant<A>(p.pooled, row(n * pools, kLse));
   }
   return terms;
 }
 
-// One element of dx. `split` is constant false where dx does not need x.
+// One position's terms of dx' = dy s + mean + [c is the argmax] maximum.
+template <class A> struct PositionTerms {
+  A spatial, mean, maximum;
+  int mark;
+};
+
+// One element of dx where it does not depend on x.
 template <class A>
-__device__ __forceinline__ A input_grad(const Problem& p, const ChannelTerms<A>& c, A dy, A x, A spatial, A mean,
-                                        A maximum, A top, int channel_mark, int channel, int position, bool split,
-                                        bool needs_x) {
-  A inner = dy * spatial;
+__device__ __forceinline__ A input_grad(const ChannelTerms<A>& c, const PositionTerms<A>& q, A dy, int channel, int position,
+                                        bool residual) {
+  const A inner = dy * q.spatial + q.mean + first_share(q.maximum, q.mark == channel);
+  const A dx = c.gate * inner + c.average + first_share(c.maximum, c.mark == position);
+  return residual ? dx + dy : dx;
+}
+
+// One element of dx where it does.
+template <class A>
+__device__ __forceinline__ A input_grad_of_x(const Problem& p, const ChannelTerms<A>& c, const RareTerms<A>& rare,
+                                             const PositionTerms<A>& q, A top, A dy, A x, int channel, int position) {
+  const bool split = p.ties == kTiesSplit;
+  A inner = dy * q.spatial;
   if (p.spatial) {
-    inner += mean;
-    inner += split ? even_share(maximum, c.gate * x == top, channel_mark) : first_share(maximum, channel_mark == channel);
+    inner += q.mean;
+    inner += split ? even_share(q.maximum, c.gate * x == top, q.mark) : first_share(q.maximum, q.mark == channel);
   }
   A dx = c.gate * inner + c.average;
-  if (split) {
-    if (p.pools & kMax) dx += even_share(c.maximum, x == c.top, c.mark);
-  } else {
-    dx += first_share(c.maximum, c.mark == position);
+  if (p.pools & kMax) {
+    dx += split ? even_share(c.maximum, x == rare.top, c.mark) : first_share(c.maximum, c.mark == position);
   }
-  if (needs_x) {
-    if (p.pools & kLp) dx += c.norm * x;
-    if (p.pools & kLse) dx += c.log_sum * exponential(x - c.level);
-  }
+  if (p.pools & kLp) dx += rare.norm * x;
+  if (p.pools & kLse) dx += rare.log_sum * exponential(x - rare.level);
   return p.residual ? dx + dy : dx;
 }
 
@@ -75,58 +94,42 @@ __device__ __forceinline__ void input_grad_rows(const Streamed& k, const Item& i
   const RowTile<Tr> me(k, t, item.index);
   const int base = me.first * s.fold, positions = static_cast<int>(p.positions);
   const int left = me.tile * t.positions, width = min(t.positions, positions - left);
-  const int channels = (me.end - me.first) * s.fold;
   const int64_t size = int64_t{t.chunk_rows} * s.fold;
-  A* gates = shared.take<A>(size);
-  A* averages = shared.take<A>(size);
-  A* maxima = shared.take<A>(size);
-  A* tops = shared.take<A>(size);
-  A* norms = shared.take<A>(size);
-  A* log_sums = shared.take<A>(size);
-  A* levels = shared.take<A>(size);
-  int* marks = shared.take<int>(size);
+  ChannelTerms<A>* channels = shared.take<ChannelTerms<A>>(size);
+  RareTerms<A>* rare = shared.take<RareTerms<A>>(size);
   A* spatial = shared.take<A>(t.positions);
   const PositionFields<A> fields = stage_positions<A>(k, item.n, left, width, t.positions, shared);
-  for (int i = threadIdx.x; i < channels; i += kThreads) {
-    const ChannelTerms<A> terms = channel_terms<A>(k, item.n, base + i, kNeedsX);
-    gates[i] = terms.gate;
-    averages[i] = terms.average;
-    maxima[i] = terms.maximum;
-    marks[i] = terms.mark;
-    if (kNeedsX) {
-      tops[i] = terms.top;
-      norms[i] = terms.norm;
-      log_sums[i] = terms.log_sum;
-      levels[i] = terms.level;
-    }
+#pragma unroll 1
+  for (int i = threadIdx.x; i < (me.end - me.first) * s.fold; i += kThreads) {
+    channels[i] = channel_terms<A>(k, item.n, base + i);
+    if (kNeedsX) rare[i] = rare_terms<A>(k, item.n, base + i);
   }
   stage_values<A>(spatial, p.spatial_gate, item.n * p.positions + left, width, A(1));
   __syncthreads();
   if (!me.inside) return;
-  A gate_s[V], mean[V], maximum[V], top[V];
-  int mark[V];
-#pragma unroll
-  for (int j = 0; j < V; ++j) {
+  const auto position_terms = [&](int j) -> PositionTerms<A> {
     const int at = me.in_tile(j, positions);
-    gate_s[j] = spatial[at];
-    mean[j] = fields.mean[at];
-    maximum[j] = fields.maximum[at];
-    mark[j] = fields.mark[at];
-    top[j] = kNeedsX && p.ties == kTiesSplit ? fields.top[at] : A(0);
-  }
-  const bool split = kNeedsX && p.ties == kTiesSplit;
+    return {spatial[at], fields.mean[at], fields.maximum[at], fields.mark[at]};
+  };
   const int64_t start = item.n * s.rows * s.row_elements + int64_t{me.vector} * V;
+  const int64_t stride = s.row_elements;
   const T* x = as<T>(p.x) + start;
   const T* dy = as<T>(p.dy) + start;
   T* dx = as<T>(p.dx) + start;
+  PositionTerms<A> mine[V];
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    if constexpr (!kNeedsX) mine[j] = position_terms(j);
+  }
+  const bool residual = p.residual;
   for (int r = me.first + me.row; r < me.end; r += kAhead * me.lanes) {
     A v[kAhead][V], vx[kAhead][V];
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
       const int at = r + u * me.lanes;
       if (at < me.end) {
-        load_global<Cache::kLastUse>(dy + int64_t{at} * s.row_elements, v[u]);  // [V]
-        if constexpr (kNeedsX) load_global<Cache::kLastUse>(x + int64_t{at} * s.row_elements, vx[u]);  // [V]
+        load_global<Cache::kLastUse>(dy + at * stride, v[u]);  // [V]
+        if constexpr (kNeedsX) load_global<Cache::kLastUse>(x + at * stride, vx[u]);  // [V]
       }
     }
 #pragma unroll
@@ -134,21 +137,19 @@ __device__ __forceinline__ void input_grad_rows(const Streamed& k, const Item& i
       const int at = r + u * me.lanes;
       if (at >= me.end) break;
       const int c = me.channel(s, at), i = c - base;
-      const PerChannel<Tr, A> gate(gates, i, me), average(averages, i, me), peak(maxima, i, me);
-      const PerChannel<Tr, int> where(marks, i, me);
+      const PerChannel<Tr, ChannelTerms<A>> terms(channels, i, me);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        ChannelTerms<A> terms = {gate(me, j), average(me, j), peak(me, j), A(0), A(0), A(0), A(0), where(me, j)};
+        const int position = me.absolute(j, positions);
         if constexpr (kNeedsX) {
-          terms.top = tops[i + me.next(j)];
-          terms.norm = norms[i + me.next(j)];
-          terms.log_sum = log_sums[i + me.next(j)];
-          terms.level = levels[i + me.next(j)];
+          const A top = p.ties == kTiesSplit ? fields.top[me.in_tile(j, positions)] : A(0);
+          v[u][j] = input_grad_of_x(p, terms(me, j), rare[i + me.next(j)], position_terms(j), top, v[u][j], vx[u][j],
+                                    c + me.next(j), position);
+        } else {
+          v[u][j] = input_grad(terms(me, j), mine[j], v[u][j], c + me.next(j), position, residual);
         }
-        v[u][j] = input_grad(p, terms, v[u][j], kNeedsX ? vx[u][j] : A(0), gate_s[j], mean[j], maximum[j], top[j],
-                             mark[j], c + me.next(j), me.absolute(j, positions), split, kNeedsX);
       }
-      store_global<true>(dx + int64_t{at} * s.row_elements, v[u]);  // [V]
+      store_global<true>(dx + at * stride, v[u]);  // [V]
     }
   }
 }
@@ -169,40 +170,42 @@ __device__ __forceinline__ void input_grad_columns(const Streamed& k, const Item
   const PositionFields<A> fields = stage_positions<A>(k, item.n, first, count, t.positions, shared);
   stage_values<A>(spatial, p.spatial_gate, item.n * p.positions + first, count, A(1));
   __syncthreads();
-  const bool split = kNeedsX && p.ties == kTiesSplit;
+  const int64_t stride = p.channels;
+  const bool residual = p.residual;
   for (int i = column; i < s.row_vectors; i += t.columns) {
-    const int64_t start = (item.n * p.positions + first) * p.channels + int64_t{i} * V;
+    const int64_t start = (item.n * p.positions + first) * stride + int64_t{i} * V;
     const T* x = as<T>(p.x) + start;
     const T* dy = as<T>(p.dy) + start;
     T* dx = as<T>(p.dx) + start;
     ChannelTerms<A> terms[V];
 #pragma unroll
-    for (int j = 0; j < V; ++j) terms[j] = channel_terms<A>(k, item.n, int64_t{i} * V + j, kNeedsX && V <= 4);
+    for (int j = 0; j < V; ++j) terms[j] = channel_terms<A>(k, item.n, int64_t{i} * V + j);
     for (int base = row; base < count; base += kAhead * rows) {
       A v[kAhead][V], vx[kAhead][V];
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
         if (base + u * rows < count) {
-          load_global<Cache::kLastUse>(dy + (base + u * rows) * p.channels, v[u]);  // [V]
-          if constexpr (kNeedsX) load_global<Cache::kLastUse>(x + (base + u * rows) * p.channels, vx[u]);  // [V]
+          load_global<Cache::kLastUse>(dy + (base + u * rows) * stride, v[u]);  // [V]
+          if constexpr (kNeedsX) load_global<Cache::kLastUse>(x + (base + u * rows) * stride, vx[u]);  // [V]
         }
       }
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
         const int at = base + u * rows;
         if (at >= count) break;
+        const PositionTerms<A> q = {spatial[at], fields.mean[at], fields.maximum[at], fields.mark[at]};
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-          ChannelTerms<A> mine = terms[j];
-          // Eight channels' rarer terms do not fit in registers: they are read again, from L2.
-          if constexpr (kNeedsX && V > 4) {
-            mine = channel_terms<A>(k, item.n, int64_t{i} * V + j, true);
+          const int c = i * V + j;
+          if constexpr (kNeedsX) {
+            // The rare terms of a vector's channels do not fit in registers: they are read again, from L2.
+            const A top = p.ties == kTiesSplit ? fields.top[at] : A(0);
+            v[u][j] = input_grad_of_x(p, terms[j], rare_terms<A>(k, item.n, c), q, top, v[u][j], vx[u][j], c, first + at);
+          } else {
+            v[u][j] = input_grad(terms[j], q, v[u][j], c, first + at, residual);
           }
-          v[u][j] = input_grad(p, mine, v[u][j], kNeedsX ? vx[u][j] : A(0), spatial[at], fields.mean[at],
-                               fields.maximum[at], split ? fields.top[at] : A(0), fields.mark[at], i * V + j,
-                               first + at, split, kNeedsX);
         }
-        store_global<true>(dx + at * p.channels, v[u]);  // [V]
+        store_global<true>(dx + (base + u * rows) * stride, v[u]);  // [V]
       }
     }
   }

@@ -88,9 +88,11 @@ template <int V, class A> __device__ __forceinline__ void fresh_vector(const voi
 // shared[i] = source[at + i], or `otherwise` where there is no source.
 template <class A>
 __device__ __forceinline__ void stage_values(A* shared, const void* source, int64_t at, int count, A otherwise) {
+#pragma unroll 1
   for (int i = threadIdx.x; i < count; i += kThreads) shared[i] = source ? fresh<A>(source, at + i) : otherwise;
 }
 __device__ __forceinline__ void stage_marks(int* shared, const void* source, int64_t at, int count, bool is_short) {
+#pragma unroll 1
   for (int i = threadIdx.x; i < count; i += kThreads) {
     shared[i] = source ? load_index<Cache::kCoherent>(source, at + i, is_short) : 0;
   }
