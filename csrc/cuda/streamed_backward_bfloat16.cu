@@ -1,0 +1,15 @@
+// The streamed tier's backward kernels for bfloat16.
+#include "streamed_backward.cuh"
+#include "streamed_launch.cuh"
+
+namespace cbam {
+
+template <class Tr> struct BackwardKernel {
+  static auto get() { return streamed_backward_kernel<Tr>; }
+};
+
+cudaError_t launch_streamed_backward_bfloat16(const Streamed& k, Variant v, cudaStream_t stream) {
+  return launch_variant<BFloat16, BackwardKernel>(k, v, stream);
+}
+
+}  // namespace cbam

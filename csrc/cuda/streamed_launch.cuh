@@ -1,0 +1,36 @@
+// Launches one of a dtype's instantiations of a streamed kernel.
+#pragma once
+
+#include "launch.h"
+#include "streamed_engine.cuh"
+
+namespace cbam {
+
+inline cudaError_t launch_kernel(void (*kernel)(Streamed), const Streamed& k, cudaStream_t stream) {
+  constexpr int kDefaultLimit = 48 << 10;  // without asking
+  if (k.shared_bytes > kDefaultLimit) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, k.shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
+  // Blocks that find no room at first run when others have ended, and find no item left.
+  kernel<<<static_cast<unsigned>(k.grid), kThreads, static_cast<size_t>(k.shared_bytes), stream>>>(k);
+  return cudaGetLastError();
+}
+
+// Kernel<Traits>::get() is the kernel of these traits.
+template <class T, template <class> class Kernel>
+cudaError_t launch_variant(const Streamed& k, Variant v, cudaStream_t stream) {
+  constexpr int kFull = kVector<T>;
+  if (k.p.layout == kChannelsLast) {
+    if (v.vector > 1) return launch_kernel(Kernel<StreamedTraits<T, kFull, kChannelsLast, false>>::get(), k, stream);
+    return launch_kernel(Kernel<StreamedTraits<T, 1, kChannelsLast, false>>::get(), k, stream);
+  }
+  if constexpr (sizeof(T) < 8) {
+    if (v.fold > 1) return launch_kernel(Kernel<StreamedTraits<T, kFull, kContiguous, true>>::get(), k, stream);
+  }
+  if (v.vector > 1) return launch_kernel(Kernel<StreamedTraits<T, kFull, kContiguous, false>>::get(), k, stream);
+  return launch_kernel(Kernel<StreamedTraits<T, 1, kContiguous, false>>::get(), k, stream);
+}
+
+}  // namespace cbam

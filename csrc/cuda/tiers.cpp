@@ -1,0 +1,78 @@
+// Picks a tier and launches it.
+#include "tiers.h"
+
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <atomic>
+#include <cstdint>
+
+#include "launch.h"
+#include "workspace.h"
+
+namespace cbam {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
+  return value;
+}
+
+Device query(int index) {
+  return {attribute(cudaDevAttrL2CacheSize, index), attribute(cudaDevAttrMultiProcessorCount, index),
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index)};
+}
+
+// Asked once a device: attributes do not change, and every call would pay for them.
+const Device& device_of(int index) {
+  constexpr int kDevices = 64;
+  static std::atomic<const Device*> known[kDevices];
+  STD_TORCH_CHECK(index >= 0 && index < kDevices, "cbam_fused: device index must be below ", kDevices, ", got ", index);
+  if (const Device* found = known[index].load(std::memory_order_acquire)) return *found;
+  const Device* fresh = new Device(query(index));
+  const Device* expected = nullptr;
+  if (known[index].compare_exchange_strong(expected, fresh, std::memory_order_acq_rel)) return *fresh;
+  delete fresh;
+  return *expected;
+}
+
+bool aligned(const Problem& p) {
+  for (const void* t : {p.x, p.dy, static_cast<const void*>(p.y), static_cast<const void*>(p.dx)}) {
+    if (reinterpret_cast<uintptr_t>(t) % 16) return false;
+  }
+  return true;
+}
+
+constexpr const char* kNames[] = {"cbam_forward", "attention_forward", "scale_forward",
+                                  "cbam_backward", "attention_backward", "scale_backward"};
+
+void launch_streamed(const Problem& p, Operation operation, const Device& device, const Tensor& x, cudaStream_t stream) {
+  Streamed k{};
+  k.p = p;
+  k.operation = operation;
+  const Variant variant = choose_variant(p, aligned(p));
+  STD_TORCH_CHECK(plan_streamed(k, variant, device), "cbam_fused: ", kNames[operation], " with ", p.channels,
+                  " channels needs ", k.shared_bytes, " bytes of shared memory a block; this device has ",
+                  device.shared_bytes);
+  const int64_t bytes = lay_out_scratch(k, nullptr);
+  Tensor scratch = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
+  lay_out_scratch(k, static_cast<char*>(scratch.data_ptr()));
+  const Tensor counters = counters_for(x, counter_words(k), stream);
+  k.w.counters = static_cast<uint32_t*>(counters.data_ptr());
+  const cudaError_t error = kStreamedLaunchers[is_backward(operation)][p.dtype](k, variant, stream);
+  STD_TORCH_CHECK(error == cudaSuccess, "cbam_fused: the streamed kernel of ", kNames[operation],
+                  " did not launch: ", cudaGetErrorString(error));
+}
+
+}  // namespace
+
+void launch(const Problem& p, Operation operation, const Tensor& x, cudaStream_t stream) {
+  launch_streamed(p, operation, device_of(x.get_device_index()), x, stream);
+}
+
+}  // namespace cbam

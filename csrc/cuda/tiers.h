@@ -1,0 +1,15 @@
+// Which tier runs a call, and its launch with scratch memory from torch's allocator.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "policy.h"
+
+namespace cbam {
+
+// Queues the operation on `stream`; scratch memory is allocated like x. Raises with the kernel's name and
+// CUDA's message where the launch fails, and with the limit where no tier covers the shape.
+void launch(const Problem& p, Operation operation, const torch::stable::Tensor& x, cudaStream_t stream);
+
+}  // namespace cbam
