@@ -1,7 +1,7 @@
 """Second launch of the backward: the convolution's backward and what x adds to the channel gate's gradient.
 
-Reads x (S bytes). A program owns a tile of positions: it gathers the gradient of both maps there
-from dz, keeps it for the last launch, and walks over the channels with it.
+Reads x (S bytes). A program owns a tile of positions and a range of channels: it gathers the gradient
+of both maps there from dz, keeps it for the later launches, and walks over the channels with it.
 """
 
 from __future__ import annotations
@@ -9,53 +9,75 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device_functions import convolve_transposed, folded_norm
+from .device_functions import convolve_transposed, folded_norm, sum_parts
 
 
-@triton.jit(do_not_specialize=["c_units", "p_units", "D", "H", "W"])
+@triton.jit(do_not_specialize=["c_units", "p_units", "parts", "splits", "split_tiles", "D", "H", "W"])
 def attention_backward_kernel(
-    x, channel_gate, spatial_pool, spatial_index, dz, dmaps, dgate_part,
-    conv_weight, bn_weight, bn_bias, bn_mean, bn_var, c_units, p_units, D, H, W,
+    x, channel_gate, spatial_gate, spatial_pool, spatial_index, ds_part, merged, dz, dmaps, dgate_part,
+    conv_weight, bn_weight, bn_bias, bn_mean, bn_var, c_units, p_units, parts, splits, split_tiles, D, H, W,
     BN_EPS: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SPATIAL: tl.constexpr, SPLIT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, CV: tl.constexpr, PV: tl.constexpr,
-    BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr, MB: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dmaps (N, 2, P): what each maximum and each element of a column receives. dgate_part (N, tiles, C)."""
+    """dmaps (N, 2, P): what each maximum and each element of a column receives. dgate_part (N, tiles, C).
+
+    ds_part (N, parts, P) or None: dz is computed from it, in every program for itself.
+    """
     C = c_units * CV
     P = p_units * PV
     SC = 1 if CHANNELS_LAST else P
     SP = C if CHANNELS_LAST else 1
     tiles = tl.cdiv(P, BP)
-    pid = tl.program_id(0)
-    n = (pid // tiles).to(tl.int64)
-    rp = (pid % tiles) * BP + tl.arange(0, BP)
+    # Backwards through the samples: those that the first launch read last are still in L2.
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    split = pid % splits
+    tile = (pid // splits) % tiles
+    n = (pid // (splits * tiles)).to(tl.int64)
+    rp = tile * BP + tl.arange(0, BP)
     pmask = rp < P
+    my_dz = dz + n * P
+    if ds_part is not None:
+        rm = tl.arange(0, MB)
+        ds = tl.sum(sum_parts(ds_part + n * parts * P, parts, 1, P, rm, 1, MB, ACC), 0)  # [MB]
+        s = tl.load(spatial_gate + n * P + rm, mask=rm < P, other=0.0)  # [MB]
+        ds *= s * (1.0 - s)
+        tl.store(my_dz + rm, ds, mask=(rm < P) & (tile == 0) & (split == 0))  # [MB]
+        my_dz = merged + pid.to(tl.int64) * P
+        tl.store(my_dz + rm, ds, mask=rm < P)  # [MB]
+        tl.debug_barrier()
     dpeak, dmean = convolve_transposed(
-        dz + n * P, conv_weight, rp, pmask, D, H, W, KD, KH, KW, SPATIAL == 2, SPATIAL == 3, ACC, BP
+        my_dz, conv_weight, rp, pmask, D, H, W, KD, KH, KW, SPATIAL == 2, SPATIAL == 3, ACC, BP
     )
     scale, _, _, _ = folded_norm(bn_weight, bn_bias, bn_mean, bn_var, BN_EPS, ACC)
-    dpeak *= scale
-    dmean *= scale / C.to(ACC)
+    # Zero beyond the map, where an infinite weight would otherwise put a NaN into the sums.
+    dpeak = tl.where(pmask, dpeak * scale, 0.0)
+    dmean = tl.where(pmask, dmean * scale / C.to(ACC), 0.0)
     found = tl.load(spatial_index + n * P + rp, mask=pmask, other=1).to(tl.int32)  # [BP]
     if SPLIT:
         dpeak = dpeak / found.to(ACC)
         peak = tl.load(spatial_pool + n * 2 * P + rp, mask=pmask, other=0.0)  # [BP]
-    tl.store(dmaps + n * 2 * P + rp, dpeak, mask=pmask)  # [BP]
-    tl.store(dmaps + n * 2 * P + P + rp, dmean, mask=pmask)  # [BP]
+    write = pmask & (split == 0)
+    tl.store(dmaps + n * 2 * P + rp, dpeak, mask=write)  # [BP]
+    tl.store(dmaps + n * 2 * P + P + rp, dmean, mask=write)  # [BP]
     if dgate_part is not None:
-        columns = x + n * C * P + rp.to(tl.int64)[None, :] * SP  # [1, BP]
-        for t in range(tl.cdiv(C, BC)):
-            rc = t * BC + tl.arange(0, BC)
+        row = tl.arange(0, BC)
+        dboth = dmean + dpeak
+        columns = x + n * C * P + rp.to(tl.int64)[None, :] * SP + row.to(tl.int64)[:, None] * SC  # [BC, BP]
+        for t in range(split * split_tiles, tl.minimum((split + 1) * split_tiles, tl.cdiv(C, BC))):
+            rc = t * BC + row
             cmask = rc < C
             mask = cmask[:, None] & pmask[None, :]
-            v = tl.load(columns + rc.to(tl.int64)[:, None] * SC, mask=mask, other=0.0).to(ACC)  # [BC, BP]
+            at = tl.cast(tl.multiple_of(t * BC, BC), tl.int64) * SC
+            v = tl.load(columns + at, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)  # [BC, BP]
             if SPLIT:
-                g = tl.load(channel_gate + n * C + rc, mask=cmask, other=0.0)  # [BC]
-                is_peak = v * g[:, None] == peak[None, :]
+                if channel_gate is not None:
+                    g = tl.load(channel_gate + n * C + rc, mask=cmask, other=0.0)  # [BC]
+                    is_peak = v * g[:, None] == peak[None, :]
+                else:
+                    is_peak = v == peak[None, :]
             else:
                 is_peak = rc[:, None] == found[None, :]
-            through = v * (dmean[None, :] + tl.where(is_peak, dpeak[None, :], 0.0))
-            # Padded columns hold 0 * whatever dmean is there: keep an infinity out of the sum.
-            through = tl.where(mask, through, 0.0)
-            tl.store(dgate_part + pid.to(tl.int64) * C + rc, tl.sum(through, 1), mask=cmask)  # [BC]
+            through = v * tl.where(is_peak, dboth[None, :], dmean[None, :])
+            tl.store(dgate_part + (n * tiles + tile) * C + rc, tl.sum(through, 1), mask=cmask)  # [BC]

@@ -25,7 +25,7 @@ SMALL_MAP = 256
 # A chunk of a batch smaller than this costs more in launches than it saves in traffic.
 SMALLEST_CHUNK = 16 << 20
 # Smallest block sizes that every kernel compiles with (vectors of 16 elements need as many channels).
-SMALLEST = {"BC": 16, "BP": 16, "MC": 16, "HB": 16}
+SMALLEST = {"BC": 16, "BP": 16, "MC": 16}
 
 KERNELS = (
     "channel_pool",

@@ -23,34 +23,55 @@ def relu(x):
 
 
 @triton.jit
-def track_maximum(v, at, mask, peak, index, SPLIT: tl.constexpr):
-    """Folds v into the running maximum of each lane; a NaN wins and stays.
+def track_maximum(v, t, mask, peak, index, SPLIT: tl.constexpr, WITH_INDEX: tl.constexpr):
+    """Folds v, the t-th tile, into the running maximum of each lane; mask None: all of v counts.
 
-    `index` holds the first index of the maximum, or with SPLIT how many elements equal it.
+    `index` holds the tile of the lane's first maximum, or with SPLIT how many elements equal it. A NaN
+    is passed by: it shows in the lane's sum, and `replace_nan` then looks for it.
     """
-    take = (v > peak) | ((v != v) & (peak == peak))
+    higher = v > peak
     if SPLIT:
-        index = tl.where(take, 1, index + ((v == peak) & mask).to(tl.int32))
-    else:
-        index = tl.where(take, at, index)
-    return tl.where(take, v, peak), index
+        equal = v == peak
+    if mask is not None:
+        higher = higher & mask
+        if SPLIT:
+            equal = equal & mask
+    if WITH_INDEX:
+        if SPLIT:
+            index = tl.where(higher, 1, index + equal.to(tl.int32))
+        else:
+            index = tl.where(higher, t, index)
+    return tl.where(higher, v, peak), index
 
 
 @triton.jit
 def reduce_maximum(peak, index, AXIS: tl.constexpr, SPLIT: tl.constexpr):
-    """Lanes of `track_maximum` along AXIS -> (maximum, first index or count)."""
-    # The built-in reductions differ between targets on NaN, so it is taken out and put back.
-    nan = peak != peak
-    best = tl.max(tl.where(nan, float("-inf"), peak), AXIS)
+    """Maxima of lanes along AXIS and their index or count -> (maximum, its first index or its count)."""
+    best = tl.max(peak, AXIS)
     equal = peak == tl.expand_dims(best, AXIS)
-    first_nan = tl.min(tl.where(nan, index, NO_INDEX), AXIS)
-    has_nan = tl.max(nan.to(tl.int32), AXIS) > 0
     if SPLIT:
-        # Nothing equals NaN, so it counts nothing, as in amax.
-        found = tl.where(has_nan, 0, tl.sum(tl.where(equal, index, 0), AXIS))
+        return best, tl.sum(tl.where(equal, index, 0), AXIS)
     else:
-        found = tl.where(has_nan, first_nan, tl.min(tl.where(equal, index, NO_INDEX), AXIS))
-    return tl.where(has_nan, float("nan"), best), found
+        return best, tl.min(tl.where(equal, index, NO_INDEX), AXIS)
+
+
+@triton.jit
+def replace_nan(best, found, first_nan, SPLIT: tl.constexpr):
+    """A NaN at index `first_nan` (NO_INDEX for none) is the maximum; nothing equals it, so it counts 0."""
+    nan = first_nan < NO_INDEX
+    found = tl.where(nan, 0 if SPLIT else first_nan, found)
+    return tl.where(nan, float("nan"), best), found
+
+
+@triton.jit
+def merge_maximum(v, at, first: tl.constexpr, peak, index, SPLIT: tl.constexpr):
+    """Folds the maximum v of a later part into that of earlier parts; a NaN wins and stays."""
+    take = (v > peak) | ((v != v) & (peak == peak))
+    if SPLIT:
+        index = tl.where(take, at, tl.where(v == peak, index + at, index))
+    else:
+        index = tl.where(take | first, at, index)
+    return tl.where(take, v, peak), index
 
 
 @triton.jit
@@ -199,10 +220,10 @@ def load_pooled(base, C, rc, cmask, K: tl.constexpr, KP: tl.constexpr, BLEND: tl
 
 @triton.jit
 def hidden_layer(
-    u_base, w1, b1, C, H, rh, K: tl.constexpr, KP: tl.constexpr, BLEND: tl.constexpr,
+    u_base, w1, C, H, rh, K: tl.constexpr, KP: tl.constexpr, BLEND: tl.constexpr,
     MC: tl.constexpr, HB: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """W1 u + b1 of hidden units rh for each pool -> [KP, HB], before the ReLU."""
+    """W1 u of hidden units rh for each pool -> [KP, HB]."""
     hmask = rh < H
     acc = tl.zeros([KP, HB], ACC)
     for c in range(0, C, MC):
@@ -212,6 +233,21 @@ def hidden_layer(
         w = tl.load(w1 + at, mask=hmask[:, None] & cmask[None, :], other=0.0).to(ACC)  # [HB, MC]
         u = load_pooled(u_base, C, rc, cmask, K, KP, BLEND)  # [KP, MC]
         acc += tl.sum(w[None, :, :] * u[:, None, :], 2)
-    if b1 is not None:
-        acc += tl.load(b1 + rh, mask=hmask, other=0.0).to(ACC)[None, :]  # [HB]
+    return acc
+
+
+@triton.jit
+def sum_parts(base, parts, rows: tl.constexpr, width, at, RP: tl.constexpr, WB: tl.constexpr, ACC: tl.constexpr):
+    """Partial sums [parts, rows, width], contiguous, at columns `at` [WB] -> [RP, WB], in a fixed order."""
+    # Several parts a step: one load's latency is paid for all of them.
+    TB: tl.constexpr = 16
+    rr = tl.arange(0, RP)
+    cell = rr[:, None] * width + at[None, :]
+    mask = (rr < rows)[:, None] & (at < width)[None, :]
+    acc = tl.zeros([RP, WB], ACC)
+    for first in range(0, parts, TB):
+        part = first + tl.arange(0, TB)
+        where = (part.to(tl.int64) * rows * width)[:, None, None] + cell[None, :, :]
+        inside = (part < parts)[:, None, None] & mask[None, :, :]
+        acc += tl.sum(tl.load(base + where, mask=inside, other=0.0), 0)  # [TB, RP, WB]
     return acc

@@ -87,63 +87,91 @@ class _Saved:
         return acc, index_dtype(positions), acc, acc, index_dtype(x.shape[1])
 
 
-def _pools_forward(x: Tensor, weights, pr: Problem, saved: _Saved, rows: slice) -> None:
-    """First and second launch: pooled, channel_gate, spatial_pool and the indices of these samples."""
+def _map_splits(pr: Problem, found, device, n: int) -> Tuple[int, int, int]:
+    """(tiles of positions, shares of the channels, tiles of channels a share) of a pass over maps.
+
+    Only a small map is shared: the next launch then merges all of it in each of its programs.
+    """
+    tiles, steps = cdiv(pr.p, found.meta["BP"]), cdiv(pr.c, found.meta["BC"])
+    fill = found.fill if pr.small() else 0
+    return (tiles, *pb.split_loop(n * tiles, steps, fill, device))
+
+
+def _pools_forward(x: Tensor, weights, pr: Problem, saved: _Saved, rows: slice):
+    """First and second launch, for these samples -> partial maps and their indices, or None twice."""
     w1, b1, w2, b2 = weights
     n = rows.stop - rows.start
     u = pr.units
     pooled, pool_index = _part(saved.pooled, rows), _part(saved.pool_index, rows)
-    part, part_index, segments = pooled, pool_index, 1
+    maps, maps_index = _part(saved.spatial_pool, rows), _part(saved.spatial_index, rows)
+
+    def acc(*shape: int) -> Tensor:
+        return x.new_empty(shape, dtype=pr.acc)
+
+    part, part_index, hidden_part, segments, channel_tiles = pooled, pool_index, None, 1, 1
     if pr.pools:
-        found, device = pr.tile("channel_pool")
-        tiles, steps = cdiv(pr.c, found.meta["BC"]), cdiv(pr.p, found.meta["BP"])
-        segments, each = 1, steps
-        if pr.channels_last:
-            segments, each = pb.split_loop(n * tiles, steps, found.fill, device)
+        found, device = pr.tile("channel_pool", HB=max(1, pr.hidden))
+        channel_tiles, steps = cdiv(pr.c, found.meta["BC"]), cdiv(pr.p, found.meta["BP"])
+        each = steps
+        if pr.channels_last and not pr.small():
+            segments, each = pb.split_loop(n * channel_tiles, steps, found.fill, device)
         if segments > 1:
-            part = x.new_empty((n, segments, pr.rows, pr.c), dtype=pr.acc)
+            part = acc(n, segments, pr.rows, pr.c)
             part_index = None if pool_index is None else x.new_empty((n, segments, pr.c), dtype=pool_index.dtype)
+        elif w1 is not None:
+            hidden_part = acc(n, channel_tiles, pr.runs, pr.hidden)
         pb.launch(
             channel_pool_forward_kernel,
-            n * segments * tiles,
-            (x, part, part_index, u["c_units"], u["p_units"], each, segments),
+            n * segments * channel_tiles,
+            (x, part, part_index, w1, hidden_part, u["c_units"], u["p_units"], each, segments, pr.hidden),
             dict(POOLS=pr.pools, SPLIT=pr.split(), SEGMENTED=segments > 1, WITH_INDEX=saved.with_index,
                  **pr.layout(), **found.meta),
             found.warps,
         )  # fmt: skip
-    found, _ = pr.tile("spatial_pool", MC=pr.c, HB=max(1, pr.hidden))
-    programs = n * cdiv(pr.p, found.meta["BP"]) if pr.spatial else n
-    hidden = x.new_empty((programs, pr.hidden), dtype=pr.acc) if pr.pools else None
-    merged = x.new_empty((programs, pr.rows, pr.c), dtype=pr.acc) if segments > 1 else None
+    found, device = pr.tile("spatial_pool", MC=pr.c, HB=max(1, pr.hidden))
+    tiles, splits, each = _map_splits(pr, found, device, n)
+    if not pr.spatial:
+        tiles = 1
+    programs = n * tiles * splits
+    own = each * found.meta["BC"]
+    part_maps, part_maps_index = None, None
+    if pr.spatial and splits > 1:
+        part_maps = acc(n, splits, 2, pr.p)
+        part_maps_index = None if maps_index is None else x.new_empty((n, splits, pr.p), dtype=maps_index.dtype)
     pb.launch(
         spatial_pool_forward_kernel,
         programs,
-        (x, part, part_index, merged, pooled, pool_index, hidden, w1, b1, w2, b2, _part(saved.channel_gate, rows),
-         _part(saved.spatial_pool, rows), _part(saved.spatial_index, rows),
-         u["c_units"], u["p_units"], pr.hidden, segments),
+        (x, part, part_index, acc(programs, pr.rows, pr.c) if segments > 1 else None, pooled, pool_index,
+         hidden_part, acc(programs, pr.hidden) if pr.pools else None, acc(programs, own) if pr.pools else None,
+         w1, b1, w2, b2, _part(saved.channel_gate, rows), maps if part_maps is None else part_maps,
+         maps_index if part_maps is None else part_maps_index,
+         u["c_units"], u["p_units"], pr.hidden, segments, channel_tiles, splits, each),
         dict(POOLS=pr.pools, SPATIAL=pr.spatial, SPLIT=pr.split(), SEGMENTED=segments > 1,
-             WITH_INDEX=saved.with_index, **pr.layout(), **found.meta),
+             WITH_INDEX=saved.with_index, EVEN=pr.c % found.meta["BC"] == 0, **pr.layout(), **found.meta),
         found.warps,
     )  # fmt: skip
+    return part_maps, part_maps_index
 
 
 def _scale_launch(
-    x: Tensor, y: Optional[Tensor], gate: Optional[Tensor], maps: Optional[Tensor], logits: Optional[Tensor],
-    spatial_gate: Optional[Tensor], conv, norm: Norm, pr: Problem, residual: bool, from_logits: bool,
+    x: Tensor, y: Optional[Tensor], gate: Optional[Tensor], maps: Optional[Tensor], maps_index: Optional[Tensor],
+    parts: Tuple[Optional[Tensor], Optional[Tensor]], logits: Optional[Tensor], spatial_gate: Optional[Tensor],
+    conv, norm: Norm, pr: Problem, residual: bool,
 ) -> None:  # fmt: skip
-    """Third launch: y from gates; or with y None, the logits; all tensors of the same samples."""
+    """Third launch: y from gates; with y None, the logits; with maps None, from logits. All of the same samples."""
     found, device = pr.tile("scale_forward")
     programs, steps = x.shape[0] * cdiv(pr.p, found.meta["BP"]), cdiv(pr.c, found.meta["BC"])
     splits, each = pb.split_loop(programs, steps, found.fill, device) if y is not None else (1, steps)
     *bn, eps = norm
     u = pr.units
+    merged = None if parts[0] is None else x.new_empty((programs * splits, 2, pr.p), dtype=pr.acc)
     pb.launch(
         scale_forward_kernel,
         programs * splits,
-        (x, y, gate, maps, logits, spatial_gate, *conv, *bn,
-         u["c_units"], u["p_units"], splits, each, pr.d, pr.h, pr.w),
-        dict(BN_EPS=eps, SPATIAL=pr.spatial, FROM_LOGITS=from_logits, RESIDUAL=residual,
-             **pr.taps_meta(), **pr.layout(), **found.meta),
+        (x, y, gate, maps, maps_index, *parts, merged, logits, spatial_gate, *conv, *bn,
+         u["c_units"], u["p_units"], 1 if parts[0] is None else parts[0].shape[1], splits, each, pr.d, pr.h, pr.w),
+        dict(BN_EPS=eps, SPATIAL=pr.spatial, SPLIT=pr.split(), RESIDUAL=residual,
+             MB=1 if merged is None else pr.merge_block(), **pr.taps_meta(), **pr.layout(), **found.meta),
         found.warps,
     )  # fmt: skip
 
@@ -163,11 +191,12 @@ def cbam_forward(
     if x.numel():
         with pb.on_device(x):
             for rows in _chunks(pr, x, 2):
+                parts = (None, None)
                 if pools or spatial:
-                    _pools_forward(x[rows], mlp, pr, saved, rows)
+                    parts = _pools_forward(x[rows], mlp, pr, saved, rows)
                 _scale_launch(
-                    x[rows], y[rows], _part(saved.channel_gate, rows), _part(saved.spatial_pool, rows), None,
-                    _part(_some(gate), rows), conv, norm, pr, residual, False,
+                    x[rows], y[rows], _part(saved.channel_gate, rows), _part(saved.spatial_pool, rows),
+                    _part(saved.spatial_index, rows), parts, None, _part(_some(gate), rows), conv, norm, pr, residual,
                 )  # fmt: skip
     return (y, *saved.tensors(x, save), gate)
 
@@ -182,12 +211,13 @@ def attention_forward(x, w1, b1, w2, b2, conv_weight, conv_bias, pools, spatial,
     if x.numel():
         with pb.on_device(x):
             for rows in _chunks(pr, x, 1):
+                parts = (None, None)
                 if pools or spatial:
-                    _pools_forward(x[rows], mlp, pr, saved, rows)
+                    parts = _pools_forward(x[rows], mlp, pr, saved, rows)
                 if spatial:
                     _scale_launch(
-                        x[rows], None, None, _part(saved.spatial_pool, rows), z[rows], None, conv, NO_NORM, pr,
-                        False, False,
+                        x[rows], None, None, _part(saved.spatial_pool, rows), _part(saved.spatial_index, rows), parts,
+                        z[rows], None, conv, NO_NORM, pr, False,
                     )  # fmt: skip
     pooled, pool_index, gate, spatial_pool, spatial_index = saved.tensors(x, save)
     if saved.channel_gate is not None:
@@ -202,41 +232,49 @@ def scale_forward(x, channel_gate, z, residual):
     if x.numel():
         with pb.on_device(x):
             gate = _some(channel_gate.contiguous())
-            _scale_launch(x, y, gate, None, _some(z), _some(s), (None, None), NO_NORM, pr, residual, True)
+            none = (None, None)
+            _scale_launch(x, y, gate, None, None, none, _some(z), _some(s), none, NO_NORM, pr, residual)
     return y, s
 
 
 def _scale_backward_launch(
     dy: Tensor, x: Tensor, gate: Optional[Tensor], spatial_gate: Optional[Tensor], pr: Problem
-) -> Tuple[Optional[Tensor], Optional[Tensor]]:
-    """First launch of the backward -> dz (N, 1, *spatial), partial dgate (N, tiles, C)."""
-    found, _ = pr.tile("scale_backward")
-    tiles = cdiv(pr.p, found.meta["BP"])
+) -> Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
+    """First launch of the backward -> dz (N, 1, *spatial), partial ds (N, splits, P), partial dgate (N, tiles, C).
+
+    dz is filled where there is no partial ds.
+    """
+    found, device = pr.tile("scale_backward")
     n = x.shape[0]
+    tiles, splits, each = _map_splits(pr, found, device, n)
     dz = None if spatial_gate is None else torch.empty_like(spatial_gate)
+    ds = None if splits == 1 or dz is None else x.new_empty((n, splits, pr.p), dtype=pr.acc)
     part = None if gate is None else x.new_empty((n, tiles, pr.c), dtype=pr.acc)
     u = pr.units
     pb.launch(
         scale_backward_kernel,
-        n * tiles,
-        (dy, x, gate, spatial_gate, dz, part, u["c_units"], u["p_units"]),
+        n * tiles * splits,
+        (dy, x, gate, spatial_gate, dz, ds, part, u["c_units"], u["p_units"], splits, each),
         dict(**pr.layout(), **found.meta),
         found.warps,
     )
-    return dz, part
+    return dz, ds, part
 
 
 def scale_backward(dy, x, channel_gate, spatial_gate):
     x = _x(x)
     dy, spatial_gate = pb.like_layout(dy, x), spatial_gate.contiguous()
     pr = pb.describe(x, None, None, None, 0, 0)
-    dz, part = None, None
+    dz = ds = part = None
     if x.numel():
         with pb.on_device(x):
-            dz, part = _scale_backward_launch(
+            dz, ds, part = _scale_backward_launch(
                 dy, x, _some(channel_gate.contiguous()), _some(spatial_gate), pr
             )
-    dz = torch.zeros_like(spatial_gate) if dz is None else dz
+    if ds is not None:
+        dz = ds.sum(1).view_as(spatial_gate) * (spatial_gate * (1.0 - spatial_gate))
+    elif dz is None:
+        dz = torch.zeros_like(spatial_gate)
     return dz, torch.zeros_like(channel_gate) if part is None else part.sum(1)
 
 
@@ -254,14 +292,25 @@ class _Gradients:
         def acc(*shape: int) -> Tensor:
             return x.new_empty(shape, dtype=pr.acc)
 
-        self.dlogits = self.hidden = self.dhidden = self.blended = self.dpooled = None
+        self.dlogits = self.hidden = self.dhidden = self.blended = None
         if pr.pools:
             self.dlogits, self.hidden = acc(pr.n, pr.c), acc(pr.n, pr.hidden)
             self.dhidden = acc(pr.n, pr.runs, pr.hidden) if w1 is not None else None
             self.blended = acc(pr.n, 1, pr.c) if pr.pools & cfg.BLEND else None
-            self.dpooled = acc(pr.n, pr.rows, pr.c)
-        self.dtaps = acc(pr.n, pr.planes * pr.taps) if pr.spatial else None
-        self.sums = acc(pr.n, 2) if pr.spatial else None
+        self.dtaps = self.sums = None
+        if pr.spatial:
+            found, device = self.small_jobs()
+            steps = cdiv(pr.p, found.meta["BQ"])
+            self.tap_blocks = cdiv(pr.taps, found.meta["TB"])
+            self.segments, self.segment_tiles = pb.split_loop(
+                pr.n * (self.tap_blocks + 1), steps, found.fill, device
+            )
+            self.dtaps = acc(pr.n, self.segments, pr.planes * pr.taps)
+            self.sums = acc(pr.n, self.segments, 2)
+
+    def small_jobs(self):
+        pr = self.pr
+        return pr.configuration("sample_backward", MC=pr.c, HB=max(1, pr.hidden), TB=pr.taps, BQ=pr.p)
 
     def zero(self) -> None:
         for t in (self.dw1, self.db1, self.dw2, self.db2, *self.dconv, *self.dnorm):
@@ -289,7 +338,8 @@ class _Gradients:
             weights_backward_kernel,
             programs,
             (self.dlogits, self.hidden, self.dhidden, u, self.dtaps, self.sums, *self.norm[:4], *dw,
-             *(self.dconv if pr.spatial else (None, None)), *self.dnorm, pr.n, channels, pr.hidden, taps),
+             *(self.dconv if pr.spatial else (None, None)), *self.dnorm, pr.n,
+             pr.n * self.segments if pr.spatial else 0, channels, pr.hidden, taps),
             dict(BN_EPS=self.norm[4], RUNS=pr.runs, ACC=pr.acc_type(), **found.meta),
             found.warps,
         )  # fmt: skip
@@ -301,53 +351,67 @@ class _Gradients:
 
 def _attention_backward_chunk(
     dy: Tensor, x: Tensor, dx: Tensor, grads: _Gradients, saved, spatial_gate: Optional[Tensor],
-    dz: Optional[Tensor], dgate: Optional[Tensor], rows: slice, residual: bool,
+    dz: Optional[Tensor], ds: Optional[Tensor], dgate: Optional[Tensor], rows: slice, residual: bool,
 ) -> None:  # fmt: skip
-    """Second to fourth launch for these samples; saved, dz and dgate are already theirs."""
+    """Second to fourth launch; every tensor is already that of these samples, but those in grads."""
     pr = grads.pr
     pooled, pool_index, gate, spatial_pool, spatial_index = saved
     w1, b1, w2, _ = grads.mlp
     *bn, eps = grads.norm
     n, u = x.shape[0], pr.units
+
+    def acc(*shape: int) -> Tensor:
+        return x.new_empty(shape, dtype=pr.acc)
+
     dmaps, dgate_b, tiles_b = None, None, 0
     if pr.spatial:
-        found, _ = pr.tile("attention_backward")
-        tiles_b = cdiv(pr.p, found.meta["BP"])
-        dmaps = x.new_empty((n, 2, pr.p), dtype=pr.acc)
-        dgate_b = x.new_empty((n, tiles_b, pr.c), dtype=pr.acc) if pr.pools else None
+        found, device = pr.tile("attention_backward")
+        tiles_b, steps = cdiv(pr.p, found.meta["BP"]), cdiv(pr.c, found.meta["BC"])
+        splits, each = pb.split_loop(n * tiles_b, steps, found.fill, device) if pr.pools else (1, steps)
+        dmaps = acc(n, 2, pr.p)
+        dgate_b = acc(n, tiles_b, pr.c) if pr.pools else None
         pb.launch(
             attention_backward_kernel,
-            n * tiles_b,
-            (x, gate, spatial_pool, spatial_index, dz, dmaps, dgate_b, grads.conv[0], *bn,
-             u["c_units"], u["p_units"], pr.d, pr.h, pr.w),
-            dict(BN_EPS=eps, SPATIAL=pr.spatial, SPLIT=pr.split(), **pr.taps_meta(), **pr.layout(), **found.meta),
+            n * tiles_b * splits,
+            (x, gate, spatial_gate, spatial_pool, spatial_index, ds,
+             None if ds is None else acc(n * tiles_b * splits, pr.p), dz, dmaps, dgate_b, grads.conv[0], *bn,
+             u["c_units"], u["p_units"], 1 if ds is None else ds.shape[1], splits, each, pr.d, pr.h, pr.w),
+            dict(BN_EPS=eps, SPATIAL=pr.spatial, SPLIT=pr.split(), MB=1 if ds is None else pr.merge_block(),
+                 **pr.taps_meta(), **pr.layout(), **found.meta),
             found.warps,
         )  # fmt: skip
+    blocks, hidden_part = 0, None
     if pr.pools or pr.spatial:
-        found, _ = pr.configuration(
-            "sample_backward", MC=pr.c, HB=max(1, pr.hidden), TB=pr.taps, BQ=pr.p
-        )
-        jobs = bool(pr.pools) + (cdiv(pr.taps, found.meta["TB"]) + 1 if pr.spatial else 0)
-        dpooled = _part(grads.dpooled, rows)
+        found, _ = grads.small_jobs()
+        jobs = 0
+        if pr.pools:
+            jobs = blocks = cdiv(pr.c, found.meta["MC"])
+            hidden_part = None if w1 is None else acc(n, blocks, 1 + pr.runs, pr.hidden)
+        if pr.spatial:
+            jobs += (grads.tap_blocks + 1) * grads.segments
         pb.launch(
             sample_backward_kernel,
             n * jobs,
-            (pooled, pool_index, gate, spatial_pool, dz, dgate, dgate_b, w1, b1, w2, *grads.conv, *bn,
-             _part(grads.dlogits, rows), _part(grads.hidden, rows), _part(grads.dhidden, rows),
-             _part(grads.blended, rows), dpooled, _part(grads.dtaps, rows), _part(grads.sums, rows),
-             pr.c, pr.hidden, pr.p, pr.d, pr.h, pr.w, jobs, 0 if dgate is None else dgate.shape[1], tiles_b),
-            dict(BN_EPS=eps, POOLS=pr.pools, SPATIAL=pr.spatial, SPLIT=pr.split(), ACC=pr.acc_type(),
-                 **pr.taps_meta(), **found.meta),
+            (pooled, gate, spatial_pool, dz, dgate, dgate_b, w1, w2, *grads.conv, *bn,
+             _part(grads.dlogits, rows), _part(grads.blended, rows), hidden_part, _part(grads.dtaps, rows),
+             _part(grads.sums, rows), pr.c, pr.hidden, pr.p, pr.d, pr.h, pr.w, jobs,
+             grads.segments if pr.spatial else 0, grads.segment_tiles if pr.spatial else 0,
+             0 if dgate is None else dgate.shape[1], tiles_b),
+            dict(BN_EPS=eps, POOLS=pr.pools, SPATIAL=pr.spatial, ACC=pr.acc_type(), **pr.taps_meta(), **found.meta),
             found.warps,
         )  # fmt: skip
-    found, device = pr.tile("input_backward")
+    found, device = pr.tile("input_backward", MC=pr.c, HB=max(1, pr.hidden))
     programs, steps = n * cdiv(pr.p, found.meta["BP"]), cdiv(pr.c, found.meta["BC"])
     splits, each = pb.split_loop(programs, steps, found.fill, device)
+    programs *= splits
     pb.launch(
         input_backward_kernel,
-        programs * splits,
-        (dy, x, dx, gate, spatial_gate, pooled, pool_index, _part(grads.dpooled, rows), spatial_pool, spatial_index,
-         dmaps, u["c_units"], u["p_units"], splits, each),
+        programs,
+        (dy, x, dx, gate, spatial_gate, pooled, pool_index, spatial_pool, spatial_index, dmaps, w1, b1, w2,
+         _part(grads.dlogits, rows), hidden_part, _part(grads.dhidden, rows), _part(grads.hidden, rows),
+         None if hidden_part is None else acc(programs, pr.runs, pr.hidden),
+         acc(programs, pr.rows, each * found.meta["BC"]) if pr.pools else None,
+         u["c_units"], u["p_units"], pr.hidden, blocks, splits, each),
         dict(POOLS=pr.pools, SPATIAL=pr.spatial, SPLIT=pr.split(), RESIDUAL=residual, **pr.layout(), **found.meta),
         found.warps,
     )  # fmt: skip
@@ -372,11 +436,11 @@ def cbam_backward(
     with pb.on_device(x):
         for rows in _chunks(pr, x, 3):
             own = [_part(t, rows) for t in saved]
-            dz = part = None
+            dz = ds = part = None
             if pools or spatial:
-                dz, part = _scale_backward_launch(dy[rows], x[rows], own[2], _part(gate, rows), pr)
+                dz, ds, part = _scale_backward_launch(dy[rows], x[rows], own[2], _part(gate, rows), pr)
             _attention_backward_chunk(
-                dy[rows], x[rows], dx[rows], grads, own, _part(gate, rows), dz, part, rows, residual
+                dy[rows], x[rows], dx[rows], grads, own, _part(gate, rows), dz, ds, part, rows, residual
             )
         grads.reduce(saved[0])
     return (dx, *grads.outputs(x, 8))
@@ -402,7 +466,7 @@ def attention_backward(
         for rows in _chunks(pr, x, 3):
             _attention_backward_chunk(
                 dy[rows], x[rows], dx[rows], grads, [_part(t, rows) for t in saved], _part(gate, rows),
-                _part(dz, rows), _part(dgate, rows), rows, residual,
+                _part(dz, rows), None, _part(dgate, rows), rows, residual,
             )  # fmt: skip
         grads.reduce(saved[0])
     return (dx, *grads.outputs(x, 6))

@@ -97,6 +97,13 @@ class Problem:
     def taps_meta(self) -> Dict[str, int]:
         return dict(zip(("KD", "KH", "KW"), self.kernel))
 
+    def merge_block(self) -> int:
+        """Positions, padded, of the maps that programs merge each for itself; only small maps are."""
+        return 1 << (self.p - 1).bit_length() if self.small() else 1
+
+    def small(self) -> bool:
+        return self.p <= configurations.SMALL_MAP
+
     def split(self) -> bool:
         return self.ties == cfg.TIES_SPLIT
 

@@ -1,7 +1,8 @@
 """Third launch of the forward: the spatial gate from its maps, then x times both gates.
 
 A program owns a tile of positions and a range of channels. Reads x and writes y (2 S bytes); the
-maps are read from L1, one load a tap.
+maps are read from L1, one load a tap. Where the second launch shared the channels of a small map
+among programs, it first merges their maps.
 """
 
 from __future__ import annotations
@@ -9,20 +10,49 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device_functions import convolve_maps, folded_norm, load_scalar, sigmoid
+from .device_functions import convolve_maps, folded_norm, load_scalar, merge_maximum, sigmoid
 
 
-@triton.jit(do_not_specialize=["c_units", "p_units", "split_tiles", "D", "H", "W"])
-def scale_forward_kernel(
-    x, y, channel_gate, maps, logits, spatial_gate,
-    conv_weight, conv_bias, bn_weight, bn_bias, bn_mean, bn_var,
-    c_units, p_units, splits, split_tiles, D, H, W,
-    BN_EPS: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    SPATIAL: tl.constexpr, FROM_LOGITS: tl.constexpr, RESIDUAL: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, CV: tl.constexpr, PV: tl.constexpr,
-    BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
+@triton.jit
+def merge_maps(
+    part, part_index, out, maps, maps_index, n, P, PARTS, write,
+    SPLIT: tl.constexpr, WITH_INDEX: tl.constexpr, MB: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """y None: only the logits are written. FROM_LOGITS: they are read instead of computed."""
+    """Maps of PARTS shares of the channels [PARTS, 2, P] -> out [2, P], and to the saved ones where `write`."""
+    rp = tl.arange(0, MB)
+    mask = rp < P
+    peak = tl.full([MB], float("-inf"), ACC)
+    index = tl.zeros([MB], tl.int32)
+    mean = tl.zeros([MB], ACC)
+    for i in range(PARTS):
+        base = part + (n * PARTS + i) * 2 * P + rp
+        v = tl.load(base, mask=mask, other=0.0)  # [MB]
+        mean += tl.load(base + P, mask=mask, other=0.0)  # [MB]
+        at = index
+        if WITH_INDEX:
+            at = tl.load(part_index + (n * PARTS + i) * P + rp, mask=mask, other=0).to(tl.int32)  # [MB]
+        peak, index = merge_maximum(v, at, i == 0, peak, index, SPLIT)
+    tl.store(out + rp, peak, mask=mask)  # [MB]
+    tl.store(out + P + rp, mean, mask=mask)  # [MB]
+    saved = maps + n * 2 * P + rp
+    tl.store(saved, peak, mask=mask & write)  # [MB]
+    tl.store(saved + P, mean, mask=mask & write)  # [MB]
+    if WITH_INDEX:
+        at = maps_index + n * P + rp
+        tl.store(at, index.to(maps_index.dtype.element_ty), mask=mask & write)  # [MB]
+
+
+@triton.jit(do_not_specialize=["c_units", "p_units", "parts", "splits", "split_tiles", "D", "H", "W"])
+def scale_forward_kernel(
+    x, y, channel_gate, maps, maps_index, part, part_index, merged, logits, spatial_gate,
+    conv_weight, conv_bias, bn_weight, bn_bias, bn_mean, bn_var,
+    c_units, p_units, parts, splits, split_tiles, D, H, W,
+    BN_EPS: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    SPATIAL: tl.constexpr, SPLIT: tl.constexpr, RESIDUAL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, CV: tl.constexpr, PV: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr, MB: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """y None: only the logits are written; maps None: they are read. part (N, parts, 2, P) or None: merged first."""
     C = c_units * CV
     P = p_units * PV
     SC = 1 if CHANNELS_LAST else P
@@ -35,10 +65,17 @@ def scale_forward_kernel(
     rp = tile * BP + tl.arange(0, BP)
     pmask = rp < P
     if SPATIAL:
-        if FROM_LOGITS:
+        if maps is None:
             z = tl.load(logits + n * P + rp, mask=pmask, other=0.0)  # [BP]
         else:
             q = maps + n * 2 * P
+            if part is not None:
+                q = merged + pid.to(tl.int64) * 2 * P
+                merge_maps(
+                    part, part_index, q, maps, maps_index, n, P, parts, (tile == 0) & (split == 0),
+                    SPLIT, maps_index is not None, MB, ACC,
+                )  # fmt: skip
+                tl.debug_barrier()
             z = convolve_maps(q, conv_weight, rp, pmask, P, D, H, W, KD, KH, KW, SPATIAL == 2, SPATIAL == 3, ACC, BP)
             z += load_scalar(conv_bias, 0.0, ACC)
             if bn_mean is not None:
@@ -50,18 +87,18 @@ def scale_forward_kernel(
         if spatial_gate is not None:
             tl.store(spatial_gate + n * P + rp, s, mask=pmask & (split == 0))  # [BP]
     if y is not None:
-        at = n * C * P + rp.to(tl.int64)[None, :] * SP
+        row = tl.arange(0, BC)
+        corner = n * C * P + rp.to(tl.int64)[None, :] * SP + row.to(tl.int64)[:, None] * SC  # [BC, BP]
         for t in range(split * split_tiles, tl.minimum((split + 1) * split_tiles, tl.cdiv(C, BC))):
-            rc = t * BC + tl.arange(0, BC)
-            cmask = rc < C
+            cmask = t * BC + row < C
             mask = cmask[:, None] & pmask[None, :]
-            offsets = at + rc.to(tl.int64)[:, None] * SC
-            v = tl.load(x + offsets, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)  # [BC, BP]
+            at = corner + tl.cast(tl.multiple_of(t * BC, BC), tl.int64) * SC
+            v = tl.load(x + at, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)  # [BC, BP]
             out = v
             if channel_gate is not None:
-                out = out * tl.load(channel_gate + n * C + rc, mask=cmask, other=0.0)[:, None]  # [BC]
+                out = out * tl.load(channel_gate + n * C + t * BC + row, mask=cmask, other=0.0)[:, None]  # [BC]
             if SPATIAL:
                 out = out * s[None, :]
             if RESIDUAL:
                 out += v
-            tl.store(y + offsets, out.to(y.dtype.element_ty), mask=mask, eviction_policy="evict_first")  # [BC, BP]
+            tl.store(y + at, out.to(y.dtype.element_ty), mask=mask, eviction_policy="evict_first")  # [BC, BP]

@@ -1,7 +1,8 @@
 """First launch of the backward: from dy and x, both gates' gradients through y = x * g * s.
 
-Reads x and dy (2 S bytes). A program owns a tile of positions and walks over all channels, so the
-sum over channels, and with it dz, is complete; the sum over positions leaves one partial a tile.
+Reads x and dy (2 S bytes). A program owns a tile of positions and a range of channels: all of them,
+so that the sum over channels, and with it dz, is complete; or for small maps a share, which the
+second launch sums. The sum over positions leaves one partial a tile.
 """
 
 from __future__ import annotations
@@ -10,33 +11,36 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["c_units", "p_units"])
+@triton.jit(do_not_specialize=["c_units", "p_units", "splits", "split_tiles"])
 def scale_backward_kernel(
-    dy, x, channel_gate, spatial_gate, dz, dgate_part, c_units, p_units,
+    dy, x, channel_gate, spatial_gate, dz, ds_part, dgate_part, c_units, p_units, splits, split_tiles,
     CHANNELS_LAST: tl.constexpr, CV: tl.constexpr, PV: tl.constexpr,
     BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dz (N, P) is the gradient of the logits; dgate_part (N, tiles, C). Either may be None."""
+    """dz (N, P) is the gradient of the logits, or ds_part (N, splits, P) of the gate; dgate_part (N, tiles, C)."""
     C = c_units * CV
     P = p_units * PV
     SC = 1 if CHANNELS_LAST else P
     SP = C if CHANNELS_LAST else 1
     tiles = tl.cdiv(P, BP)
     pid = tl.program_id(0)
-    n = (pid // tiles).to(tl.int64)
-    rp = (pid % tiles) * BP + tl.arange(0, BP)
+    split = pid % splits
+    tile = (pid // splits) % tiles
+    n = (pid // (splits * tiles)).to(tl.int64)
+    rp = tile * BP + tl.arange(0, BP)
     pmask = rp < P
-    at = n * C * P + rp.to(tl.int64)[None, :] * SP
+    row = tl.arange(0, BC)
+    corner = n * C * P + rp.to(tl.int64)[None, :] * SP + row.to(tl.int64)[:, None] * SC  # [BC, BP]
     if spatial_gate is not None:
         s = tl.load(spatial_gate + n * P + rp, mask=pmask, other=0.0)  # [BP]
         ds = tl.zeros([BC, BP], ACC)
-    for t in range(tl.cdiv(C, BC)):
-        rc = t * BC + tl.arange(0, BC)
+    for t in range(split * split_tiles, tl.minimum((split + 1) * split_tiles, tl.cdiv(C, BC))):
+        rc = t * BC + row
         cmask = rc < C
         mask = cmask[:, None] & pmask[None, :]
-        offsets = at + rc.to(tl.int64)[:, None] * SC
-        v = tl.load(x + offsets, mask=mask, other=0.0).to(ACC)  # [BC, BP]
-        v *= tl.load(dy + offsets, mask=mask, other=0.0).to(ACC)  # [BC, BP]
+        at = corner + tl.cast(tl.multiple_of(t * BC, BC), tl.int64) * SC
+        v = tl.load(x + at, mask=mask, other=0.0).to(ACC)  # [BC, BP]
+        v *= tl.load(dy + at, mask=mask, other=0.0).to(ACC)  # [BC, BP]
         if spatial_gate is not None:
             if channel_gate is not None:
                 g = tl.load(channel_gate + n * C + rc, mask=cmask, other=0.0)  # [BC]
@@ -45,6 +49,10 @@ def scale_backward_kernel(
                 ds += v
             v *= s[None, :]
         if dgate_part is not None:
-            tl.store(dgate_part + pid.to(tl.int64) * C + rc, tl.sum(v, 1), mask=cmask)  # [BC]
+            tl.store(dgate_part + (n * tiles + tile) * C + rc, tl.sum(v, 1), mask=cmask)  # [BC]
     if spatial_gate is not None:
-        tl.store(dz + n * P + rp, tl.sum(ds, 0) * s * (1.0 - s), mask=pmask)  # [BP]
+        total = tl.sum(ds, 0)
+        if ds_part is None:
+            tl.store(dz + n * P + rp, total * s * (1.0 - s), mask=pmask)  # [BP]
+        else:
+            tl.store(ds_part + (n * splits + split) * P + rp, total, mask=pmask)  # [BP]

@@ -1,8 +1,9 @@
 """Second launch of the forward: the channel gate and, with it, both spatial pools of the gated x.
 
-A program owns a tile of positions of one sample and walks over the channels. It computes the gate
-itself from the pools: the MLP is tiny beside the tile, and neither a launch of its own nor a counter
-that programs wait on is then needed. Reads x (S bytes); the MLP's weights come from L2.
+A program owns a tile of positions and a range of channels of one sample: all of them, or for small
+maps a share, which the third launch merges. It finishes the gate of its channels itself from the
+first layer's partial sums: the MLP is tiny beside the tile, and neither a launch of its own nor a
+counter that programs wait on is then needed. Reads x (S bytes); the weights come from L2.
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ import triton
 import triton.language as tl
 
 from .device_functions import (
+    NO_INDEX,
     finite_or_zero,
     hidden_layer,
     load_pooled,
+    merge_maximum,
     reduce_maximum,
     relu,
+    replace_nan,
     root,
     sigmoid,
+    sum_parts,
     track_maximum,
 )
 
@@ -32,8 +37,8 @@ def merge_segments(
     MAX: tl.constexpr = (POOLS // 2) % 2
     LP: tl.constexpr = (POOLS // 4) % 2
     LSE: tl.constexpr = (POOLS // 8) % 2
-    K: tl.constexpr = AVG + MAX + LP + LSE
-    saved = pooled + n * K * C
+    ROWS: tl.constexpr = AVG + MAX + LP + LSE
+    saved = pooled + n * ROWS * C
     for c in range(0, C, MC):
         rc = c + tl.arange(0, MC)
         cmask = rc < C
@@ -44,19 +49,15 @@ def merge_segments(
         level = tl.full([MC], float("-inf"), ACC)
         exps = tl.zeros([MC], ACC)
         for seg in range(SEGMENTS):
-            base = part + (n * SEGMENTS + seg) * K * C + rc
+            base = part + (n * SEGMENTS + seg) * ROWS * C + rc
             if AVG:
                 total += tl.load(base, mask=cmask, other=0.0)  # [MC]
             if MAX:
                 v = tl.load(base + AVG * C, mask=cmask, other=0.0)  # [MC]
-                take = (v > peak) | ((v != v) & (peak == peak))
+                at = index
                 if WITH_INDEX:
                     at = tl.load(part_index + (n * SEGMENTS + seg) * C + rc, mask=cmask, other=0).to(tl.int32)  # [MC]
-                    if SPLIT:
-                        index = tl.where(take, at, tl.where(v == peak, index + at, index))
-                    else:
-                        index = tl.where(take | (seg == 0), at, index)
-                peak = tl.where(take, v, peak)
+                peak, index = merge_maximum(v, at, seg == 0, peak, index, SPLIT)
             if LP:
                 squares += tl.load(base + (AVG + MAX) * C, mask=cmask, other=0.0)  # [MC]
             if LSE:
@@ -88,33 +89,56 @@ def merge_segments(
 
 
 @triton.jit
-def channel_gate_tile(
-    hidden, w2, b2, C, H, rc, RUNS: tl.constexpr,
-    HB: tl.constexpr, BC: tl.constexpr, ACC: tl.constexpr,
+def _channel_gate(
+    n, u_base, hidden_part, my_hidden, my_gates, w1, b1, w2, b2, channel_gate, c0, c1, C, H, channel_tiles, write,
+    ROWS: tl.constexpr, RUNS: tl.constexpr, KP: tl.constexpr, BLEND: tl.constexpr,
+    SEGMENTED: tl.constexpr, MC: tl.constexpr, HB: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """sigmoid(W2 hidden + RUNS * b2) of channels rc -> [BC]."""
-    cmask = rc < C
-    logits = tl.zeros([BC], ACC)
+    """The gate of channels c0..c1 to my_gates [c1 - c0], and to the saved tensor where `write`."""
     for h in range(0, H, HB):
         rh = h + tl.arange(0, HB)
         hmask = rh < H
-        at = rc.to(tl.int64)[:, None] * H + rh[None, :]
-        w = tl.load(w2 + at, mask=cmask[:, None] & hmask[None, :], other=0.0).to(ACC)  # [BC, HB]
-        logits += tl.sum(w * tl.load(hidden + rh, mask=hmask, other=0.0)[None, :], 1)  # [HB]
-    if b2 is not None:
-        logits += RUNS * tl.load(b2 + rc, mask=cmask, other=0.0).to(ACC)  # [BC]
-    return sigmoid(logits)
+        if w1 is None:
+            units = tl.sum(load_pooled(u_base, C, rh, hmask, ROWS, KP, BLEND), 0)  # [HB]
+        else:
+            if SEGMENTED:
+                pre = hidden_layer(u_base, w1, C, H, rh, ROWS, KP, BLEND, MC, HB, ACC)  # [KP, HB]
+            else:
+                pre = sum_parts(hidden_part + n * channel_tiles * RUNS * H, channel_tiles, RUNS, H, rh, KP, HB, ACC)
+            if b1 is not None:
+                pre += tl.load(b1 + rh, mask=hmask, other=0.0).to(ACC)[None, :]  # [HB]
+            used = (tl.arange(0, KP) < RUNS)[:, None]
+            units = tl.sum(tl.where(used, relu(pre), 0.0), 0)
+        tl.store(my_hidden + rh, units, mask=hmask)  # [HB]
+    tl.debug_barrier()
+    for c in range(c0, c1, MC):
+        rc = c + tl.arange(0, MC)
+        cmask = rc < c1
+        logits = tl.zeros([MC], ACC)
+        for h in range(0, H, HB):
+            rh = h + tl.arange(0, HB)
+            hmask = rh < H
+            at = rc.to(tl.int64)[:, None] * H + rh[None, :]
+            w = tl.load(w2 + at, mask=cmask[:, None] & hmask[None, :], other=0.0).to(ACC)  # [MC, HB]
+            logits += tl.sum(w * tl.load(my_hidden + rh, mask=hmask, other=0.0)[None, :], 1)  # [HB]
+        if b2 is not None:
+            logits += RUNS * tl.load(b2 + rc, mask=cmask, other=0.0).to(ACC)  # [MC]
+        gate = sigmoid(logits)
+        tl.store(my_gates + rc - c0, gate, mask=cmask)  # [MC]
+        tl.store(channel_gate + n * C + rc, gate, mask=cmask & write)  # [MC]
+    tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["c_units", "p_units"])
+@triton.jit(do_not_specialize=["c_units", "p_units", "splits", "split_tiles", "channel_tiles"])
 def spatial_pool_forward_kernel(
-    x, part, part_index, merged, pooled, pool_index, hidden, w1, b1, w2, b2,
-    channel_gate, spatial_pool, spatial_index, c_units, p_units, H, SEGMENTS,
+    x, part, part_index, merged, pooled, pool_index, hidden_part, hidden, gates, w1, b1, w2, b2,
+    channel_gate, maps, maps_index, c_units, p_units, H, SEGMENTS, channel_tiles, splits, split_tiles,
     POOLS: tl.constexpr, SPATIAL: tl.constexpr, SPLIT: tl.constexpr,
-    SEGMENTED: tl.constexpr, WITH_INDEX: tl.constexpr,
+    SEGMENTED: tl.constexpr, WITH_INDEX: tl.constexpr, EVEN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, CV: tl.constexpr, PV: tl.constexpr,
     BC: tl.constexpr, BP: tl.constexpr, MC: tl.constexpr, HB: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """maps (N, splits, 2, P), maps_index (N, splits, P). EVEN: BC divides C."""
     BLEND: tl.constexpr = POOLS // 16
     ROWS: tl.constexpr = POOLS % 2 + (POOLS // 2) % 2 + (POOLS // 4) % 2 + (POOLS // 8) % 2
     RUNS: tl.constexpr = 1 if BLEND else ROWS
@@ -125,60 +149,73 @@ def spatial_pool_forward_kernel(
     SP = C if CHANNELS_LAST else 1
     # Without spatial maps there are no positions to split over.
     tiles = tl.cdiv(P, BP) if SPATIAL else 1
-    pid = tl.program_id(0)
-    tile = pid % tiles
-    n = (pid // tiles).to(tl.int64)
+    # Backwards through the samples: those that the first launch read last are still in L2.
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    split = pid % splits
+    tile = (pid // splits) % tiles
+    n = (pid // (splits * tiles)).to(tl.int64)
+    c0 = split * split_tiles * BC
+    c1 = tl.minimum(c0 + split_tiles * BC, C)
 
     if POOLS:
         u_base = part + n * ROWS * C
         if SEGMENTED:
             u_base = merged + pid.to(tl.int64) * ROWS * C
             merge_segments(
-                part, part_index, u_base, pooled, pool_index, n, C, P, SEGMENTS, tile == 0,
+                part, part_index, u_base, pooled, pool_index, n, C, P, SEGMENTS, (tile == 0) & (split == 0),
                 POOLS, SPLIT, WITH_INDEX, MC, ACC,
             )  # fmt: skip
             tl.debug_barrier()
-        # Every program writes its own copy: a shared one would be written many times over.
-        my_hidden = hidden + pid.to(tl.int64) * H
-        for h in range(0, H, HB):
-            rh = h + tl.arange(0, HB)
-            if w1 is None:
-                units = tl.sum(load_pooled(u_base, C, rh, rh < H, ROWS, KP, BLEND), 0)  # [HB]
-            else:
-                pre = hidden_layer(u_base, w1, b1, C, H, rh, ROWS, KP, BLEND, MC, HB, ACC)  # [KP, HB]
-                used = (tl.arange(0, KP) < RUNS)[:, None]
-                units = tl.sum(tl.where(used, relu(pre), 0.0), 0)
-            tl.store(my_hidden + rh, units, mask=rh < H)  # [HB]
-        tl.debug_barrier()
+        # Every program writes its own copies: shared ones would be written many times over.
+        my_gates = gates + pid.to(tl.int64) * split_tiles * BC
+        _channel_gate(
+            n, u_base, hidden_part, hidden + pid.to(tl.int64) * H, my_gates, w1, b1, w2, b2, channel_gate,
+            c0, c1, C, H, channel_tiles, tile == 0, ROWS, RUNS, KP, BLEND, SEGMENTED, MC, HB, ACC,
+        )  # fmt: skip
 
-    rp = tile * BP + tl.arange(0, BP)
-    pmask = rp < P
-    columns = x + n * C * P + rp.to(tl.int64)[None, :] * SP  # [1, BP]
-    total = tl.zeros([BC, BP], ACC)
-    peak = tl.full([BC, BP], float("-inf"), ACC)
-    index = tl.zeros([BC, BP], tl.int32)
-    if not SPLIT:
-        index += tl.arange(0, BC)[:, None]
-    for t in range(tl.cdiv(C, BC)):
-        rc = t * BC + tl.arange(0, BC)
-        cmask = rc < C
-        if SPATIAL:
-            mask = cmask[:, None] & pmask[None, :]
-            v = tl.load(columns + rc.to(tl.int64)[:, None] * SC, mask=mask, other=0.0).to(ACC)  # [BC, BP]
-        if POOLS:
-            gate = channel_gate_tile(my_hidden, w2, b2, C, H, rc, RUNS, HB, BC, ACC)
-            tl.store(channel_gate + n * C + rc, gate, mask=cmask & (tile == 0))  # [BC]
-            if SPATIAL:
-                v = v * gate[:, None]
-        if SPATIAL:
-            total += tl.where(mask, v, 0.0)
-            peak, index = track_maximum(
-                tl.where(mask, v, float("-inf")), rc[:, None], mask, peak, index, SPLIT
-            )
     if SPATIAL:
+        rp = tile * BP + tl.arange(0, BP)
+        pmask = rp < P
+        row = tl.arange(0, BC)
+        rows = x + n * C * P + rp.to(tl.int64)[None, :] * SP + row.to(tl.int64)[:, None] * SC  # [BC, BP]
+        total = tl.zeros([BC, BP], ACC)
+        peak = tl.full([BC, BP], float("-inf"), ACC)
+        index = tl.zeros([BC, BP], tl.int32)
+        first = split * split_tiles
+        if not SPLIT:
+            index += first
+        for t in range(first, tl.cdiv(c1, BC)):
+            at = tl.cast(tl.multiple_of(t * BC, BC), tl.int64) * SC
+            if EVEN:
+                mask = None
+                v = tl.load(rows + at, mask=pmask[None, :], other=0.0).to(ACC)  # [BC, BP]
+                if POOLS:
+                    v *= tl.load(my_gates + (t - first) * BC + row)[:, None]  # [BC]
+            else:
+                cmask = t * BC + row < C
+                mask = cmask[:, None]
+                v = tl.load(rows + at, mask=mask & pmask[None, :], other=0.0).to(ACC)  # [BC, BP]
+                if POOLS:
+                    v *= tl.load(my_gates + (t - first) * BC + row, mask=cmask, other=0.0)[:, None]  # [BC]
+            total += v
+            peak, index = track_maximum(v, t, mask, peak, index, SPLIT, WITH_INDEX)
+        s = tl.sum(total, 0)
+        if not SPLIT:
+            index = index * BC + row[:, None]
         best, found = reduce_maximum(peak, index, 0, SPLIT)
-        tl.store(spatial_pool + n * 2 * P + rp, best, mask=pmask)  # [BP]
-        tl.store(spatial_pool + n * 2 * P + P + rp, tl.sum(total, 0) / C.to(ACC), mask=pmask)  # [BP]
+        if tl.max((s != s).to(tl.int32), 0) > 0:
+            first_nan = tl.full([BC, BP], NO_INDEX, tl.int32)
+            for t in range(first, tl.cdiv(c1, BC)):
+                at = tl.cast(tl.multiple_of(t * BC, BC), tl.int64) * SC
+                cmask = t * BC + row < C
+                v = tl.load(rows + at, mask=cmask[:, None] & pmask[None, :], other=0.0).to(ACC)  # [BC, BP]
+                if POOLS:
+                    v *= tl.load(my_gates + (t - first) * BC + row, mask=cmask, other=0.0)[:, None]  # [BC]
+                first_nan = tl.minimum(first_nan, tl.where(v != v, (t * BC + row)[:, None], NO_INDEX))
+            best, found = replace_nan(best, found, tl.min(first_nan, 0), SPLIT)
+        out = maps + (n * splits + split) * 2 * P + rp
+        tl.store(out, best, mask=pmask)  # [BP]
+        tl.store(out + P, s / C.to(ACC), mask=pmask)  # [BP]
         if WITH_INDEX:
-            at = spatial_index + n * P + rp
-            tl.store(at, found.to(spatial_index.dtype.element_ty), mask=pmask)  # [BP]
+            at = maps_index + (n * splits + split) * P + rp
+            tl.store(at, found.to(maps_index.dtype.element_ty), mask=pmask)  # [BP]

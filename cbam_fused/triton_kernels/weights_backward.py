@@ -44,14 +44,14 @@ def _outer_products(
         tl.store(bias + ri, (RUNS * total).to(bias.dtype.element_ty), mask=mask)  # [IB]
 
 
-@triton.jit(do_not_specialize=["N", "C", "H"])
+@triton.jit(do_not_specialize=["N", "tap_rows", "C", "H"])
 def weights_backward_kernel(
     dlogits, hidden, dhidden, u, dtaps, dnorm, bn_weight, bn_bias, bn_mean, bn_var,
-    dw1, db1, dw2, db2, dconv_weight, dconv_bias, dbn_weight, dbn_bias, N, C, H, TAPS,
+    dw1, db1, dw2, db2, dconv_weight, dconv_bias, dbn_weight, dbn_bias, N, tap_rows, C, H, TAPS,
     BN_EPS: tl.constexpr, RUNS: tl.constexpr,
     IB: tl.constexpr, JB: tl.constexpr, RB: tl.constexpr, TB: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """u (N * RUNS, C) is what the MLP read; dtaps (N, TAPS) and dnorm (N, 2) are sums of single samples."""
+    """u (N * RUNS, C) is what the MLP read; dtaps (tap_rows, TAPS) and dnorm (tap_rows, 2) are partial sums."""
     tile = tl.program_id(0)
     if dw1 is not None:
         tiles = tl.cdiv(H, IB) * tl.cdiv(C, JB)
@@ -72,8 +72,8 @@ def weights_backward_kernel(
             taps = tl.zeros([TB], ACC)
             total = tl.zeros([RB], ACC)
             weighted = tl.zeros([RB], ACC)
-            for n in range(0, N, RB):
-                nmask = n + rn < N
+            for n in range(0, tap_rows, RB):
+                nmask = n + rn < tap_rows
                 at = (n + rn.to(tl.int64))[:, None] * TAPS + rt[None, :]
                 taps += tl.sum(tl.load(dtaps + at, mask=nmask[:, None] & tmask[None, :], other=0.0), 0)  # [RB, TB]
                 total += tl.load(dnorm + (n + rn) * 2, mask=nmask, other=0.0)  # [RB]
