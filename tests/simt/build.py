@@ -4,6 +4,7 @@ Flavours:
     checked  every load and store is checked (bounds, alignment, unwritten values, races) and counted
     asan     AddressSanitizer and UBSan; must run in a process that `sanitized_environment` describes
     fast     neither: for comparing numbers over many shapes
+    portable as fast, with the stack switch of machines other than x86-64
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ FLAGS = {
     "checked": {"driver": ("-O1", *_HOOKS), "runtime": ("-O2",), "link": ()},
     "asan": {"driver": ("-O1", *_ASAN), "runtime": ("-O1", *_ASAN), "link": _ASAN},
     "fast": {"driver": ("-O2",), "runtime": ("-O2",), "link": ()},
+    "portable": {"driver": ("-O0",), "runtime": ("-O0", "-DSIMT_UCONTEXT"), "link": ()},
 }
 READ_ONLY, UNWRITTEN = 1, 2
 
@@ -123,7 +125,7 @@ def build_runtime(flavor: str) -> Path:
     flags = FLAGS[flavor]
     sources = sorted((HERE / "runtime").glob("*.cpp"))
     include = (f"-I{HERE / 'include'}", f"-I{HERE / 'runtime'}")
-    kind = "asan" if flavor == "asan" else "plain"
+    kind = flavor if flavor in ("asan", "portable") else "plain"
     return _compile(
         sources,
         f"simt_{kind}",
@@ -143,7 +145,7 @@ def build(
 
     Args:
         source: the driver; `tests/simt/include` and `csrc/cuda` are on its include path.
-        flavor: "checked", "asan" or "fast"; by default `default_flavor()`.
+        flavor: one of the above; by default `default_flavor()`.
         defines: preprocessor definitions, `NAME` or `NAME=VALUE`.
         include: further include directories.
 

@@ -207,6 +207,8 @@ FAULTS = {
     "barrier_deadlock": "deadlock",
     "cluster_deadlock": "livelock",
     "livelock": "livelock",
+    "volatile_poll": "livelock",
+    "plain_poll": "livelock: the thread reads and writes without end",
     "shuffle_absent_lane": "shuffles from lane 16|not in the mask 0000ffff",
     "shuffle_returned_lane": "lane 31 returned|have returned",
     "shuffle_partial_warp": "do not exist",
@@ -276,6 +278,16 @@ def test_right_handover_passes(faults, name):
 def test_impossible_launch(faults, name, reason):
     with pytest.raises(SimtError, match=f"kernel '{name}': .*{reason}"):
         run_fault(faults, name, 0)
+
+
+@pytest.mark.skipif(FLAVOR == "asan", reason="the switch is told apart by the runtime, not by the flavour")
+def test_portable_switch():
+    library = build.load(DRIVERS / "correct.cpp", flavor="portable")
+    x = np.random.default_rng(6).integers(-9, 9, (5, 96)).astype(np.float32)
+    out = np.zeros(5, np.float32)
+    for seed in SEEDS:
+        library.run("run_row_sum", Array(x, "x", read_only=True), out, 5, 96, seed=seed)
+        assert np.array_equal(out, x.sum(1))
 
 
 def test_library_recovers_after_a_fault(faults):

@@ -215,6 +215,15 @@ FAULT(livelock, .grid = 2, .block = 32) {
   if (threadIdx.x == 0)
     while (load_acquire(counters + blockIdx.x) == 0) sleep(64);  // FAULT
 }
+FAULT(volatile_poll, .grid = 2, .block = 32) {
+  if (threadIdx.x == 0)
+    while (*(const volatile unsigned*)counters == 0) {  // FAULT
+    }
+}
+FAULT(plain_poll, .grid = 1, .block = 32) {
+  if (threadIdx.x == 0)
+    for (out[0] = x[0]; out[0] == x[0]; out[0] = x[0]) asm volatile("" ::: "memory");  // FAULT
+}
 FAULT(shuffle_absent_lane, .grid = 1, .block = 32) {
   float v = x[threadIdx.x];
   if (threadIdx.x < 16) v = __shfl_sync(0xffffu, v, int(threadIdx.x) + 16);  // FAULT

@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#if defined(__x86_64__)
+#if SIMT_HAND_SWITCH
 // Only callee-saved registers need saving: the switch is an ordinary call to the code around it.
 asm(R"(
 .text
@@ -46,7 +46,7 @@ void fiber_create(Fiber& f, unsigned char* stack, void (*entry)()) {
   f.size = kStackBytes;
   auto* words = reinterpret_cast<std::uint64_t*>(stack);
   for (int i = 0; i < kCanaryWords; ++i) words[i] = kCanary;
-#if defined(__x86_64__)
+#if SIMT_HAND_SWITCH
   // At entry the stack is as after a call: a return address on top, and above it 16-byte aligned.
   auto* top = reinterpret_cast<void**>(stack + kStackBytes) - 3;
   top[0] = nullptr;
@@ -68,7 +68,7 @@ void fiber_switch(Fiber& from, Fiber& to, bool from_is_over) {
 #else
   (void)from_is_over;
 #endif
-#if defined(__x86_64__)
+#if SIMT_HAND_SWITCH
   simt_switch_stacks(&from.sp, to.sp);
 #else
   swapcontext(&from.context, &to.context);

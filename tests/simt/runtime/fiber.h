@@ -11,7 +11,10 @@
 #define SIMT_ASAN 0
 #endif
 
-#if !defined(__x86_64__)
+#if defined(__x86_64__) && !defined(SIMT_UCONTEXT)
+#define SIMT_HAND_SWITCH 1
+#else
+#define SIMT_HAND_SWITCH 0
 #include <ucontext.h>
 #endif
 
@@ -21,7 +24,7 @@ constexpr std::size_t kStackBytes = SIMT_ASAN ? 256 << 10 : 64 << 10;
 
 struct Fiber {
   unsigned char* stack = nullptr;  // kStackBytes; null for the scheduler's own
-#if defined(__x86_64__)
+#if SIMT_HAND_SWITCH
   void* sp = nullptr;
 #else
   ucontext_t context;

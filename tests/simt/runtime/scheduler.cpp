@@ -155,22 +155,24 @@ bool retire(Cluster* cluster) {
 }
 
 std::string stuck_report(const char* what) {
-  std::string s = what;
+  std::string report = std::string("kernel '") + device.kernel + "': " + what;
   std::set<std::string> seen;
+  std::set<const void*> polls;  // resolving one costs a process
   for (auto& cluster : device.clusters)
     for (auto& b : cluster->blocks)
       for (Thread& t : b->threads) {
-        if (t.done) continue;
-        char line[400];
-        std::snprintf(line, sizeof line, "%s at %s:%d", t.waiting ? t.waiting : "runs", t.where.file,
-                      t.where.line);
-        if (!seen.insert(line).second || seen.size() > 8) continue;
-        std::snprintf(line, sizeof line, "\n  block (%u,%u,%u) thread (%u,%u,%u) %s at %s:%d", b->index.x,
-                      b->index.y, b->index.z, t.view.thread_index.x, t.view.thread_index.y,
-                      t.view.thread_index.z, t.waiting ? t.waiting : "runs", t.where.file, t.where.line);
-        s += line;
+        if (t.done || seen.size() == 8 || (t.poll && !polls.insert(t.poll).second)) continue;
+        const Where where = t.poll ? place_of(t.poll) : t.where;
+        const std::string doing = std::string(t.waiting ? t.waiting : "runs") + " at " + where.file + ":" +
+                                  std::to_string(where.line);
+        if (!seen.insert(doing).second) continue;
+        char who[120];
+        const uint3 i = t.view.thread_index;
+        std::snprintf(who, sizeof who, "\n  block (%u,%u,%u) thread (%u,%u,%u) ", b->index.x, b->index.y,
+                      b->index.z, i.x, i.y, i.z);
+        report += who + doing;
       }
-  return s;
+  return report;
 }
 
 void run_thread(Block& b) {
@@ -183,6 +185,7 @@ void run_thread(Block& b) {
   device.thread = t;
   self = &t->view;
   device.switches++;
+  device.accesses = 0;
   fiber_switch(device.scheduler, t->fiber);
   self = nullptr;
   device.thread = nullptr;

@@ -189,36 +189,34 @@ Name access_name(unsigned access, std::size_t bytes) {
 }
 
 void fail_site(Site site, const std::string& message) {
-  if (site.pc) fail_pc(site.pc, "%s", message.c_str());
-  fail(site.where, "%s", message.c_str());
+  fail(site.pc ? place_of(site.pc) : site.where, "%s", message.c_str());
 }
 
-void fail_pc(const void* pc, const char* format, ...) {
-  char text[1500];
-  va_list arguments;
-  va_start(arguments, format);
-  std::vsnprintf(text, sizeof text, format, arguments);
-  va_end(arguments);
-  static char place[500];
+Where place_of(const void* pc) {
+  static char place[600];
   int line = 0;
   Dl_info info{};
   const auto call = static_cast<const char*>(pc) - 1;  // the return address is already the next line's
-  if (dladdr(call, &info) && info.dli_fname) {
-    const auto offset = static_cast<std::size_t>(call - static_cast<const char*>(info.dli_fbase));
-    std::snprintf(place, sizeof place, "%s+0x%zx", info.dli_fname, offset);
-    char hex[700], answer[500] = "";
-    std::snprintf(hex, sizeof hex, "addr2line -e '%s' 0x%zx 2>/dev/null", info.dli_fname, offset);
-    if (std::FILE* pipe = popen(hex, "r")) {
-      if (std::fgets(answer, sizeof answer, pipe))
-        if (char* colon = std::strrchr(answer, ':'); colon && answer[0] != '?') {
-          *colon = 0;
-          line = std::atoi(colon + 1);
-          std::snprintf(place, sizeof place, "%s", answer);
-        }
-      pclose(pipe);
+  if (!dladdr(call, &info) || !info.dli_fname) return {"an unknown place", 0};
+  const auto offset = static_cast<std::size_t>(call - static_cast<const char*>(info.dli_fbase));
+  std::snprintf(place, sizeof place, "%s+0x%zx", info.dli_fname, offset);
+  char command[700], answer[500] = "";
+  std::snprintf(command, sizeof command, "addr2line -e '%s' 0x%zx 2>/dev/null", info.dli_fname, offset);
+  if (std::FILE* pipe = popen(command, "r")) {
+    char* colon = std::fgets(answer, sizeof answer, pipe) ? std::strrchr(answer, ':') : nullptr;
+    if (colon && answer[0] != '?') {
+      *colon = 0;
+      line = std::atoi(colon + 1);
+      std::snprintf(place, sizeof place, "%s", answer);
     }
+    pclose(pipe);
   }
-  fail({place, line}, "%s", text);
+  return {place, line};
+}
+
+bool in_own_stack(const void* address) {
+  return static_cast<std::size_t>(static_cast<const unsigned char*>(address) - device.thread->fiber.stack) <
+         kStackBytes;
 }
 
 bool in_shared(const void* address) {
@@ -235,7 +233,7 @@ void check_access(const void* address, std::size_t bytes, std::size_t alignment,
   Device& d = device;
   Thread& t = *d.thread;
   const auto a = reinterpret_cast<std::uintptr_t>(address);
-  if (a - reinterpret_cast<std::uintptr_t>(t.fiber.stack) < kStackBytes) return;
+  if (in_own_stack(address)) return;
   if (a % alignment)
     report(site, "misaligned %s at %p: the address is not a multiple of %zu", access_name(access, bytes).text,
            address, alignment);

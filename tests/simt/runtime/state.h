@@ -64,7 +64,8 @@ struct Thread {
   bool ready, done;
   const char* waiting;  // for the deadlock report
   Where where;
-  u64 result;  // of a warp or block collective
+  const void* poll;  // where set, names the place of a poll instead of `where`
+  u64 result;        // of a warp or block collective
   bool cluster_arrived;
   u32 cluster_waits;
 
@@ -197,6 +198,7 @@ struct Device {
   std::size_t parameter_bytes = 0;
   unsigned block_threads = 0;
   u64 random = 0, progress = 0, switches = 0;
+  u64 accesses = 0;  // since the running thread was resumed
   std::vector<std::unique_ptr<Cluster>> clusters;
   std::vector<Block*> resident;
   std::vector<unsigned> free_slots;
@@ -223,7 +225,7 @@ extern Device device;
 u64 random_below(u64 n);
 void wait(const char* what, Where where);  // blocks the running thread until `wake`
 void wake(Thread* thread);
-[[noreturn]] void fail_pc(const void* pc, const char* format, ...) __attribute__((format(printf, 2, 3)));
+Where place_of(const void* pc);                             // of a return address; valid until the next call
 [[noreturn]] void fail_device(const std::string& message);  // from the scheduler: no thread is at fault
 
 // sync.cpp
@@ -257,6 +259,7 @@ void mark_async(Thread& t, void* address, std::size_t bytes, unsigned party, u32
 void mark_landed(Thread& t, void* address, std::size_t bytes);
 void check_proxy(Thread& t, const void* address, std::size_t bytes, Site site);
 void check_global(Thread& t, std::uintptr_t address, std::size_t bytes, unsigned access, Site site);
+bool in_own_stack(const void* address);
 bool in_shared(const void* address);
 Block* shared_block(const void* address);
 [[noreturn]] void fail_site(Site site, const std::string& message);
