@@ -90,11 +90,12 @@ struct Block {
 
   static int count_pools(int pools) { return __builtin_popcount(pools & 15); }
 
-  // Positions whose x (and dy) take a quarter of a 1 MiB second-level cache.
+  // Positions whose x (and dy) take a quarter of a 1 MiB second-level cache; not so many that a sum
+  // over a tile, one value after the other, loses more than the sum over tiles.
   static int64_t tile_positions(const Problem& p, bool backward) {
     int64_t bytes = p.C * int64_t(sizeof(T)) * (backward ? 2 : 1);
     int64_t positions = std::max<int64_t>((int64_t(256) << 10) / bytes / L * L, 64);
-    return std::min(positions, p.P);
+    return std::min({positions, int64_t(2048), p.P});
   }
 
   // Samples that a thread takes through the pools together, so that each load of the MLP's weights
@@ -260,7 +261,9 @@ struct Block {
       reduce_columns<false>(xs + c0, p.C, 0, p.P, slots, (const A*)nullptr, w.sum, w.max, w.index);
       finish_columns<false>(xs + c0, p.C, 0, p.P, slots, (const A*)nullptr, w.sum, w.max, w.index,
                             [&](int64_t l, int64_t k, auto) {
-                              for (int i = 0; i < L && c0 + l + i < c1; ++i) {
+                              // From c0 on: what lies before belongs to another thread, which may have put
+                              // the number of its ties in place of the index.
+                              for (int i = int(std::max<int64_t>(0, -l)); i < L && c0 + l + i < c1; ++i) {
                                 done(c0 + l + i, Extremum<A>{w.sum[k * L + i], w.max[k * L + i], w.index[k * L + i]});
                               }
                             });
@@ -281,7 +284,9 @@ struct Block {
       std::fill_n(w.max, slots.size() * L, A(0));
       sum_columns(x(n) + c0, p.C, 0, p.P, slots, w.max,
                   [&](Vec<A> v, int64_t, int64_t l) { return f(v, load(per_channel + c0 + l)); });
-      unslot(slots, w.max, w.sum);
+      for_slots(slots, [&](int64_t l, int64_t k, auto) {
+        for (int i = int(std::max<int64_t>(0, -l)); i < L; ++i) w.sum[l + i] = w.max[k * L + i];
+      });
     } else {
       std::fill_n(w.sum, c1 - c0, A(0));
       sum_rows(x(n) + c0 * p.P, p.P, 0, c1 - c0, make_slots<A>(p.P, 0), w.sum,

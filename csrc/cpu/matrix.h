@@ -101,6 +101,16 @@ CBAM_INLINE void for_blocks(int64_t begin, int64_t end, F&& f) {
   for (; r < end; ++r) f(r, Rows<1>{});
 }
 
+// Sum of the rows of a block by halves: shorter chains of additions, so less is lost, and more at a time.
+template <class V>
+CBAM_INLINE V sum_block(const V (&v)[1]) {
+  return v[0];
+}
+template <class V>
+CBAM_INLINE V sum_block(const V (&v)[4]) {
+  return (v[0] + v[1]) + (v[2] + v[3]);
+}
+
 // A statistic of one lane or row: sum and first maximum with its index.
 template <class A>
 struct Extremum {
@@ -188,15 +198,16 @@ void reduce_columns(const T* x, int64_t stride, int64_t r0, int64_t r1, const Sl
       prefetch_next<T, R>(row + l, stride);
       Vec<A> s = load(sum + k * L), m = load(max + k * L);
       VecInt<A> i = load(index + k * L);
+      Vec<A> value[R];
       for (int u = 0; u < R; ++u) {
         Vec<A> v = load(row + u * stride + l, tag);  // [R, lanes]
         if constexpr (kScaled) v = v * scale[u];
-        s += v;
+        value[u] = v;
         VecInt<A> greater = v > m;
         m = greater ? v : m;
         i = greater ? splat_int<A>(r + u) : i;
       }
-      store(sum + k * L, s);
+      store(sum + k * L, s + sum_block(value));
       store(max + k * L, m);
       store(index + k * L, i);
     });
@@ -244,13 +255,13 @@ void weigh_product(const T* x, const T* dy, int64_t stride, int64_t r0, int64_t 
     for_slots(slots, [&](int64_t l, int64_t k, auto tag) {
       prefetch_next<T, R>(x + offset + l, stride);
       prefetch_next<T, R>(dy + offset + l, stride);
-      Vec<A> out = load(lane_out + k * L), lane = load(lane_weight + l);
+      Vec<A> lane = load(lane_weight + l), part[R];
       for (int u = 0; u < R; ++u) {
         Vec<A> t = load(x + offset + u * stride + l, tag) * load(dy + offset + u * stride + l, tag);  // [R, lanes]
         acc[u] += only_fresh(t * lane, tag, Vec<A>{});
-        out += t * weight[u];
+        part[u] = t * weight[u];
       }
-      store(lane_out + k * L, out);
+      store(lane_out + k * L, load(lane_out + k * L) + sum_block(part));
     });
     for (int u = 0; u < R; ++u) row_out[r + u] = sum_lanes<A>(acc[u]);
   });
@@ -283,9 +294,9 @@ CBAM_INLINE void sum_columns(const T* x, int64_t stride, int64_t r0, int64_t r1,
     constexpr int R = decltype(rows)::value;
     const T* row = x + r * stride;
     for_slots(slots, [&](int64_t l, int64_t k, auto tag) {
-      Vec<A> out = load(lane_out + k * L);
-      for (int u = 0; u < R; ++u) out += f(load(row + u * stride + l, tag), r + u, l);  // [R, lanes]
-      store(lane_out + k * L, out);
+      Vec<A> part[R];
+      for (int u = 0; u < R; ++u) part[u] = f(load(row + u * stride + l, tag), r + u, l);  // [R, lanes]
+      store(lane_out + k * L, load(lane_out + k * L) + sum_block(part));
     });
   });
 }
