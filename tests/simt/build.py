@@ -41,7 +41,7 @@ _HOOKS = (
 )
 FLAGS = {
     "checked": {"driver": ("-O1", *_HOOKS), "runtime": ("-O2",), "link": ()},
-    "asan": {"driver": ("-O1", *_ASAN), "runtime": ("-O1", *_ASAN), "link": _ASAN},
+    "asan": {"driver": ("-O1", *_ASAN), "runtime": ("-O1", "-fsanitize=address"), "link": _ASAN},
     "fast": {"driver": ("-O2",), "runtime": ("-O2",), "link": ()},
     "portable": {"driver": ("-O0",), "runtime": ("-O0", "-DSIMT_UCONTEXT"), "link": ()},
 }
