@@ -40,6 +40,10 @@ class Refusal(Exception):
     """Why a module that looks like a CBAM is left as it is."""
 
 
+class GateOnly(Refusal):
+    """It computes a gate and leaves the product to its caller."""
+
+
 class Structure(NamedTuple):
     kind: str  # "block", "channel" or "spatial"
     channels: Optional[int]
@@ -191,6 +195,16 @@ def check_children(module: nn.Module, s: Structure) -> None:
         raise Refusal("its forward takes more than one tensor")
 
 
+def _copy(module: nn.Module, memo: Optional[Dict[int, Any]] = None) -> nn.Module:
+    memo = {} if memo is None else memo
+    for node in module.modules():
+        for value in node.__dict__.values():
+            # Pruning leaves such a product of parameter and mask, which cannot be copied; its hook makes it anew.
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(module, memo)
+
+
 def _bare_copy(module: nn.Module) -> nn.Module:
     """A float64 copy on the CPU without hooks, which may hold on to anything."""
     memo: Dict[int, Any] = {}
@@ -200,7 +214,7 @@ def _bare_copy(module: nn.Module) -> nn.Module:
             if not any(_known_prehook(h) for h in hooks.values()):
                 memo[id(hooks)] = OrderedDict()
     try:
-        twin = copy.deepcopy(module, memo)
+        twin = _copy(module, memo)
     except RuntimeError as error:
         raise Refusal(f"it cannot be copied for the check: {str(error).splitlines()[0]}") from None
     if any(t.is_meta for t in itertools.chain(twin.parameters(), twin.buffers())):
@@ -324,8 +338,13 @@ def _agree(twin: nn.Module, other: nn.Module, x: Tensor) -> Optional[str]:
 def _row(module: nn.Module, s: Structure, c: Config) -> Optional[str]:
     """The dialect with these paths, preferring the one with these options; None for a layout of its own."""
     found = {n: ".".join(p) for n, p in zip(dialects.LAYERS, s.paths) if p is not None}
-    rows = [r for r in dialects.TABLE if r.kind == s.kind and r.name != "cbam_fused"]
-    rows = [r for r in rows if dict(r.layers) == found or ("spatial" in r.optional and found.items() <= r.layers.items())]
+    def has(r: dialects.Dialect) -> bool:
+        if r.kind == s.kind and dict(r.layers) == found:
+            return True
+        without = {k: v for k, v in r.layers.items() if k.startswith("fc")}
+        return s.kind == "channel" and "spatial" in r.optional and without == found
+
+    rows = [r for r in dialects.TABLE if r.name != "cbam_fused" and has(r)]
     linear = isinstance(_at(module, s.paths[1]), nn.Linear) if s.paths[1] else None
     rows = [r for r in rows if linear is None or (r.mlp == "linear") == linear]
     ties = cfg.TIES_SPLIT if c.ties == cfg.TIES_SPLIT else cfg.TIES_FIRST
@@ -383,27 +402,35 @@ def recognise(module: nn.Module, s: Structure, backend: str) -> Spec:
                     raise
         original = type(module)
         if y.shape != probes[0].shape:
-            gate = y.shape[0] == probes[0].shape[0] and y.numel() < probes[0].numel()
-            raise Refusal(
-                f"it returns a gate {tuple(y.shape)} and leaves the product to its caller: cbam_fused.compat.luuuyi "
-                "has the pair as one fused block" if gate else f"it returns shape {tuple(y.shape)} for {tuple(probes[0].shape)}"
-            )
+            _refuse_shape(y, probes[0])
         config = _matching(twin, s, probes[0], y, dims)
         candidates = [config]
         if config.pools & cfg.MAX or config.spatial:
             candidates.append(Config(config.pools, config.spatial, cfg.TIES_SPLIT, config.residual))
-        failure: Optional[str] = None
+        failures = []
         for c in candidates:
             spec = _spec(s, c, dims, None, "auto", original)
             failure = _verify(twin, spec, s.kind, probes)
             if failure is None:
                 return _spec(s, c, dims, _row(module, s, c), backend, original)
-    raise Refusal(f"its {failure} differs from FusedCBAM's")
+            failures.append(failure)
+    # The options that agreed for longest are the ones that it has.
+    raise Refusal(f"its {max(failures)[1]} differs from FusedCBAM's")
+
+
+def _refuse_shape(y: Tensor, x: Tensor) -> None:
+    gates = (x.shape[:2] + (1,) * (x.dim() - 2), x.shape[:1] + (1,) + x.shape[2:])
+    if y.shape in gates and bool(((y >= 0) & (y <= 1)).all()):
+        raise GateOnly(
+            f"it returns a gate {tuple(y.shape)} for {tuple(x.shape)}, its caller multiplies: "
+            "cbam_fused.compat.luuuyi.CBAM is the pair as one fused block"
+        )
+    raise Refusal(f"it returns shape {tuple(y.shape)} for {tuple(x.shape)}")
 
 
 def _matching(twin: nn.Module, s: Structure, x: Tensor, y: Tensor, dims: int) -> Config:
     """The options whose output is y."""
-    runner = copy.deepcopy(twin)
+    runner = _copy(twin)
     best = float("inf")
     for c in _variants(twin, s):
         spec = _spec(s, c, dims, None, "reference", type(twin))
@@ -417,15 +444,17 @@ def _matching(twin: nn.Module, s: Structure, x: Tensor, y: Tensor, dims: int) ->
     raise Refusal(f"its output differs from FusedCBAM's by {best:.1g} of the largest value, whatever the options")
 
 
-def _verify(twin: nn.Module, spec: Spec, kind: str, probes: List[Tensor]) -> Optional[str]:
-    """What differs between the module and the fused path that it would run on, or None."""
+def _verify(twin: nn.Module, spec: Spec, kind: str, probes: List[Tensor]) -> Optional[Tuple[int, str]]:
+    """How many probes agreed and what then differs between the module and the fused path, or None."""
+    agreed = 0
     for training in (False, True):
-        left, right = copy.deepcopy(twin), copy.deepcopy(twin)
+        left, right = _copy(twin), _copy(twin)
         become(right, spec, kind)
         left.train(training)
         right.train(training)
         for x in probes:
             difference = _agree(left, right, x)
             if difference is not None:
-                return difference + (" in training" if training else "")
+                return agreed, difference + (" in training" if training else "")
+            agreed += 1
     return None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import List, NamedTuple, Optional, Tuple
+from typing import List, NamedTuple, Tuple, Union
 
 import torch.nn as nn
 
 from . import _checks
-from ._recognise import Refusal, become, recognise, structure
+from ._recognise import GateOnly, Refusal, become, recognise, structure
 from .compat.base import describe
 from .module import ChannelGate, FusedCBAM, SpatialGate
 
@@ -90,11 +90,13 @@ def fuse(model: nn.Module, *, backend: str = "auto") -> Report:
         done, reason = _try(node, name, backend, report)
         if done:
             return
+        if isinstance(reason, Refusal):
+            report.left.append(Left(name, _class_name(type(node)), str(reason)))
         before = len(report.swapped) + len(report.left)
         for child_name, child in list(node._modules.items()):
             if child is not None:
                 walk(child, f"{name}.{child_name}" if name else child_name)
-        if reason is not None and len(report.swapped) + len(report.left) == before:
+        if isinstance(reason, str) and len(report.swapped) + len(report.left) == before:
             report.left.append(Left(name, _class_name(type(node)), reason))
 
     walk(model, "")
@@ -106,8 +108,11 @@ def _check_model(model: object) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def _try(node: nn.Module, name: str, backend: str, report: Report) -> Tuple[bool, Optional[str]]:
-    """(swapped or fused already, why it was left if its owner would ask)."""
+def _try(node: nn.Module, name: str, backend: str, report: Report) -> Tuple[bool, Union[None, str, Refusal]]:
+    """(swapped or fused already, why it was left if its owner would ask).
+
+    A string gives way to what is said about the module's children, a Refusal does not.
+    """
     source = type(node)
     if isinstance(node, (FusedCBAM, ChannelGate, SpatialGate)):
         report.left.append(Left(name, _class_name(source), "it runs fused already"))
@@ -119,9 +124,10 @@ def _try(node: nn.Module, name: str, backend: str, report: Report) -> Tuple[bool
     try:
         spec = recognise(node, found, backend)
     except Refusal as refusal:
-        return False, str(refusal) if likely or found.kind == "block" else None
+        told = likely or found.kind == "block" or isinstance(refusal, GateOnly)
+        return False, refusal if told else None
     become(node, spec, found.kind)
-    report.swapped.append(Swapped(name, _class_name(source), _class_name(type(node)), describe(spec.config, found.kind == "block")))
+    report.swapped.append(Swapped(name, _class_name(source), _class_name(type(node)), describe(spec.config, isinstance(node, FusedCBAM))))
     return True, None
 
 

@@ -17,16 +17,10 @@ block_of = pytest.mark.parametrize("case", BLOCKS.values(), ids=BLOCKS.keys())
 
 def native(case):
     """A FusedCBAM with the options of a case's original, and random weights."""
-    o = case.fused(*case.args, **case.kwargs)
     row = dialects.find(case.dialect)
     options = row.resolve(row.bind(case.args, case.kwargs))
-    spatial = options.get("spatial", True)
     norm = options.pop("norm", None) is not None
-    for name in ("device", "dtype"):
-        options.pop(name, None)
-    return FusedCBAM(
-        options.pop("channels"), spatial_norm=norm, **options
-    ), o, spatial  # fmt: skip
+    return FusedCBAM(options.pop("channels"), spatial_norm=norm, **options)
 
 
 def equal(a, b):
@@ -48,7 +42,7 @@ def test_a_fused_cbam_loads_it_and_gives_it_back(case, prefix):
     if prefix.startswith("model"):
         state["model.backbone.layer3.1.conv1.weight"] = torch.zeros(4, 4, 1, 1)
         state["model.head.fc.bias"] = torch.zeros(4)
-    module, _, _ = native(case)
+    module = native(case)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         module.load_state_dict(state)
@@ -65,7 +59,7 @@ def test_a_fused_cbam_loads_it_and_gives_it_back(case, prefix):
 def test_a_model_loads_it_where_the_block_sits(case):
     original, _ = case.pair()
     before = nn.Sequential(nn.Conv2d(3, case.width, 1), original)
-    after = nn.Sequential(nn.Conv2d(3, case.width, 1), native(case)[0])
+    after = nn.Sequential(nn.Conv2d(3, case.width, 1), native(case))
     result = after.load_state_dict(before.state_dict())
     assert not result.missing_keys and not result.unexpected_keys
     before.eval()

@@ -237,7 +237,7 @@ def _warn_of_options(row: Dialect, layout: Layout) -> None:
         differ.append(f"residual={residual}")
     pools = row.constant("pool_types", ("avg", "max"))
     have = tuple(n for n, bit in cfg.POOL_BITS.items() if layout.config.pools & bit)
-    if row.name != "cbam_fused" and pools is not None and set(pools) != set(have):
+    if row.name != "cbam_fused" and layout.config.pools and pools is not None and set(pools) != set(have):
         differ.append(f"pool_types={tuple(pools)}")
     if differ:
         warnings.warn(

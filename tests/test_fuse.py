@@ -1,0 +1,438 @@
+"""fuse and unfuse: what is swapped, what is kept, what is left and why; whole models before and after."""
+
+import copy
+import io
+import re
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from dialect_cases import CASES, inputs, randomise
+from plain_cbam import Bubbliiiing, Luuuyi, Official, Peachypie98, Xmu
+
+from cbam_fused import ChannelGate, FusedCBAM, SpatialGate, fuse, unfuse
+
+FUSABLE = {n: c for n, c in CASES.items() if "mask" not in c.fused.__mro__[1].__name__.lower()}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(threads):
+    threads(1)
+
+
+def fingerprint(module):
+    """All that fuse must not touch."""
+    return {
+        "parameters": [(n, id(p), p.requires_grad, p.device, p.dtype) for n, p in module.named_parameters()],
+        "buffers": [(n, id(b)) for n, b in module.named_buffers()],
+        "modules": [(n, id(m), m.training) for n, m in module.named_modules()],
+        "keys": list(module.state_dict()),
+        "values": {k: v.clone() for k, v in module.state_dict().items()},
+    }
+
+
+def assert_same(a, b):
+    values = zip(a.pop("values").items(), b.pop("values").items())
+    assert a == b
+    for (key, x), (other, y) in values:
+        assert key == other and torch.equal(x, y), key
+
+
+@pytest.mark.parametrize("case", FUSABLE.values(), ids=FUSABLE.keys())
+def test_every_dialect_is_recognised_and_nothing_else_changes(case):
+    original, _ = case.pair()
+    original.double()
+    model = nn.Sequential(nn.Conv2d(3, case.width, 1).double(), original, nn.ReLU())
+    source = type(original)
+    state = torch.get_rng_state()
+    before = fingerprint(model)
+    x = torch.randn(2, 3, 6, 5, dtype=torch.float64)
+    torch.set_rng_state(state)
+    expected = copy.deepcopy(model)
+    torch.set_rng_state(state)
+
+    report = fuse(model)
+
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [(s.name, s.source.split(".")[-1]) for s in report.swapped] == [("1", source.__name__)] and not report.left
+    assert type(original) is case.fused or case.dialect.startswith(("luuuyi_spatial", "timm_se", "torchvision_se"))
+    assert isinstance(original, (FusedCBAM, ChannelGate, SpatialGate))
+    assert_same(before, fingerprint(model))
+    for training in (True, False):
+        model.train(training)
+        expected.train(training)
+        a, b = model(x), expected(x)
+        torch.testing.assert_close(a, b)
+        ga = torch.autograd.grad(a.square().sum(), list(model.parameters()), allow_unused=True)
+        gb = torch.autograd.grad(b.square().sum(), list(expected.parameters()), allow_unused=True)
+        for u, v in zip(ga, gb):
+            assert (u is None) == (v is None) or not (u if v is None else v).any()
+            if u is not None and v is not None:
+                torch.testing.assert_close(u, v)
+    after = fingerprint(model)
+    assert [s.name for s in unfuse(model).swapped] == ["1"]
+    assert type(original) is source and "_cbam" not in original.__dict__
+    assert_same(after, fingerprint(model))
+    torch.testing.assert_close(model(x), expected(x))
+
+
+class Renamed(nn.Module):
+    """A CBAM whose names no dialect has."""
+
+    def __init__(self, channels=24, act=nn.ReLU, gate=torch.sigmoid, residual=False, reverse=False, split=False):
+        super().__init__()
+        self.squeeze = nn.Conv2d(channels, 6, 1)
+        self.act = act()
+        self.excite = nn.Conv2d(6, channels, 1)
+        self.where = nn.Conv2d(2, 1, 5, padding=2)
+        self.gate, self.residual, self.reverse, self.split = gate, residual, reverse, split
+
+    def forward(self, x):
+        top = x.amax((2, 3), keepdim=True) if self.split else F.adaptive_max_pool2d(x, 1)
+        pools = [x.mean((2, 3), keepdim=True), top]
+        y = x * self.gate(sum(self.excite(self.act(self.squeeze(p))) for p in pools))
+        q = [y.amax(1, keepdim=True) if self.split else y.max(1, keepdim=True)[0], y.mean(1, keepdim=True)]
+        y = y * torch.sigmoid(self.where(torch.cat(q[::-1] if self.reverse else q, 1)))
+        return y + x if self.residual else y
+
+
+@pytest.mark.parametrize("options", [{}, {"residual": True}, {"reverse": True}, {"split": True, "reverse": True}])
+def test_names_do_not_matter_and_options_are_found(options):
+    module = Renamed(**options)
+    randomise(module)
+    expected = copy.deepcopy(module)
+    report = fuse(module)
+    assert len(report.swapped) == 1 and isinstance(module, FusedCBAM)
+    assert module.config.residual == options.get("residual", False)
+    assert module.ties == ("split" if options.get("split") else "first")
+    assert ('spatial_order="mean_max"' in report.swapped[0].options) == options.get("reverse", False)
+    for x in inputs(24, torch.float64).values():
+        torch.testing.assert_close(module.double()(x), expected.double()(x))
+
+
+class Conditional(Peachypie98):
+    """Behaves like its parent in eval only."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y * 1.01 if self.training else y
+
+
+class InPlace(Bubbliiiing):
+    def forward(self, x):
+        x.mul_(self.channelattention(x))
+        return x * self.spatialattention(x)
+
+
+class DetachedGate(Bubbliiiing):
+    """The forward is a CBAM's; the gradient is not."""
+
+    def forward(self, x):
+        x = x * self.channelattention(x)
+        return x * self.spatialattention(x).detach()
+
+
+class Extra(Bubbliiiing):
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.scale = nn.Parameter(torch.ones(1))
+
+
+class TwoInputs(Bubbliiiing):
+    def forward(self, x, skip=None):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (lambda: Renamed(act=nn.SiLU), "act is a SiLU"),
+        (lambda: Renamed(act=nn.ReLU6), "act is a ReLU6"),
+        (lambda: Renamed(act=lambda: F.relu6), "output differs"),
+        (lambda: Renamed(gate=F.hardsigmoid), "output differs"),
+        (lambda: Conditional(32, 4), "its output in training differs"),
+        (lambda: InPlace(32), "changes its input in place"),
+        (lambda: DetachedGate(32), "its gradient of .* differs"),
+        (lambda: TwoInputs(32), "more than one tensor"),
+    ],
+)
+def test_what_is_not_certain_is_left_and_said(make, reason):
+    module = make()
+    source = type(module)
+    report = fuse(module)
+    assert type(module) is source
+    (left,) = [r for r in report.left if r.name == ""]
+    assert re.search(reason, left.reason), left.reason
+
+
+def test_the_gates_of_a_block_that_is_left_are_swapped_where_they_are_certain():
+    module = Conditional(32, 4)
+    expected = copy.deepcopy(module)
+    report = fuse(module)
+    assert [s.name for s in report.swapped] == ["cam", "sam"] and [r.name for r in report.left] == [""]
+    for x in inputs(32)["dense"], inputs(32)["ties"]:
+        torch.testing.assert_close(module(x), expected(x))
+
+
+def test_modules_with_more_in_them_are_none_of_its_business():
+    module = Extra(32)
+    report = fuse(module)
+    assert type(module) is Extra and not report.swapped
+    feed_forward = nn.TransformerEncoderLayer(16, 2, 16, activation="relu")
+    assert not fuse(feed_forward).swapped
+    assert not fuse(nn.Sequential(nn.Conv2d(2, 1, 7, padding=3), nn.Linear(4, 4))).left
+
+
+def test_masks_are_left_with_advice_and_their_block_is_fused():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1 = nn.Conv2d(32, 32, 3, padding=1)
+            pair = Luuuyi(32)
+            self.ca, self.sa = pair.ca, pair.sa
+
+        def forward(self, x):
+            x = self.conv1(x)
+            x = self.ca(x) * x
+            return self.sa(x) * x
+
+    report = fuse(Residual())
+    assert not report.swapped
+    assert [r.name for r in report.left] == ["ca", "sa"]
+    assert all("cbam_fused.compat.luuuyi" in r.reason for r in report.left)
+    assert fuse(Luuuyi(32)).swapped
+
+
+def test_hooks_on_the_block_stay_and_hooks_inside_keep_it_as_it_is():
+    module, seen = Bubbliiiing(32), []
+    module.register_forward_pre_hook(lambda m, args: seen.append("pre"))
+    module.register_forward_hook(lambda m, args, y: seen.append("post"))
+    module.register_full_backward_hook(lambda m, gi, go: seen.append("backward"))
+    module.register_state_dict_post_hook(lambda *_: seen.append("state"))
+    assert fuse(module).swapped and not seen
+    module(inputs(32)["dense"].requires_grad_()).sum().backward()
+    module.state_dict()
+    assert seen == ["pre", "post", "backward", "state"]
+
+    inner = Bubbliiiing(32)
+    inner.channelattention.fc1.register_forward_hook(lambda *_: None)
+    report = fuse(inner)
+    assert type(inner) is Bubbliiiing
+    assert report.left[0].reason == "a hook on channelattention.fc1 would not run"
+
+    patched = Bubbliiiing(32)
+    patched.forward = lambda x: x
+    assert fuse(patched).left[0].reason == "its forward is replaced on the instance"
+
+
+def test_hooks_on_the_batch_norm_still_run():
+    module, seen = Official(32), []
+    module.SpatialGate.spatial.bn.register_forward_hook(lambda *_: seen.append(1))
+    assert fuse(module).swapped
+    for training in (True, False):
+        module.train(training)(inputs(32)["dense"])
+    assert len(seen) == 2
+
+
+def test_pruned_and_parametrised_layers_keep_working():
+    from torch.nn.utils import prune
+    from torch.nn.utils.parametrizations import weight_norm
+
+    def make():
+        torch.manual_seed(1)
+        made = Bubbliiiing(32)
+        prune.l1_unstructured(made.channelattention.fc1, "weight", 0.5)
+        weight_norm(made.spatialattention.conv1)
+        return made
+
+    module, expected = make(), make()
+    assert fuse(module).swapped
+    x = inputs(32)["dense"]
+    with torch.no_grad():
+        for m in (module, expected):
+            m.channelattention.fc1.weight_orig.mul_(1.5)
+    torch.testing.assert_close(module(x), expected(x))
+
+
+def test_an_optimiser_made_before_still_steps():
+    module = Official(32)
+    optimiser = torch.optim.SGD(module.parameters(), lr=0.1)
+    module.ChannelGate.mlp[1].bias.requires_grad_(False)
+    fuse(module)
+    before = [p.clone() for p in module.parameters()]
+    module(inputs(32)["dense"]).square().sum().backward()
+    optimiser.step()
+    moved = [not torch.equal(a, b) for a, b in zip(before, module.parameters())]
+    assert moved == [n != "ChannelGate.mlp.1.bias" for n, _ in module.named_parameters()]
+
+
+def test_options_and_other_pools_of_the_official_block():
+    module = Official(32, 8, ["lse", "lp"])
+    report = fuse(module)
+    assert "pool_types=('lp', 'lse')" in report.swapped[0].options
+
+
+def test_shared_modules_change_once_and_dtype_and_mode_stay():
+    block = Xmu(32, 4, 5).half().eval()
+    model = nn.ModuleList([block, block, nn.Identity()])
+    report = fuse(model)
+    assert [s.name for s in report.swapped] == ["0"] and model[1] is model[0]
+    assert not block.training and block.ca.se[0].weight.dtype == torch.float16
+    assert block(inputs(32, torch.float16)["dense"]).dtype == torch.float16
+
+
+def test_a_model_on_meta_is_checked_too():
+    with torch.device("meta"):
+        module = Bubbliiiing(32)
+    assert fuse(module).swapped
+    assert module.channelattention.fc1.weight.is_meta
+
+
+def test_fused_modules_are_not_fused_again_and_backend_is_kept():
+    model = nn.Sequential(Bubbliiiing(32), FusedCBAM(32))
+    report = fuse(model, backend="reference")
+    assert model[0].backend == "reference" and [r.reason for r in report.left] == ["it runs fused already"]
+    again = fuse(model)
+    assert not again.swapped and [r.name for r in again.left] == ["0", "1"]
+    back = unfuse(model)
+    assert [s.name for s in back.swapped] == ["0"] and [r.name for r in back.left] == ["1"]
+
+
+def test_report_prints_a_table():
+    model = nn.Sequential(Bubbliiiing(32), Renamed(act=nn.SiLU))
+    text = str(fuse(model)).splitlines()
+    assert text[0] == "fused 1, left 1"
+    assert text[1].split() == [
+        "0", "plain_cbam.Bubbliiiing", "->", "cbam_fused.compat.bubbliiiing.cbam_block",
+        "pool_types=('avg',", "'max'),", 'spatial_order="mean_max"',
+    ]  # fmt: skip
+    assert text[2].startswith("  1  test_fuse.Renamed left") and text[2].endswith("does not have")
+
+
+def test_pickles_copies_and_sync_batch_norm():
+    module = Official(32)
+    randomise(module)
+    fuse(module)
+    module.eval()
+    x = inputs(32)["dense"]
+    stream = io.BytesIO()
+    torch.save(module, stream)
+    stream.seek(0)
+    for twin in (torch.load(stream, weights_only=False), copy.deepcopy(module)):
+        assert torch.equal(twin(x), module(x))
+        unfuse(twin)
+        assert type(twin) is Official
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(module))
+    assert torch.equal(converted(x), module(x))
+    unfuse(converted)
+    assert isinstance(converted.SpatialGate.spatial.bn, nn.SyncBatchNorm)
+
+
+def test_fuse_and_unfuse_refuse_what_is_no_model():
+    for f in (fuse, unfuse):
+        with pytest.raises(TypeError, match="model must be a torch.nn.Module, got int"):
+            f(3)
+    with pytest.raises(ValueError, match="backend must be one of"):
+        fuse(nn.Identity(), backend="gpu")
+
+
+def train(model, x, loss_of, steps=10):
+    """Loss before each of `steps` steps of SGD, and after the last."""
+    optimiser = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    losses = []
+    model.train()
+    for i in range(steps + 1):
+        loss = loss_of(model, x)
+        losses.append(loss.item())
+        if i < steps:
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    return losses
+
+
+def assert_trains_alike(model, x, loss_of, count):
+    """One model and its fused twin, in float64, where what differs is not rounding that training amplifies."""
+    expected = copy.deepcopy(model)
+    report = fuse(model)
+    assert len(report.swapped) == count, str(report)
+    assert not report.left, str(report)
+    for m in (model, expected):
+        m.eval()
+    with torch.no_grad():
+        a, b = model(x), expected(x)
+    for u, v in zip(*([t] if isinstance(t, torch.Tensor) else t for t in (a, b))):
+        if isinstance(u, torch.Tensor):
+            assert (u - v).abs().max() <= 1e-10 * v.abs().max()
+    losses, wanted = train(model, x, loss_of), train(expected, x, loss_of)
+    assert losses[-1] != losses[0]
+    # Ten steps amplify a difference of 1e-15 some thousandfold; a wrong gradient shows in the second loss.
+    assert all(abs(p - q) <= 1e-8 * abs(q) for p, q in zip(losses, wanted)), (losses, wanted)
+
+
+# The second is narrower inside its bottlenecks; what its CBAMs see is a ResNet-50's.
+@pytest.mark.parametrize("name, source, width", [("cbam", "CbamModule", 64), ("lcbam", "LightCbamModule", 16)])
+def test_timm_resnet50(name, source, width, threads):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    threads(2)
+    model = timm.create_model("resnet50", num_classes=7, base_width=width, block_args={"attn_layer": name}).double()
+    for module in model.modules():
+        if type(module).__name__ == source:
+            randomise(module)
+        if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
+            nn.init.constant_(module.weight, 0.5)
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    target = torch.tensor([1, 5, 0, 3])
+    assert_trains_alike(model, x, lambda m, x: F.cross_entropy(m(x), target), 16)
+
+
+def test_torchvision_squeeze_and_excitation():
+    models = pytest.importorskip("torchvision", reason="torchvision is not installed").models
+    model = models.mobilenet_v3_small(num_classes=5).eval()
+    report = fuse(model)
+    # Its gates are hard sigmoids: every one is left, and the report says why.
+    assert not report.swapped and len(report.left) == 9
+    assert all("Hardsigmoid" in r.reason for r in report.left)
+    model = models.regnet_y_400mf(num_classes=5).double().eval()
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(x)
+        report = fuse(model)
+        assert len(report.swapped) == 16 and not report.left
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_timm_squeeze_and_excitation():
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    model = timm.create_model("seresnet18" if timm.is_model("seresnet18") else "seresnet50", num_classes=3).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        report = fuse(model)
+        assert report.swapped and not report.left
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_segmentation_models_scse_is_left_and_its_encoder_is_fused():
+    smp = pytest.importorskip(
+        "segmentation_models_pytorch", reason="segmentation_models_pytorch is not installed"
+    )
+    model = smp.Unet("se_resnet50", encoder_weights=None, decoder_attention_type="scse").eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        report = fuse(model)
+        assert len(report.swapped) == 16
+        assert all(s.source == "segmentation_models_pytorch.SEModule" for s in report.swapped)
+        torch.testing.assert_close(model(x), expected)
+    # scSE adds its two gated maps instead of chaining the gates: no CBAM.
+    assert all(type(m).__name__ != "SCSEModule" or not isinstance(m, FusedCBAM) for m in model.modules())
+
+
+def test_pytorchcv_resnet():
+    cv = pytest.importorskip("pytorchcv.models.cbamresnet", reason="pytorchcv is not installed")
+    model = cv.CbamResNet([[16] * 2, [32] * 2], 16, False, num_classes=3, in_size=(56, 56)).double()
+    x = torch.randn(2, 3, 56, 56, dtype=torch.float64)
+    target = torch.tensor([0, 2])
+    assert_trains_alike(model, x, lambda m, x: F.cross_entropy(m(x), target), 4)
