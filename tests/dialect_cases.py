@@ -1,12 +1,15 @@
 """Every dialect beside its original: the real package's class where there is one, else plain_cbam's."""
 
+import copy
 import importlib
+import itertools
 from typing import Any, Callable, Dict, NamedTuple, Tuple
 
 import plain_cbam as plain
 import pytest
 import torch
 import torch.nn as nn
+from oracle import assert_within
 
 from cbam_fused import compat
 
@@ -128,3 +131,56 @@ def inputs(channels: int, dtype: torch.dtype = torch.float32) -> Dict[str, torch
     ties = (torch.randn(3, channels, 7, 7, generator=g) * 2).round().clamp(min=0) / 2
     ties[0, : channels // 3] = 0
     return {"dense": dense.to(dtype), "ties": ties.to(dtype)}
+
+
+def run(module, x, dy):
+    """Output, input gradient, every parameter gradient, buffers after: name -> tensor."""
+    module.zero_grad(set_to_none=True)
+    x = x.clone().requires_grad_()
+    y = module(x)
+    y.backward(dy.to(y))
+    found = {"y": y.detach(), "dx": x.grad}
+    found.update({f"d{n}": torch.zeros_like(p) if p.grad is None else p.grad for n, p in module.named_parameters()})
+    found.update({n: b.clone() for n, b in module.named_buffers() if b.is_floating_point()})
+    return found
+
+
+def mirrored(module, sides):
+    """The module that does to a mirrored x what `module` does to x."""
+    twin = copy.deepcopy(module)
+    with torch.no_grad():
+        for leaf in twin.modules():
+            if isinstance(leaf, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+                leaf.weight.copy_(leaf.weight.flip([s for s in sides if s > 1]))
+    return twin
+
+
+def assert_same_numbers(original, fused, x, training):
+    """fused is within 2 * (the original's own error + eps * max|value|) of the original in float64.
+
+    Outputs, the input's gradient, the parameters' in order, and the running statistics.
+
+    The original's error is the largest over mirror images of the problem, which add up in other orders:
+    that of a gradient which is one number may be zero by luck.
+    """
+    dy = torch.randn(original.eval()(x).shape, device=x.device)
+    original.train(training)
+    fused.train(training)
+    errors = {}
+    axes = [0, *range(2, x.dim())]
+    for sides in itertools.chain.from_iterable(itertools.combinations(axes, n) for n in range(len(axes) + 1)):
+        twin = mirrored(original, sides)
+        xs, dys = x.flip(sides), dy.flip([s for s in sides if dy.shape[s] > 1])
+        exact = run(copy.deepcopy(twin).double(), xs.double(), dys.double())
+        low = run(twin, xs, dys)
+        for name, value in exact.items():
+            error = (low[name].double() - value).abs().max().item()
+            errors[name] = max(error, errors.get(name, 0.0))
+    exact, got = run(copy.deepcopy(original).double(), x.double(), dy.double()), run(fused, x, dy)
+    assert len(got) == len(exact)
+    got = dict(zip(exact, got.values()))
+    for name, value in exact.items():
+        # A BatchNorm's two gradients are sums of the same terms, weighted by values about 1: one budget.
+        layer = name.rsplit(".", 1)[0]
+        error = max(e for n, e in errors.items() if n == name or (value.numel() == 1 and n.startswith(layer + ".")))
+        assert_within(name, got[name], value, (value + error).float())

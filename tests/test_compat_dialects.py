@@ -7,8 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn as nn
-from dialect_cases import CASES, inputs
-from oracle import assert_within
+from dialect_cases import CASES, assert_same_numbers, inputs
 
 from cbam_fused import ChannelGate, FusedCBAM, SpatialGate
 from cbam_fused.compat import dialects
@@ -20,55 +19,6 @@ def _one_thread(threads):
 
 
 case_of = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-
-
-def run(module, x, dy):
-    """Output, input gradient, every parameter gradient, buffers after: name -> tensor."""
-    module.zero_grad(set_to_none=True)
-    x = x.clone().requires_grad_()
-    y = module(x)
-    y.backward(dy.to(y))
-    found = {"y": y.detach(), "dx": x.grad}
-    found.update({f"d{n}": torch.zeros_like(p) if p.grad is None else p.grad for n, p in module.named_parameters()})
-    found.update({n: b.clone() for n, b in module.named_buffers() if b.is_floating_point()})
-    return found
-
-
-def mirrored(module, sides):
-    """The module that does to a mirrored x what `module` does to x."""
-    twin = copy.deepcopy(module)
-    with torch.no_grad():
-        for leaf in twin.modules():
-            if isinstance(leaf, nn.Conv2d):
-                leaf.weight.copy_(leaf.weight.flip([s for s in sides if s > 1]))
-    return twin
-
-
-def assert_same_numbers(original, fused, x, training):
-    """fused is within 2 * (the original's own error + eps * max|value|) of the original in float64.
-
-    The original's error is the largest over mirror images of the problem, which add up in other orders:
-    that of a gradient which is one number may be zero by luck.
-    """
-    dy = torch.randn(original.eval()(x).shape, device=x.device)
-    original.train(training)
-    fused.train(training)
-    errors = {}
-    for sides in ((), (0,), (2,), (3,), (0, 2), (0, 3), (2, 3), (0, 2, 3)):
-        twin = mirrored(original, sides)
-        xs, dys = x.flip(sides), dy.flip([s for s in sides if dy.shape[s] > 1])
-        exact = run(copy.deepcopy(twin).double(), xs.double(), dys.double())
-        low = run(twin, xs, dys)
-        for name, value in exact.items():
-            error = (low[name].double() - value).abs().max().item()
-            errors[name] = max(error, errors.get(name, 0.0))
-    exact, got = run(copy.deepcopy(original).double(), x.double(), dy.double()), run(fused, x, dy)
-    assert set(got) == set(exact)
-    for name, value in exact.items():
-        # A BatchNorm's two gradients are sums of the same terms, weighted by values about 1: one budget.
-        layer = name.rsplit(".", 1)[0]
-        error = max(e for n, e in errors.items() if n == name or (value.numel() == 1 and n.startswith(layer + ".")))
-        assert_within(name, got[name], value, (value + error).float())
 
 
 @case_of

@@ -373,9 +373,8 @@ def assert_trains_alike(model, x, loss_of, count):
 
 # The second is narrower inside its bottlenecks; what its CBAMs see is a ResNet-50's.
 @pytest.mark.parametrize("name, source, width", [("cbam", "CbamModule", 64), ("lcbam", "LightCbamModule", 16)])
-def test_timm_resnet50(name, source, width, threads):
+def test_timm_resnet50(name, source, width):
     timm = pytest.importorskip("timm", reason="timm is not installed")
-    threads(2)
     model = timm.create_model("resnet50", num_classes=7, base_width=width, block_args={"attn_layer": name}).double()
     for module in model.modules():
         if type(module).__name__ == source:

@@ -45,8 +45,6 @@ def _make(kind: type, ch: Any, f: Any, width: Any, limit: Any, args: Sequence[An
     name = kind.__name__
     if not isinstance(ch, list):
         raise RuntimeError(f"{name}: this version of Ultralytics keeps no list `ch` of channels, got {ch!r}")
-    if not isinstance(f, int):
-        raise ValueError(f"{name}: `from` must be one layer, got {f!r}")
     channels, rest, keywords = _split(args)
     if channels is not None and channels != ch[f] and _scaled(channels, width, limit) != ch[f]:
         raise ValueError(
@@ -76,6 +74,8 @@ LAYERS = {"CBAM": CBAM, "FusedCBAM": FusedCBAM}
 def _with_parser_variables(row: Sequence[Any]) -> List[Any]:
     row = list(row)
     if len(row) == 4 and row[2] in LAYERS:
+        if not isinstance(row[0], int):
+            raise ValueError(f"{row[2]}: `from` must be one layer, got {row[0]!r}")
         row[3] = [*_PARSER, *(row[3] or [])]
     return row
 
