@@ -33,7 +33,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def _versions() -> Iterator[Tuple[str, str]]:
     yield "cbam_fused", __version__
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    yield "torch", f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    yield (
+        "torch",
+        f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+    )
     try:
         import triton
 
@@ -128,7 +131,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             continue
         count, worst, failures = self_check(row.name, row.device)
         failed = failed or bool(failures)
-        print(f"  {row.name:<10}{'FAILED' if failures else 'ok'}: {count} comparisons, worst error {worst:.2f} of its budget")
+        print(
+            f"  {row.name:<10}{'FAILED' if failures else 'ok'}: {count} comparisons, worst error {worst:.2f} of its budget"
+        )
         for failure in failures[:10]:
             print(f"    {failure}")
         if len(failures) > 10:

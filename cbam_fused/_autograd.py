@@ -57,7 +57,11 @@ def _vjp(
         wanted = [a for a, need in zip(aliases, needs) if need and a is not None]
         found = iter(
             torch.autograd.grad(
-                outputs, wanted, [g.to(o.dtype) for g, o in zip(grads, outputs)], create_graph=True, allow_unused=True
+                outputs,
+                wanted,
+                [g.to(o.dtype) for g, o in zip(grads, outputs)],
+                create_graph=True,
+                allow_unused=True,
             )
         )
     return tuple(next(found) if need and a is not None else None for a, need in zip(aliases, needs))
@@ -87,7 +91,9 @@ class _CBAM(torch.autograd.Function):
             def f(x, *weights):
                 norm = None
                 if weights[8] is not None:
-                    norm = lambda z: F.batch_norm(z, weights[8], weights[9], weights[6], weights[7], False, 0.0, eps)  # noqa: E731
+                    norm = lambda z: F.batch_norm(
+                        z, weights[8], weights[9], weights[6], weights[7], False, 0.0, eps
+                    )  # noqa: E731
                 return (cbam_reference(x, Parameters(*weights[:6]), c, norm),)
 
             return (None, None, None, *_vjp(f, (x, *weights), ctx.needs_input_grad[3:], (dy,)))

@@ -28,7 +28,9 @@ def _load_native(module: str, hint: str) -> Callable[[], Optional[str]]:
 
     def load() -> Optional[str]:
         here = os.path.dirname(os.path.abspath(__file__))
-        found = sorted(glob.glob(os.path.join(here, f"{module}.*so")) + glob.glob(os.path.join(here, f"{module}.*pyd")))
+        found = sorted(
+            glob.glob(os.path.join(here, f"{module}.*so")) + glob.glob(os.path.join(here, f"{module}.*pyd"))
+        )
         if not found:
             return f"the native module cbam_fused.{module} is not built: {hint}"
         try:
@@ -108,7 +110,9 @@ def _say_once(name: str) -> None:
     if not _state.get(f"said {name}"):
         _state[f"said {name}"] = "yes"
         warnings.warn(
-            f"cbam_fused runs on the plain PyTorch reference: {unavailable(name)}", RuntimeWarning, stacklevel=4
+            f"cbam_fused runs on the plain PyTorch reference: {unavailable(name)}",
+            RuntimeWarning,
+            stacklevel=4,
         )
 
 

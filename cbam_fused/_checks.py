@@ -33,16 +33,16 @@ def check_backend(backend: str) -> None:
     check_choice("backend", backend, NAMES)
 
 
-def check_positive(name: str, value: object) -> None:
+def check_positive(name: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
 
 
 def check_kernel_size(value: object) -> None:
-    check_positive("kernel_size", value)
-    if value % 2 == 0:
+    if check_positive("kernel_size", value) % 2 == 0:
         raise ValueError(f"kernel_size must be odd, got {value}")
 
 
@@ -101,7 +101,9 @@ def check_input(x: object, channels: Optional[int], dims: Optional[int]) -> None
     if x.layout != torch.strided:
         raise TypeError(f"x must be a strided tensor, got layout {x.layout}")
     if channels is not None and x.shape[1] != channels:
-        raise ValueError(f"x must have {channels} channels in shape {wanted}, got {x.shape[1]} in {_shape(x)}")
+        raise ValueError(
+            f"x must have {channels} channels in shape {wanted}, got {x.shape[1]} in {_shape(x)}"
+        )
     if x.shape[1] < 1:
         raise ValueError(f"x must have at least 1 channel in shape {wanted}, got {_shape(x)}")
     for size in x.shape[2:]:
@@ -166,7 +168,9 @@ def check_parameters(x: Tensor, p: Parameters, c: Config) -> None:
             raise TypeError(f"conv_weight must be a Tensor, got {type(p.conv_weight).__name__}")
         if p.conv_weight.dim() != dims + 2 or _shape(p.conv_weight)[:2] != (1, maps):
             kernel = ", ".join(["k"] * dims)
-            raise ValueError(f"conv_weight must have shape (1, {maps}, {kernel}), got {_shape(p.conv_weight)}")
+            raise ValueError(
+                f"conv_weight must have shape (1, {maps}, {kernel}), got {_shape(p.conv_weight)}"
+            )
         for size in p.conv_weight.shape[2:]:
             if size % 2 == 0:
                 raise ValueError(f"conv_weight must have odd kernel sizes, got {_shape(p.conv_weight)}")

@@ -29,7 +29,7 @@ not have is an empty tensor (0); with `save=False`, so is what only backward wou
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Callable, Dict, Optional
 
 import torch
 from torch import Tensor
@@ -143,7 +143,7 @@ def _scale_backward_fake(dy, x, channel_gate, spatial_gate):
     return spatial_gate.new_empty(spatial_gate.shape), channel_gate.new_empty(channel_gate.shape)
 
 
-FAKES = {
+FAKES: Dict[str, Callable] = {
     "cbam_forward": _cbam_forward_fake,
     "cbam_backward": _cbam_backward_fake,
     "attention_forward": _attention_forward_fake,

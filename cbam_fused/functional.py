@@ -67,7 +67,11 @@ def _run_reference(x: Tensor, p: Parameters, c: Config, norm: Optional[Norm]) ->
         anchors = [t.sum() * 0 for t in (*p, *_autograd._parameters(norm)) if t is not None]
         return x * 1 + sum(anchors).to(x.dtype) if anchors else x * 1
     xs, ps = _upcast(x, p)
-    if norm is not None and (affine := getattr(norm, "weight", None)) is not None and affine.dtype != xs.dtype:
+    if (
+        norm is not None
+        and (affine := getattr(norm, "weight", None)) is not None
+        and affine.dtype != xs.dtype
+    ):
         plain, norm = norm, lambda z: plain(z.to(affine.dtype)).to(xs.dtype)
     return cbam_reference(xs, ps, c, norm).to(x.dtype)
 

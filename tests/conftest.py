@@ -43,6 +43,8 @@ def threads():
 
 @pytest.fixture
 def poisoned(request):
-    target = next((request.getfixturevalue(n) for n in ("target", "fused") if n in request.fixturenames), None)
+    target = next(
+        (request.getfixturevalue(n) for n in ("target", "fused") if n in request.fixturenames), None
+    )
     with poisoned_allocations(target.device if target else "cpu"):
         yield

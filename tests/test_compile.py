@@ -7,7 +7,12 @@ import torch
 
 from cbam_fused import FusedCBAM
 
-FORMS = {"plain": {"spatial_norm": False}, "norm": {}, "channel-only": {"spatial": False}, "residual": {"residual": True}}
+FORMS = {
+    "plain": {"spatial_norm": False},
+    "norm": {},
+    "channel-only": {"spatial": False},
+    "residual": {"residual": True},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +52,9 @@ def test_one_graph(target, form, training):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_dynamic_shapes(target, training):
-    _compare(target, "aot_eager", "norm", training, ((2, 16, 7, 9), (3, 16, 8, 10), (5, 16, 12, 11)), dynamic=True)
+    _compare(
+        target, "aot_eager", "norm", training, ((2, 16, 7, 9), (3, 16, 8, 10), (5, 16, 12, 11)), dynamic=True
+    )
 
 
 def test_inductor(fused):
@@ -65,7 +72,10 @@ def test_auto_compiles_too(device):
 @pytest.mark.parametrize("training", [True, False])
 def test_no_graph_break_inside_a_network(target, training):
     network = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 16, 3), FusedCBAM(16, 4, backend=target.backend), torch.nn.ReLU(), torch.nn.Conv2d(16, 2, 1)
+        torch.nn.Conv2d(3, 16, 3),
+        FusedCBAM(16, 4, backend=target.backend),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(16, 2, 1),
     ).to(target.device)
     network.train(training)
     x = torch.randn(2, 3, 9, 9, device=target.device)

@@ -32,7 +32,7 @@ CONSTRUCTORS = [
     (
         dict(pool_types="avg"),
         TypeError,
-        "pool_types must be a sequence of names such as (\"avg\", \"max\"), got the str 'avg'",
+        'pool_types must be a sequence of names such as ("avg", "max"), got the str \'avg\'',
     ),
     (
         dict(pool_types=None),
@@ -42,10 +42,14 @@ CONSTRUCTORS = [
     (
         dict(pool_types=("avg",), light=True),
         ValueError,
-        "pool_types must be (\"avg\", \"max\") with light=True, got ('avg',)",
+        'pool_types must be ("avg", "max") with light=True, got (\'avg\',)',
     ),
-    (dict(spatial_order="max"), ValueError, "spatial_order must be one of \"max_mean\", \"mean_max\", got 'max'"),
-    (dict(ties="last"), ValueError, "ties must be one of \"first\", \"split\", got 'last'"),
+    (
+        dict(spatial_order="max"),
+        ValueError,
+        'spatial_order must be one of "max_mean", "mean_max", got \'max\'',
+    ),
+    (dict(ties="last"), ValueError, 'ties must be one of "first", "split", got \'last\''),
     (dict(dims=4), ValueError, "dims must be 1, 2 or 3, got 4"),
     (dict(backend="gpu"), ValueError, f"backend must be one of {BACKENDS}, got 'gpu'"),
     (dict(backend=None), ValueError, f"backend must be one of {BACKENDS}, got None"),
@@ -136,7 +140,9 @@ def test_parameters_in_16_bits_beside_float32():
     module = FusedCBAM(16, 4, dtype=torch.bfloat16)
     with _raises(TypeError, "w1 must have the dtype of x, torch.float32, got torch.bfloat16"):
         module(torch.zeros(2, 16, 5, 5))
-    with _raises(TypeError, "w1 must have the dtype of x, torch.float16 or torch.float32, got torch.bfloat16"):
+    with _raises(
+        TypeError, "w1 must have the dtype of x, torch.float16 or torch.float32, got torch.bfloat16"
+    ):
         module(torch.zeros(2, 16, 5, 5, dtype=torch.float16))
     module = FusedCBAM(16, 4).eval()
     module.spatial_gate.double()

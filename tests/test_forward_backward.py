@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
-from oracle import DTYPES, OPTIONS, Options, check, layout_of, make_problem, run_problem
+from oracle import DTYPES, OPTIONS, Options, check, layout_of, leaves, make_problem, run_problem
+
+from cbam_fused.functional import run
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -154,7 +156,8 @@ def _kinds(t):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("value", SPECIAL.values(), ids=SPECIAL.keys())
 @pytest.mark.parametrize(
-    "name", ["plain", "norm-eval", "norm-train", "channel-only", "spatial-only", "all-pools", "light", "residual"]
+    "name",
+    ["plain", "norm-eval", "norm-train", "channel-only", "spatial-only", "all-pools", "light", "residual"],
 )
 def test_nan_and_infinity_go_where_the_reference_sends_them(target, name, value, layout):
     seen = set()
@@ -208,9 +211,6 @@ def test_forward_does_not_depend_on_the_place_in_the_batch(fused, name):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_without_gradients_the_output_is_the_same(target, options):
     """Inference and training take different paths to the same bits."""
-    from cbam_fused.functional import run
-    from oracle import leaves
-
     problem = make_problem((3, 24, 11, 9), options, device=target.device)
     y, *_ = run_problem(problem, target.backend)
     x, p, norm = leaves(problem)

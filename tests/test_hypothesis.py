@@ -77,7 +77,9 @@ def test_within_budget(arguments, at):
     check(make_problem(device=target.device, **arguments), target.backend)
 
 
-@given(arguments=problems(dtypes=(torch.float32,)), at=st.integers(0, 7), value=st.sampled_from([0.0, 1.0, 3.0]))
+@given(
+    arguments=problems(dtypes=(torch.float32,)), at=st.integers(0, 7), value=st.sampled_from([0.0, 1.0, 3.0])
+)
 @settings(max_examples=80)
 def test_ties_of_drawn_values(arguments, at, value):
     """Values from a set of three, so that most maxima are attained more than once."""

@@ -138,8 +138,16 @@ def test_state_dict_keys():
         ),
         (
             lambda: FusedCBAM(
-                8, 2, 3, spatial_norm=False, spatial_bias=True, residual=True, spatial_order="mean_max",
-                light=True, ties="split", dims=3,
+                8,
+                2,
+                3,
+                spatial_norm=False,
+                spatial_bias=True,
+                residual=True,
+                spatial_order="mean_max",
+                light=True,
+                ties="split",
+                dims=3,
             ),  # fmt: skip
             "8, hidden_channels=4, pool_types=('avg', 'max'), light=True, kernel_size=3, bias=True, norm=False, "
             'order="mean_max", light=True, residual=True, ties="split", dims=3',
@@ -201,7 +209,9 @@ def test_attention_maps(target, dtype, training):
         z = m.spatial_gate.bn(spatial_logits_reference(v * g[..., None, None], p, m.config))
         return g.detach(), z.sigmoid().detach()
 
-    for name, got, exact, low in zip(("channel", "spatial"), (channel, spatial), gates(torch.float64), gates(dtype)):
+    for name, got, exact, low in zip(
+        ("channel", "spatial"), (channel, spatial), gates(torch.float64), gates(dtype)
+    ):
         assert got.shape == exact.shape and got.gt(0).all() and got.lt(1).all()
         if dtype == torch.float64:
             torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-13)
@@ -494,7 +504,9 @@ def test_copies(target):
     with torch.no_grad():
         module.channel_gate.fc2.weight.mul_(3)
     average.update_parameters(module)
-    torch.testing.assert_close(average.module.channel_gate.fc2.weight, module.channel_gate.fc2.weight * (2 / 3))
+    torch.testing.assert_close(
+        average.module.channel_gate.fc2.weight, module.channel_gate.fc2.weight * (2 / 3)
+    )
     average(x)
 
 

@@ -152,6 +152,8 @@ def test_setup_without_a_compiler(tmp_path):
     result = _python(None, tmp_path, "setup.py", "-q", "build", **environment)
     assert result.returncode == 0, result.stderr
     said = [line for line in result.stderr.splitlines() if line.startswith("cbam_fused:")]
-    assert said == ["cbam_fused: no C++ compiler (c++, g++, clang++ or $CXX) found: built without native kernels"]
+    assert said == [
+        "cbam_fused: no C++ compiler (c++, g++, clang++ or $CXX) found: built without native kernels"
+    ]
     assert not list(tmp_path.glob("build/**/*.so"))
     assert list(tmp_path.glob("build/lib*/cbam_fused/py.typed"))

@@ -91,7 +91,9 @@ def test_outputs_do_not_alias_inputs(ops):
     for name in ("plain", "norm-train", "channel-only", "spatial-only"):
         for op, arguments in _calls(table, device, name, torch.float32, "contiguous"):
             out = table[op](*arguments)
-            given = {a.untyped_storage().data_ptr() for a in arguments if isinstance(a, torch.Tensor) and a.numel()}
+            given = {
+                a.untyped_storage().data_ptr() for a in arguments if isinstance(a, torch.Tensor) and a.numel()
+            }
             for t in out if isinstance(out, (tuple, list)) else (out,):
                 assert not t.numel() or t.untyped_storage().data_ptr() not in given, op
 
