@@ -106,7 +106,11 @@ def _is_spatial(leaf: nn.Module) -> bool:
 
 def _extent(leaf: nn.Module) -> Tuple[int, int]:
     """Inputs and outputs of a dense layer."""
-    return (leaf.in_features, leaf.out_features) if isinstance(leaf, nn.Linear) else (leaf.in_channels, leaf.out_channels)
+    return (
+        (leaf.in_features, leaf.out_features)
+        if isinstance(leaf, nn.Linear)
+        else (leaf.in_channels, leaf.out_channels)
+    )
 
 
 def structure(module: nn.Module) -> Optional[Structure]:
@@ -261,7 +265,11 @@ def _probes(s: Structure, dims: int, generator: torch.Generator) -> List[Tensor]
 
 def _variants(module: nn.Module, s: Structure) -> Iterator[Config]:
     """Options that this structure may have, the likeliest first."""
-    given = [tuple(m.pool_types) for m in module.modules() if isinstance(getattr(m, "pool_types", None), (list, tuple))]
+    given = [
+        tuple(m.pool_types)
+        for m in module.modules()
+        if isinstance(getattr(m, "pool_types", None), (list, tuple))
+    ]
     pools: List[int] = []
     if s.channels is not None:
         for names in (*given, *_POOLS):
@@ -300,7 +308,9 @@ def _call(module: nn.Module, x: Tensor) -> Tensor:
     try:
         y = type(module).forward(module, x)  # type: ignore[attr-defined]
     except Exception as error:  # whatever the unknown code raises, it is no CBAM of such an input
-        raise Refusal(f"it fails on an input of shape {tuple(x.shape)}: {type(error).__name__}: {error}") from None
+        raise Refusal(
+            f"it fails on an input of shape {tuple(x.shape)}: {type(error).__name__}: {error}"
+        ) from None
     if not isinstance(y, Tensor):
         raise Refusal(f"it returns a {type(y).__name__}")
     if not torch.equal(x.detach(), given.detach()):
@@ -338,6 +348,7 @@ def _agree(twin: nn.Module, other: nn.Module, x: Tensor) -> Optional[str]:
 def _row(module: nn.Module, s: Structure, c: Config) -> Optional[str]:
     """The dialect with these paths, preferring the one with these options; None for a layout of its own."""
     found = {n: ".".join(p) for n, p in zip(dialects.LAYERS, s.paths) if p is not None}
+
     def has(r: dialects.Dialect) -> bool:
         if r.kind == s.kind and dict(r.layers) == found:
             return True
@@ -352,7 +363,11 @@ def _row(module: nn.Module, s: Structure, c: Config) -> Optional[str]:
 
     def fit(r: dialects.Dialect) -> Tuple[bool, bool, bool]:
         light = c.spatial == cfg.SPATIAL_BLEND
-        return (r.constant("light", False) in (None, light), r.name.startswith(home), cfg.TIES[r.constant("ties", "first")] == ties)
+        return (
+            r.constant("light", False) in (None, light),
+            r.name.startswith(home),
+            cfg.TIES[r.constant("ties", "first")] == ties,
+        )
 
     return max(rows, key=fit).name if rows else None
 
@@ -441,7 +456,9 @@ def _matching(twin: nn.Module, s: Structure, x: Tensor, y: Tensor, dims: int) ->
         if gap <= TOLERANCE:
             return c
         best = min(best, gap)
-    raise Refusal(f"its output differs from FusedCBAM's by {best:.1g} of the largest value, whatever the options")
+    raise Refusal(
+        f"its output differs from FusedCBAM's by {best:.1g} of the largest value, whatever the options"
+    )
 
 
 def _verify(twin: nn.Module, spec: Spec, kind: str, probes: List[Tensor]) -> Optional[Tuple[int, str]]:

@@ -14,7 +14,9 @@ from .compat.base import describe
 from .module import ChannelGate, FusedCBAM, SpatialGate
 
 # Names of classes whose owners would ask why they were left.
-_LIKELY = re.compile(r"cbam|(channel|spatial)_?(att|gate)|squeeze_?ex|se_?module|^se(block|layer|attention)?$", re.I)
+_LIKELY = re.compile(
+    r"cbam|(channel|spatial)_?(att|gate)|squeeze_?ex|se_?module|^se(block|layer|attention)?$", re.I
+)
 
 
 class Swapped(NamedTuple):
@@ -127,7 +129,14 @@ def _try(node: nn.Module, name: str, backend: str, report: Report) -> Tuple[bool
         told = likely or found.kind == "block" or isinstance(refusal, GateOnly)
         return False, refusal if told else None
     become(node, spec, found.kind)
-    report.swapped.append(Swapped(name, _class_name(source), _class_name(type(node)), describe(spec.config, isinstance(node, FusedCBAM))))
+    report.swapped.append(
+        Swapped(
+            name,
+            _class_name(source),
+            _class_name(type(node)),
+            describe(spec.config, isinstance(node, FusedCBAM)),
+        )
+    )
     return True, None
 
 

@@ -71,7 +71,9 @@ def channel_mask(x: Tensor, p: Parameters, c: Config, backend: str = "auto") -> 
     return _attention(x, p, replace(c, spatial=cfg.SPATIAL_NONE, residual=False), backend).to(x.dtype)
 
 
-def spatial_mask(x: Tensor, p: Parameters, c: Config, norm: Optional[Callable], backend: str = "auto") -> Tensor:
+def spatial_mask(
+    x: Tensor, p: Parameters, c: Config, norm: Optional[Callable], backend: str = "auto"
+) -> Tensor:
     """The spatial gate (N, 1, *spatial) of a checked x, which no channel gate has multiplied, in x's dtype."""
     conv, spatial = _halves(p, c)[1]
     z = _attention(x, conv, spatial, backend)

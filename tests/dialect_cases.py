@@ -140,7 +140,9 @@ def run(module, x, dy):
     y = module(x)
     y.backward(dy.to(y))
     found = {"y": y.detach(), "dx": x.grad}
-    found.update({f"d{n}": torch.zeros_like(p) if p.grad is None else p.grad for n, p in module.named_parameters()})
+    found.update(
+        {f"d{n}": torch.zeros_like(p) if p.grad is None else p.grad for n, p in module.named_parameters()}
+    )
     found.update({n: b.clone() for n, b in module.named_buffers() if b.is_floating_point()})
     return found
 
@@ -182,5 +184,7 @@ def assert_same_numbers(original, fused, x, training):
     for name, value in exact.items():
         # A BatchNorm's two gradients are sums of the same terms, weighted by values about 1: one budget.
         layer = name.rsplit(".", 1)[0]
-        error = max(e for n, e in errors.items() if n == name or (value.numel() == 1 and n.startswith(layer + ".")))
+        error = max(
+            e for n, e in errors.items() if n == name or (value.numel() == 1 and n.startswith(layer + "."))
+        )
         assert_within(name, got[name], value, (value + error).float())

@@ -226,7 +226,9 @@ class Elbuco1(nn.Module):
         def __init__(self, channels, ratio):
             super().__init__()
             hidden = int(channels / ratio)
-            self.bottleneck = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))
+            self.bottleneck = nn.Sequential(
+                nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels)
+            )
 
         def forward(self, x):
             avg, top = (p.reshape(p.shape[0], -1) for p in _pools(x))
@@ -271,7 +273,9 @@ class Mmyolo(nn.Module):
         def __init__(self, channels, ratio):
             super().__init__()
             hidden = int(channels / ratio)
-            self.fc = nn.Sequential(ConvModule(channels, hidden, 1, nn.ReLU()), ConvModule(hidden, channels, 1, None))
+            self.fc = nn.Sequential(
+                ConvModule(channels, hidden, 1, nn.ReLU()), ConvModule(hidden, channels, 1, None)
+            )
             self.sigmoid = nn.Sigmoid()
 
         def forward(self, x):

@@ -94,7 +94,9 @@ def test_missing_biases_become_zero():
     torch.testing.assert_close(module.double()(x), plain.double()(x))
     equal(to_dialect(module.float(), "bubbliiiing"), plain.float().state_dict())
     module.channel_gate.fc1.bias.data[0] = 1
-    with pytest.raises(ValueError, match='layout of "bubbliiiing": it has no fc1.bias, this module\'s is not zero'):
+    with pytest.raises(
+        ValueError, match='layout of "bubbliiiing": it has no fc1.bias, this module\'s is not zero'
+    ):
         to_dialect(module, "bubbliiiing")
 
 
@@ -149,7 +151,10 @@ def test_an_unknown_layout_lists_what_was_found_and_the_nearest_dialect():
         FusedCBAM(32).load_state_dict(state)
     model = nn.Sequential(nn.Identity(), FusedCBAM(32))
     nested = {f"1.{k}": v for k, v in state.items()}
-    with pytest.warns(UserWarning, match=text), pytest.raises(RuntimeError, match="1.ChannelGate.mlp.fc_one.weight"):
+    with (
+        pytest.warns(UserWarning, match=text),
+        pytest.raises(RuntimeError, match="1.ChannelGate.mlp.fc_one.weight"),
+    ):
         model.load_state_dict(nested)
     with pytest.warns(UserWarning, match=text):
         assert len(model.load_state_dict(nested, strict=False).unexpected_keys) == len(nested)
@@ -166,9 +171,15 @@ def test_the_nearest_dialect_survives_a_typo(name):
 @pytest.mark.parametrize(
     "module, text",
     [
-        (lambda: FusedCBAM(64), r"fc1.weight of this module has shape \(4, 64\), the state_dict's is \(2, 32\)"),
+        (
+            lambda: FusedCBAM(64),
+            r"fc1.weight of this module has shape \(4, 64\), the state_dict's is \(2, 32\)",
+        ),
         (lambda: FusedCBAM(32, kernel_size=3), r"conv.weight of this module has shape \(1, 2, 3, 3\)"),
-        (lambda: FusedCBAM(32, spatial_norm=False), r"the state_dict has bn.weight \(1,\), this module has none"),
+        (
+            lambda: FusedCBAM(32, spatial_norm=False),
+            r"the state_dict has bn.weight \(1,\), this module has none",
+        ),
         (lambda: FusedCBAM(32, mlp_bias=False), r"the state_dict has fc1.bias \(2,\), this module has none"),
         (lambda: FusedCBAM(32, spatial=False), r"the state_dict has conv.weight"),
     ],
@@ -182,7 +193,9 @@ def test_a_misfit_says_what_does_not_fit(module, text):
 
 def test_two_that_fit_are_ambiguous():
     state = nn.ModuleList([Official(32), Official(32)]).state_dict()
-    with pytest.raises(RuntimeError, match=r'(?s)must hold one CBAM that fits, got 2; .*"0." \(official\).*"1." \(official\)'):
+    with pytest.raises(
+        RuntimeError, match=r'(?s)must hold one CBAM that fits, got 2; .*"0." \(official\).*"1." \(official\)'
+    ):
         FusedCBAM(32).load_state_dict(state)
     both = nn.ModuleList([Official(32), Official(64)])
     module = FusedCBAM(64)

@@ -131,10 +131,22 @@ def test_reduced_precision_keeps_dtype_and_is_close(reduced):
     [
         (lambda c: c.timm.CbamModule(), TypeError, r"CbamModule\(\) missing a required argument: 'channels'"),
         (lambda c: c.timm.CbamModule(32, act_layer=nn.SiLU), ValueError, "act_layer must be torch.nn.ReLU"),
-        (lambda c: c.timm.CbamModule(32, gate_layer="hard_sigmoid"), ValueError, 'gate_layer must be "sigmoid"'),
-        (lambda c: c.timm.CbamModule(32, spatial_kernel_size=4), ValueError, "kernel_size must be odd, got 4"),
+        (
+            lambda c: c.timm.CbamModule(32, gate_layer="hard_sigmoid"),
+            ValueError,
+            'gate_layer must be "sigmoid"',
+        ),
+        (
+            lambda c: c.timm.CbamModule(32, spatial_kernel_size=4),
+            ValueError,
+            "kernel_size must be odd, got 4",
+        ),
         (lambda c: c.timm.SEModule(32, norm_layer=nn.BatchNorm2d), ValueError, "norm_layer must be None"),
-        (lambda c: c.official.CBAM(8), ValueError, "gate_channels must be at least reduction_ratio = 16, got 8"),
+        (
+            lambda c: c.official.CBAM(8),
+            ValueError,
+            "gate_channels must be at least reduction_ratio = 16, got 8",
+        ),
         (lambda c: c.official.CBAM(32, 16, ["mean"]), ValueError, "pool_types must be any of"),
         (lambda c: c.luuuyi.ChannelAttention(8), ValueError, "in_planes must be at least 16, got 8"),
         (lambda c: c.mmyolo.CBAM(32, act_cfg=dict(type="SiLU")), ValueError, "act_cfg must be dict"),

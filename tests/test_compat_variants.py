@@ -55,15 +55,21 @@ def pair(dims, arrangement, norm=True, backend="auto"):
         nn.init.constant_(plain.bn.bias, -0.25)
         plain.bn.running_mean.fill_(0.125)
         plain.bn.running_var.fill_(1.5)
-    fused = FusedCBAM(
-        24, 8, 3, dims=dims, spatial_norm=norm, arrangement=arrangement, backend=backend
-    )
-    state = {("channel_gate." if k.startswith("fc") else "spatial_gate.") + k: v for k, v in plain.state_dict().items()}
+    fused = FusedCBAM(24, 8, 3, dims=dims, spatial_norm=norm, arrangement=arrangement, backend=backend)
+    state = {
+        ("channel_gate." if k.startswith("fc") else "spatial_gate.") + k: v
+        for k, v in plain.state_dict().items()
+    }
     fused.load_state_dict(state)
     return plain, fused
 
 
-CASES = [(d, a) for d in (1, 2, 3) for a in ("channel_first", "spatial_first", "parallel") if (d, a) != (2, "channel_first")]
+CASES = [
+    (d, a)
+    for d in (1, 2, 3)
+    for a in ("channel_first", "spatial_first", "parallel")
+    if (d, a) != (2, "channel_first")
+]
 
 
 @pytest.mark.parametrize("dims, arrangement", CASES)

@@ -55,8 +55,12 @@ def test_every_dialect_is_recognised_and_nothing_else_changes(case):
     report = fuse(model)
 
     assert torch.equal(torch.get_rng_state(), state)
-    assert [(s.name, s.source.split(".")[-1]) for s in report.swapped] == [("1", source.__name__)] and not report.left
-    assert type(original) is case.fused or case.dialect.startswith(("luuuyi_spatial", "timm_se", "torchvision_se"))
+    assert [(s.name, s.source.split(".")[-1]) for s in report.swapped] == [
+        ("1", source.__name__)
+    ] and not report.left
+    assert type(original) is case.fused or case.dialect.startswith(
+        ("luuuyi_spatial", "timm_se", "torchvision_se")
+    )
     assert isinstance(original, (FusedCBAM, ChannelGate, SpatialGate))
     assert_same(before, fingerprint(model))
     for training in (True, False):
@@ -80,7 +84,9 @@ def test_every_dialect_is_recognised_and_nothing_else_changes(case):
 class Renamed(nn.Module):
     """A CBAM whose names no dialect has."""
 
-    def __init__(self, channels=24, act=nn.ReLU, gate=torch.sigmoid, residual=False, reverse=False, split=False):
+    def __init__(
+        self, channels=24, act=nn.ReLU, gate=torch.sigmoid, residual=False, reverse=False, split=False
+    ):
         super().__init__()
         self.squeeze = nn.Conv2d(channels, 6, 1)
         self.act = act()
@@ -97,7 +103,9 @@ class Renamed(nn.Module):
         return y + x if self.residual else y
 
 
-@pytest.mark.parametrize("options", [{}, {"residual": True}, {"reverse": True}, {"split": True, "reverse": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"residual": True}, {"reverse": True}, {"split": True, "reverse": True}]
+)
 def test_names_do_not_matter_and_options_are_found(options):
     module = Renamed(**options)
     randomise(module)
@@ -372,10 +380,14 @@ def assert_trains_alike(model, x, loss_of, count):
 
 
 # The second is narrower inside its bottlenecks; what its CBAMs see is a ResNet-50's.
-@pytest.mark.parametrize("name, source, width", [("cbam", "CbamModule", 64), ("lcbam", "LightCbamModule", 16)])
+@pytest.mark.parametrize(
+    "name, source, width", [("cbam", "CbamModule", 64), ("lcbam", "LightCbamModule", 16)]
+)
 def test_timm_resnet50(name, source, width):
     timm = pytest.importorskip("timm", reason="timm is not installed")
-    model = timm.create_model("resnet50", num_classes=7, base_width=width, block_args={"attn_layer": name}).double()
+    model = timm.create_model(
+        "resnet50", num_classes=7, base_width=width, block_args={"attn_layer": name}
+    ).double()
     for module in model.modules():
         if type(module).__name__ == source:
             randomise(module)
@@ -404,7 +416,9 @@ def test_torchvision_squeeze_and_excitation():
 
 def test_timm_squeeze_and_excitation():
     timm = pytest.importorskip("timm", reason="timm is not installed")
-    model = timm.create_model("seresnet18" if timm.is_model("seresnet18") else "seresnet50", num_classes=3).eval()
+    model = timm.create_model(
+        "seresnet18" if timm.is_model("seresnet18") else "seresnet50", num_classes=3
+    ).eval()
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = model(x)

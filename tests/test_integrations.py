@@ -95,7 +95,11 @@ def test_channels_follow_the_width_scaling(registered):
 
 
 def test_keyword_options_and_repeats(registered):
-    rows = [[-1, 9, "CBAM", [None, 3]], [-1, 1, "FusedCBAM", [256, {"spatial_norm": False, "residual": True}]], ROWS[2]]
+    rows = [
+        [-1, 9, "CBAM", [None, 3]],
+        [-1, 1, "FusedCBAM", [256, {"spatial_norm": False, "residual": True}]],
+        ROWS[2],
+    ]
     model = build(yolo(rows))
     assert isinstance(model.model[2], nn.Sequential) and len(model.model[2]) == 3
     assert {m.spatial_attention.cv1.kernel_size for m in model.model[2]} == {(3, 3)}
@@ -180,7 +184,9 @@ def test_checkpoints_pass_between_stock_fused_and_registered(monkeypatch):
     monkeypatch.undo()
     integration.register()
     try:
-        ours = build(yolo([[-1, 1, "CBAM", [None, 3]], ROWS[2][:1] + [1, "CBAM", []], [-1, 1, "CBAM", []]])).eval()
+        ours = build(
+            yolo([[-1, 1, "CBAM", [None, 3]], ROWS[2][:1] + [1, "CBAM", []], [-1, 1, "CBAM", []]])
+        ).eval()
     finally:
         integration.unregister()
     assert list(fused.state_dict()) == list(ours.state_dict()) == list(state)

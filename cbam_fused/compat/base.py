@@ -110,7 +110,13 @@ class _Dialect:
         if spec.paths[2] is not None:
             conv = _refresh(self._layer(spec.paths[2]))
             weight, bias = conv.weight, conv.bias
-        return x, Parameters(*self._mlp(), weight, bias), spec.config, self._layer(spec.paths[3]), spec.backend
+        return (
+            x,
+            Parameters(*self._mlp(), weight, bias),
+            spec.config,
+            self._layer(spec.paths[3]),
+            spec.backend,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.run(*self._arguments(x))
@@ -171,7 +177,9 @@ def describe(c: Config, block: bool = True) -> str:
     if not c.spatial and block:
         text.append("spatial=False")
     elif c.spatial in cfg.SPATIAL_ORDERS.values():
-        text.append(f'{"spatial_order" if block else "order"}="{next(n for n, o in cfg.SPATIAL_ORDERS.items() if o == c.spatial)}"')
+        text.append(
+            f'{"spatial_order" if block else "order"}="{next(n for n, o in cfg.SPATIAL_ORDERS.items() if o == c.spatial)}"'
+        )
     if c.pools & cfg.BLEND or c.spatial == cfg.SPATIAL_BLEND:
         text.append("light=True")
     if c.ties == cfg.TIES_SPLIT:

@@ -109,7 +109,10 @@ def match_row(row: Dialect, prefix: str, state: Mapping[str, Any]) -> Optional[M
             if not all(k in state for k in wanted):
                 continue
             keys = {c: k for c, k in keys.items() if k in state}
-            if not all(isinstance(state[k], Tensor) and state[k].dim() in _expected_dims(row, c) for c, k in keys.items()):
+            if not all(
+                isinstance(state[k], Tensor) and state[k].dim() in _expected_dims(row, c)
+                for c, k in keys.items()
+            ):
                 continue
             conv = keys.get("conv.weight")
             if conv is not None and _maps(row) not in (None, state[conv].shape[1]):
@@ -224,7 +227,9 @@ def own_state(layout: Layout, c: Components, source: Optional[str], prefix: str)
         elif name.endswith("num_batches_tracked"):
             continue
         else:
-            value = torch.zeros_like(target, device=c["fc2.weight" if "fc2.weight" in c else "conv.weight"].device)
+            value = torch.zeros_like(
+                target, device=c["fc2.weight" if "fc2.weight" in c else "conv.weight"].device
+            )
         state[f"{prefix}{layout.paths[layer]}.{entry}"] = value
     return state
 
@@ -276,7 +281,9 @@ def adapt(module: nn.Module, state: Dict[str, Any], prefix: str, errors: List[st
         reason = "does not tell its spatial_order: write it with to_dialect(module, name) instead"
     if reason is not None:
         if not shared:
-            errors.append(f'the state_dict behind "{prefix}" is in the layout of "{match.row.name}", but {reason}')
+            errors.append(
+                f'the state_dict behind "{prefix}" is in the layout of "{match.row.name}", but {reason}'
+            )
         return
     _warn_of_options(match.row, layout)
     for key in match.keys.values():
@@ -301,7 +308,9 @@ def locate(module: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
     fitting = [m for m, reason in zip(matches, reasons) if reason is None]
     if len(fitting) == 1:
         match = fitting[0]
-        chosen: "OrderedDict[str, Any]" = OrderedDict((k[len(match.prefix) :], state[k]) for k in match.keys.values())
+        chosen: "OrderedDict[str, Any]" = OrderedDict(
+            (k[len(match.prefix) :], state[k]) for k in match.keys.values()
+        )
         return chosen
     if fitting:
         names = "\n    ".join(f'"{m.prefix}" ({m.row.name})' for m in fitting)
@@ -310,7 +319,9 @@ def locate(module: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
             f"pass the entries behind one of\n    {names}"
         )
     names = "\n    ".join(f'"{m.prefix}" ({m.row.name}): {reason}' for m, reason in zip(matches, reasons))
-    raise RuntimeError(f"{type(module).__name__}.load_state_dict: no CBAM of the state_dict fits\n    {names}")
+    raise RuntimeError(
+        f"{type(module).__name__}.load_state_dict: no CBAM of the state_dict fits\n    {names}"
+    )
 
 
 def _cannot(row: Dialect, layout: Layout, c: Components) -> Optional[str]:
@@ -326,8 +337,11 @@ def _cannot(row: Dialect, layout: Layout, c: Components) -> Optional[str]:
     if spatial and light != (_maps(row) == 1):
         return "its spatial convolution reads " + ("two maps" if light else "one map")
     if spatial and ("bn" in row.layers) != ("bn.weight" in c):
-        return "it has " + ("a" if "bn" in row.layers else "no") + " BatchNorm, this module has " + (
-            "one" if "bn.weight" in c else "none"
+        return (
+            "it has "
+            + ("a" if "bn" in row.layers else "no")
+            + " BatchNorm, this module has "
+            + ("one" if "bn.weight" in c else "none")
         )
     if ("fc1" in row.layers) != ("fc1.weight" in c):
         return "its MLP has " + ("two layers" if "fc1" in row.layers else "one layer")
@@ -340,7 +354,9 @@ def _cannot(row: Dialect, layout: Layout, c: Components) -> Optional[str]:
         return f"it has pool_types={tuple(pools)}, this module has pool_types={have}"
     for name in ("fc1.bias", "fc2.bias", "conv.bias"):
         takes = name.startswith("conv") and row.constant("spatial_bias", False)
-        takes = takes or (not name.startswith("conv") and ("mlp_bias" in row.optional or row.constant("mlp_bias", True)))
+        takes = takes or (
+            not name.startswith("conv") and ("mlp_bias" in row.optional or row.constant("mlp_bias", True))
+        )
         if name in c and not takes and bool(c[name].any()):
             return f"it has no {name}, this module's is not zero"
     return None
