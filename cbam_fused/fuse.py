@@ -9,7 +9,8 @@ from typing import List, NamedTuple, Tuple, Union
 import torch.nn as nn
 
 from . import _checks
-from ._recognise import GateOnly, Refusal, become, recognise, structure
+from ._recognise import become, recognise
+from ._structure import GateOnly, Refusal, structure
 from .compat.base import describe
 from .module import ChannelGate, FusedCBAM, SpatialGate
 

@@ -14,7 +14,7 @@ _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
-def _refresh(module: nn.Module) -> nn.Module:
+def _refresh(module: nn.Module) -> Any:
     """Runs the pre-hooks of a child whose tensors are read but whose forward is not called.
 
     Pruning and the older weight and spectral norms recompute `weight` in such a hook.
@@ -179,7 +179,7 @@ class SpatialGate(_Gates):
         factory = {"device": device, "dtype": dtype}
         maps = 1 if self.light else 2
         self.conv = _CONV[dims](maps, 1, kernel_size, padding=kernel_size // 2, bias=bias, **factory)
-        self.bn = _NORM[dims](1, **factory) if norm else None
+        self.bn = _NORM[dims](1, momentum=0.01, **factory) if norm else None
 
     def tensors(self) -> Tuple[Tensor, Optional[Tensor]]:
         """conv_weight, conv_bias."""

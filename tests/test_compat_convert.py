@@ -10,7 +10,7 @@ from dialect_cases import BLOCKS, CASES, inputs
 from plain_cbam import Bubbliiiing, Official, Xmu
 
 from cbam_fused import ChannelGate, FusedCBAM, SpatialGate, to_dialect
-from cbam_fused.compat import convert, dialects
+from cbam_fused.compat import dialects, layouts
 
 block_of = pytest.mark.parametrize("case", BLOCKS.values(), ids=BLOCKS.keys())
 
@@ -164,7 +164,7 @@ def test_an_unknown_layout_lists_what_was_found_and_the_nearest_dialect():
 def test_the_nearest_dialect_survives_a_typo(name):
     row = dialects.find(name)
     keys = [k for _, k in row.entries(bool(row.constant("mlp_bias", True)), True)]
-    nearest, _ = convert.nearest(["x." + k if i else "x.lost" for i, k in enumerate(keys)])
+    nearest, _ = layouts.nearest(["x." + k if i else "x.lost" for i, k in enumerate(keys)])
     assert dict(dialects.find(nearest).layers) == dict(row.layers)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 from dialect_cases import randomise
-from test_fuse import assert_trains_alike
+from whole_models import assert_trains_alike
 
 from cbam_fused import FusedCBAM, compat, fuse
 
