@@ -32,13 +32,15 @@ struct Backward : Block<T, kChannelsLast> {
     A* dgate = tile_dgate(s, t);
     if constexpr (kChannelsLast) {
       auto slots = make_slots<A>(p.C, 0);
+      std::fill_n(w.part, slots.size() * L, A(0));
       std::fill_n(w.sum, slots.size() * L, A(0));
-      weigh_product(x(s.n), dy(s.n), p.C, p0, p1, slots, s.s, s.gate, s.ds, w.sum);
+      weigh_product(x(s.n), dy(s.n), p.C, p0, p1, slots, s.s, s.gate, s.ds, w.part, w.sum);
       unslot(slots, w.sum, dgate);
     } else {
       auto slots = make_slots<A>(p1 - p0, p0);
+      std::fill_n(w.part, slots.size() * L, A(0));
       std::fill_n(w.sum, slots.size() * L, A(0));
-      weigh_product(x(s.n) + p0, dy(s.n) + p0, p.P, 0, p.C, slots, s.gate, s.s + p0, dgate, w.sum);
+      weigh_product(x(s.n) + p0, dy(s.n) + p0, p.P, 0, p.C, slots, s.gate, s.s + p0, dgate, w.part, w.sum);
       for_slots(slots, [&](int64_t l, int64_t k, auto tag) {
         write<Write::kCached>(s.ds + p0 + l, load(w.sum + k * L), tag);
       });
@@ -245,9 +247,12 @@ struct Backward : Block<T, kChannelsLast> {
     // One element a channel also gets the maximum's gradient; recomputed, so that it is rounded once.
     const T* d = dy(s.n);
     T* to = out(s.n);
+    // A last slot that was moved left has written the end of the tile before anew.
+    const Slots<A> slots = make_slots<A>(p1 - p0, p0);
+    const int64_t first = !kChannelsLast && slots.tail_count ? p0 + std::min<int64_t>(0, slots.tail_start) : p0;
     for (int64_t c = 0; c < p.C; ++c) {
       const int64_t pos = s.p_index[c];
-      if (pos < p0 || pos >= p1) continue;
+      if (pos < first || pos >= p1) continue;
       const A g = load_one(d + element(c, pos));
       A inner = g * sp[pos] + dq_mean[pos];
       if (q_index[pos] == c) inner += dq_max[pos];
@@ -264,7 +269,7 @@ struct Backward : Block<T, kChannelsLast> {
     const Vec<A> zero{};
     auto value = [=](Vec<A> d, Vec<A> v, Vec<A> gate, Vec<A> sp, Vec<A> mean, Vec<A> dmax, Vec<A> qmax,
                      VecInt<A> q_hit, Vec<A> da, Vec<A> dm, Vec<A> peak, VecInt<A> p_hit, Vec<A> dlp, Vec<A> dlse,
-                     Vec<A> lse) __attribute__((always_inline)) {
+                     Vec<A> lse) CBAM_INLINE_LAMBDA {
       Vec<A> inner = d * sp;
       if (spatial) inner += split ? share_of(v * gate, qmax, dmax, mean) : mean + (q_hit ? dmax : zero);
       Vec<A> r = gate * inner;

@@ -21,7 +21,7 @@ struct Carver {
 // Arrays of one thread.
 template <class A>
 struct Worker {
-  A *sum, *max, *flat;
+  A *part, *sum, *max, *flat;
   typename Lanes<A>::Int* index;
 };
 
@@ -98,6 +98,10 @@ struct Block {
     return std::min({positions, int64_t(2048), p.P});
   }
 
+  // A last tile of less than a vector joins the one before it: its vector would reach back over
+  // positions that another thread may own, or that are already final.
+  static int64_t count_tiles(int64_t P, int64_t tile) { return std::max<int64_t>(1, (P + tile - L) / tile); }
+
   // Samples that a thread takes through the pools together, so that each load of the MLP's weights
   // serves all of them: only where weights weigh against a sample.
   static int64_t group_size(const Problem& p, bool backward) {
@@ -112,7 +116,7 @@ struct Block {
   static bool can_stream(const Problem& p) {
     const int64_t row = (kChannelsLast ? p.C : p.P) * int64_t(sizeof(T)), width = L * int64_t(sizeof(T));
     return row % width == 0 && reinterpret_cast<uintptr_t>(p.out) % size_t(width) == 0 &&
-           p.N * p.C * p.P * int64_t(sizeof(T)) > p.cache_bytes / 2;
+           p.N * p.C * p.P * int64_t(sizeof(T)) > p.cache_bytes / 8;
   }
 
   Block(const Problem& problem, bool is_backward, Carver& carver)
@@ -122,7 +126,7 @@ struct Block {
         pools_count(count_pools(problem.pools)),
         passes(problem.pools & kBlend ? 1 : count_pools(problem.pools)),
         tile(tile_positions(problem, is_backward)),
-        tiles((problem.P + tile - 1) / tile),
+        tiles(count_tiles(problem.P, tile)),
         group(group_size(problem, is_backward)),
         streams(can_stream(problem)) {
     carve(carver);
@@ -147,10 +151,11 @@ struct Block {
       call.dplanes = c.take<A>(N * 2 * pad.taps());
       call.dnorm = c.take<double>(N * 2);
     }
-    const int64_t lanes = std::max(C, tile) + L, positions = P + L, channels = C + L;
+    const int64_t lanes = std::max(C, tile + L) + L, positions = P + L, channels = C + L;
     const int64_t padded = p.spatial ? pad.size + 8 * L : 0;
     for (int i = 0; i < p.threads; ++i) {
       Worker<A> w{};
+      w.part = c.take<A>(lanes);
       w.sum = c.take<A>(lanes);
       w.max = c.take<A>(lanes);
       w.index = c.take<Int>(lanes);
@@ -213,7 +218,7 @@ struct Block {
   const T* dy(int64_t n) const { return static_cast<const T*>(p.dy) + n * p.C * p.P; }
   T* out(int64_t n) const { return static_cast<T*>(p.out) + n * p.C * p.P; }
   int64_t element(int64_t c, int64_t pos) const { return kChannelsLast ? pos * p.C + c : c * p.P + pos; }
-  int64_t tile_end(int64_t t) const { return std::min(p.P, (t + 1) * tile); }
+  int64_t tile_end(int64_t t) const { return t + 1 == tiles ? p.P : (t + 1) * tile; }
   A* tile_dgate(const Sample<A>& s, int64_t t) const { return s.dgate + t * (p.C + L); }
 
   // Splits [0, count) into at most p.threads parts: f(begin, end), and its part where asked for.
@@ -258,7 +263,7 @@ struct Block {
     };
     if constexpr (kChannelsLast) {
       auto slots = make_slots<A>(c1 - c0, c0);
-      reduce_columns<false>(xs + c0, p.C, 0, p.P, slots, (const A*)nullptr, w.sum, w.max, w.index);
+      reduce_columns<false>(xs + c0, p.C, 0, p.P, slots, (const A*)nullptr, w.part, w.sum, w.max, w.index);
       finish_columns<false>(xs + c0, p.C, 0, p.P, slots, (const A*)nullptr, w.sum, w.max, w.index,
                             [&](int64_t l, int64_t k, auto) {
                               // From c0 on: what lies before belongs to another thread, which may have put
@@ -388,7 +393,7 @@ struct Block {
       });
     } else {
       auto slots = make_slots<A>(p1 - p0, p0);
-      reduce_columns<true>(xs + p0, p.P, 0, p.C, slots, s.gate, w.sum, w.max, w.index);
+      reduce_columns<true>(xs + p0, p.P, 0, p.C, slots, s.gate, w.part, w.sum, w.max, w.index);
       finish_columns<true>(xs + p0, p.P, 0, p.C, slots, s.gate, w.sum, w.max, w.index,
                            [&](int64_t l, int64_t k, auto tag) {
                              write<Write::kCached>(s.q_max + p0 + l, load(w.max + k * L), tag);

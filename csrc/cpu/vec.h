@@ -7,6 +7,7 @@
 constexpr int kVectorBytes = CBAM_VECTOR_BYTES;
 
 #define CBAM_INLINE inline __attribute__((always_inline))
+#define CBAM_INLINE_LAMBDA __attribute__((always_inline))
 
 struct bf16 {
   uint16_t bits;
