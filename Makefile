@@ -8,6 +8,9 @@ ARGS ?=
 # Enough for one local build: sm_80 code, PTX for newer devices, and sm_90a for Hopper's clusters.
 # A release is built for setup.py's own list: make clean && make build TORCH_CUDA_ARCH_LIST=...
 export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX;9.0a
+# Without a GPU they could not run, and compiling them takes longer than all the rest: make build
+# CBAM_FUSED_CUDA=1 does it all the same. The tests compile them, and run them on the CPU, by themselves.
+export CBAM_FUSED_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),,0)
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 

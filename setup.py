@@ -110,9 +110,9 @@ def cpu_extension(torch_extension):
 def cuda_extension(torch):
     wish = os.environ.get("CBAM_FUSED_CUDA", "")
     files = sources("cuda", "*.cu", "*.cpp")
-    if not files or wish == "0":
+    if not files:
         return None
-    reason = cuda_refusal(torch)
+    reason = "CBAM_FUSED_CUDA=0" if wish == "0" else cuda_refusal(torch)
     if reason:
         if wish == "1":
             raise SystemExit(f"cbam_fused: CBAM_FUSED_CUDA=1, but {reason}")
