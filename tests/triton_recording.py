@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -180,7 +181,7 @@ def run_ops(x, weights, bn, config: Config, save: bool = True, backward: bool = 
 
 
 def resources(compiled, target: str) -> Dict[str, int]:
-    """Registers, spilled bytes (NVIDIA) or registers (AMD), and shared memory of a compiled kernel."""
+    """Registers, instructions (NVIDIA) or registers (AMD) that spill, and shared memory of a compiled kernel."""
     if TARGETS[target][0] == "hip":
         text = compiled.asm["amdgcn"]
 
@@ -189,16 +190,22 @@ def resources(compiled, target: str) -> Dict[str, int]:
 
         spilled = field("vgpr_spill_count") + field("sgpr_spill_count")
         return {"registers": field("vgpr_count"), "spilled": spilled, "shared": compiled.metadata.shared}
+    sass = disassemble(compiled)
+    registers = int(re.search(r"\bREG:(\d+)", _cuobjdump(compiled, "-res-usage")).group(1))
+    spilled = len(re.findall(r"\b(?:STL|LDL)\b", sass))
+    return {"registers": registers, "spilled": spilled, "shared": compiled.metadata.shared}
+
+
+def _cuobjdump(compiled, option: str) -> str:
     import triton
 
-    cuobjdump = triton.knobs.nvidia.cuobjdump.path
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
-        text = subprocess.run([cuobjdump, "-res-usage", str(path)], capture_output=True, text=True, check=True).stdout
-    fields = dict(f.split(":") for f in text.split("Function")[-1].split() if f.count(":") == 1 and f[0].isupper())
-    return {
-        "registers": int(fields["REG"]),
-        "spilled": int(fields["STACK"]) + int(fields["LOCAL"]),
-        "shared": compiled.metadata.shared,
-    }
+        command = [triton.knobs.nvidia.cuobjdump.path, option, str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def disassemble(compiled) -> str:
+    """SASS of a kernel compiled for NVIDIA."""
+    return _cuobjdump(compiled, "-sass")

@@ -113,8 +113,8 @@ def channel_pool_forward_kernel(
             best, found = replace_nan(best, found, tl.min(first_nan, 1), SPLIT)
         tl.store(out + AVG * C, best, mask=cmask)  # [BC]
         if WITH_INDEX:
-            at = pool_index + (n * SEGMENTS + seg) * C + rc
-            tl.store(at, found.to(pool_index.dtype.element_ty), mask=cmask)  # [BC]
+            p_index = pool_index + (n * SEGMENTS + seg) * C + rc
+            tl.store(p_index, found.to(pool_index.dtype.element_ty), mask=cmask)  # [BC]
     if LP:
         norm = tl.sum(squares, 1)
         norm = norm if SEGMENTED else root(norm)
@@ -129,8 +129,8 @@ def channel_pool_forward_kernel(
         for h in range(0, H, HB):
             rh = h + tl.arange(0, HB)
             hmask = rh < H
-            at = rh.to(tl.int64)[:, None] * C
-            w = tl.load(weights[None, :] + at, mask=hmask[:, None] & cmask[None, :], other=0.0).to(ACC)  # [HB, BC]
+            cell = rh.to(tl.int64)[:, None] * C
+            w = tl.load(weights[None, :] + cell, mask=hmask[:, None] & cmask[None, :], other=0.0).to(ACC)  # [HB, BC]
             if BLEND:
                 tl.store(part + rh, _product(w, 0.5 * mean + 0.5 * best, cmask), mask=hmask)  # [HB]
             else:

@@ -81,8 +81,8 @@ class Problem:
 
     @property
     def units(self) -> Dict[str, int]:
-        """Channels and positions as multiples: only the innermost one's divisor matters to loads."""
-        cv = _largest_divisor(self.c) if self.channels_last else 1
+        """Channels and positions as multiples of what loads of x and of the weights can use."""
+        cv = _largest_divisor(self.c)
         pv = 1 if self.channels_last else _largest_divisor(self.p)
         return {"c_units": self.c // cv, "p_units": self.p // pv, "CV": cv, "PV": pv}
 
@@ -144,7 +144,7 @@ def cdiv(a: int, b: int) -> int:
 
 def split_loop(programs: int, steps: int, fill: int, device: Device) -> Tuple[int, int]:
     """(parts, steps a part) of a loop of `steps`, so that every multiprocessor gets `fill` programs."""
-    wanted = max(1, min(steps, cdiv(fill * device.multiprocessors, programs)))
+    wanted = max(1, min(steps, cdiv(fill * device.multiprocessors, max(1, programs))))
     each = cdiv(steps, wanted)
     return cdiv(steps, each), each
 

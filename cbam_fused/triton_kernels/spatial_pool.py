@@ -217,5 +217,5 @@ def spatial_pool_forward_kernel(
         tl.store(out, best, mask=pmask)  # [BP]
         tl.store(out + P, s / C.to(ACC), mask=pmask)  # [BP]
         if WITH_INDEX:
-            at = maps_index + (n * splits + split) * P + rp
-            tl.store(at, found.to(maps_index.dtype.element_ty), mask=pmask)  # [BP]
+            p_index = maps_index + (n * splits + split) * P + rp
+            tl.store(p_index, found.to(maps_index.dtype.element_ty), mask=pmask)  # [BP]

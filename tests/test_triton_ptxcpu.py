@@ -1,0 +1,72 @@
+"""Compiled PTX of whole forwards and backwards, run on the CPU by ptxcpu, an optional sibling directory."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET=1 leaves no PTX in this process", allow_module_level=True)
+
+import triton_ptx
+from triton_recording import DEVICES, make_inputs, recording, run_ops
+
+from cbam_fused import _config as cfg
+from cbam_fused._config import Config, Parameters
+from cbam_fused.reference import cbam_reference
+
+pytestmark = pytest.mark.skipif(triton_ptx.unavailable() is not None, reason=str(triton_ptx.unavailable()))
+
+CASES = {
+    "large map": ((2, 32, 20, 20), torch.bfloat16, False, Config()),
+    "small map, shares": ((1, 257, 7, 7), torch.float32, False, Config()),
+    "channels-last, segments": ((1, 24, 18, 18), torch.float32, True, Config(ties=cfg.TIES_SPLIT, residual=True)),
+}
+
+
+def reference(x, weights, bn, config, dy, dtype):
+    inputs = [None if t is None else t.to(dtype).requires_grad_() for t in (x, *weights, *bn[:2])]
+    mean, var = bn[2].to(dtype), bn[3].to(dtype)
+    norm = lambda z: F.batch_norm(z, mean, var, inputs[7], inputs[8], False, 0.0, 1e-5)  # noqa: E731
+    y = cbam_reference(inputs[0], Parameters(*inputs[1:7]), config, norm)
+    y.backward(dy.to(dtype))
+    return [y.detach(), *(t.grad for t in inputs)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_kernels(name):
+    shape, dtype, channels_last, config = CASES[name]
+    x, weights, bn = make_inputs(shape, dtype, config, 4, channels_last=channels_last, device="cpu")
+    dy = torch.empty_like(x).copy_(torch.randn(shape, generator=torch.Generator().manual_seed(9)))
+    results = []
+    for seed in (1, 2):
+        with recording(DEVICES["sm_90"]) as launches:
+            forward, backward = run_ops(x, weights, bn, config, dy=dy)
+        machine = triton_ptx.Machine()
+        machine.run(launches, seed=seed, noise=1.0)
+        machine.read_back()
+        results.append([forward[0], *backward])
+    exact = reference(x, weights, bn, config, dy, torch.float64)
+    same = reference(x, weights, bn, config, dy, dtype)
+    for i, (once, again, want, low) in enumerate(zip(*results, exact, same)):
+        assert torch.equal(once, again), f"output {i} depends on the order of programs"
+        assert torch.isfinite(once).all(), f"output {i} is not finite"
+        error = (once.double() - want).abs().max().item()
+        budget = 2 * ((low.double() - want).abs().max().item() + torch.finfo(dtype).eps * want.abs().max().item())
+        assert error <= budget, f"output {i}: error {error:.3e}, budget {budget:.3e}"
+
+
+def test_bytes_of_a_forward_and_a_backward():
+    """The table of benchmarks/triton_bytes.py, on a small batch: S is the size of x in bytes."""
+    x, weights, bn = make_inputs((2, 64, 28, 28), torch.bfloat16, device="cpu")
+    with recording(DEVICES["sm_90"]) as launches:
+        run_ops(x, weights, bn, Config(), dy=torch.randn(x.shape).to(x.dtype))
+    machine = triton_ptx.Machine()
+    s = x.numel() * x.element_size()
+    traffic = machine.run(launches, large=s)
+    assert sum(t.large for t in traffic[:3]) <= 4.1 * s
+    assert sum(t.large for t in traffic[3:]) <= 5.2 * s

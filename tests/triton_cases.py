@@ -1,0 +1,468 @@
+"""What `test_triton_interpreter` runs: every option, hostile shapes, forward and every gradient.
+
+An error is at most 2 * (error of the reference in the same precision + eps * max|ref|), against the
+reference in float64. A gradient of one element is a sum whose terms cancel: its scale is the sum of their sizes,
+not the little that is left. For float64 itself, whose reference has no error to compare with, the bound is
+that of a sum: eps for each of its terms.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Dict, Optional, Tuple
+
+import pytest
+import torch
+import torch.nn as nn
+from triton_recording import DEVICES, make_inputs, recording, run_ops
+
+from cbam_fused import _autograd, cbam
+from cbam_fused import _config as cfg
+from cbam_fused._config import Config
+from cbam_fused.triton_kernels import configurations, covers, launchers, load, problem
+from cbam_fused.triton_kernels.configurations import Device
+
+DEVICE = "cuda" if torch.cuda.is_available() and not configurations.interpreting() else "cpu"
+NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+NAMES = ("w1", "b1", "w2", "b2", "conv_weight", "conv_bias")
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Every buffer starts as NaN, every index as the largest integer, and nothing non-deterministic may run."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def layout_of(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
+
+
+class Case:
+    """Inputs of one call, in the dtype under test; every run works on copies."""
+
+    def __init__(
+        self, shape: Tuple[int, ...], dtype=torch.float64, *, channels_last=False, kernel=7, hidden=None,
+        bias=True, norm: Optional[str] = "eval", spatial=True, pools=("avg", "max"), one_layer=False,
+        parameter_dtype=None, seed=0, x: Optional[torch.Tensor] = None, **options,
+    ):  # fmt: skip
+        g = torch.Generator().manual_seed(seed)
+        dims = len(shape) - 2
+        c = shape[1]
+        h = hidden or max(1, c // 4)
+        kernel = (kernel,) * dims if isinstance(kernel, int) else kernel
+        rand = lambda *s, scale=1.0: torch.randn(s, generator=g, dtype=torch.float64) * scale  # noqa: E731
+        x = rand(*shape) if x is None else x
+        self.dy = layout_of(rand(*shape).to(dtype), channels_last)
+        self.x = layout_of(x.to(dtype), channels_last)
+        planes = 1 if options.get("light") else 2
+        weights: Dict[str, Optional[torch.Tensor]] = dict.fromkeys(NAMES)
+        if pools is not None:
+            weights["w2"] = rand(c, c if one_layer else h, scale=h**-0.5)
+            weights["b2"] = rand(c)
+            if not one_layer:
+                weights["w1"], weights["b1"] = rand(h, c, scale=c**-0.5), rand(h)
+        if spatial:
+            weights["conv_weight"] = rand(1, planes, *kernel, scale=0.3)
+            weights["conv_bias"] = rand(1)
+        if not bias:
+            weights["b1"] = weights["b2"] = weights["conv_bias"] = None
+        self.sizes: Dict[str, float] = {}
+        self.dtype, self.parameter_dtype = dtype, parameter_dtype or dtype
+        self.weights = {k: None if t is None else t.to(self.parameter_dtype) for k, t in weights.items()}
+        self.norm = None
+        if norm and spatial:
+            self.norm = NORMS[dims](1).to(self.parameter_dtype)
+            with torch.no_grad():
+                self.norm.weight.copy_(rand(1)), self.norm.bias.copy_(rand(1))
+                self.norm.running_mean.copy_(rand(1)), self.norm.running_var.copy_(rand(1).abs() + 0.5)
+            self.norm.train(norm == "train")
+        self.options = dict(pool_types=pools, **options)
+        self.terms = shape[0] * (self.x[0, 0].numel() + c) + 2 * (1 if not spatial else int(torch.tensor(kernel).prod()))
+
+    def run(self, backend: str, dtype: torch.dtype, parameter_dtype: torch.dtype, device: str):
+        move = lambda t, d: t.detach().to(device, d).clone(memory_format=torch.preserve_format)  # noqa: E731
+        x = move(self.x, dtype).requires_grad_()
+        weights = {
+            k: None if t is None else move(t, parameter_dtype).requires_grad_() for k, t in self.weights.items()
+        }
+        norm = None if self.norm is None else copy.deepcopy(self.norm).to(device, parameter_dtype)
+        if backend == "reference" and dtype == torch.float64 and weights["conv_weight"] is not None:
+            norm = self.watch(norm or nn.Identity())
+        y = run_public(x, weights, norm, backend, self.options)
+        y.backward(move(self.dy, dtype))
+        found = {"y": y.detach(), "x": x.grad}
+        found.update({k: t.grad for k, t in weights.items() if t is not None})
+        if self.norm is not None:
+            found.update({"norm.weight": norm.weight.grad, "norm.bias": norm.bias.grad})
+        return {k: t.cpu().double() for k, t in found.items()}
+
+    def watch(self, norm: nn.Module) -> nn.Module:
+        """Notes the sizes of the terms of the gradients that are single sums over positions."""
+
+        def seen(module, inputs, out):
+            def gradient(g):
+                size = g.abs().sum().item()
+                self.sizes = {"conv_bias": size}
+                if self.norm is not None:
+                    normed = (out - module.bias) / module.weight
+                    gain = (out.std() / inputs[0].std()).item() if out.numel() > 1 else 1.0
+                    self.sizes["conv_bias"] *= gain
+                    self.sizes.update({"norm.bias": size, "norm.weight": (g * normed).abs().sum().item()})
+
+                if self.weights["conv_weight"][0, 0].numel() == 1:
+                    # One tap: its gradient is such a sum too, of dz times maps no larger than x.
+                    self.sizes["conv_weight"] = self.sizes["conv_bias"] * self.x.abs().max().item()
+
+            out.register_hook(gradient)
+
+        norm.register_forward_hook(seen)
+        return norm
+
+    def check(self) -> None:
+        exact = self.run("reference", torch.float64, torch.float64, "cpu")
+        same = self.run("reference", self.dtype, self.parameter_dtype, "cpu")
+        found = self.run("triton", self.dtype, self.parameter_dtype, DEVICE)
+        assert found.keys() == exact.keys()
+        for name, ref in exact.items():
+            got = found[name]
+            assert torch.isfinite(got).all(), f"{name} is not finite"
+            # The coarser of both dtypes rounds: x's in the outputs, the parameters' in their gradients.
+            eps = torch.finfo(self.dtype if name in ("y", "x") else self.parameter_dtype).eps
+            error = (got - ref).abs().max().item()
+            scale = max(ref.abs().max().item(), self.sizes.get(name, 0.0))
+            budget = 2 * ((same[name] - ref).abs().max().item() + eps * scale)
+            if self.dtype == torch.float64:
+                budget = 2 * eps * self.terms * max(1.0, scale)
+            assert error <= budget, f"{name}: error {error:.3e}, budget {budget:.3e}"
+
+
+def run_public(x, weights, norm, backend, options):
+    """`cbam`, but with pool_types None for no channel gate, which only the modules offer."""
+    if options["pool_types"] is not None:
+        return cbam(x, *weights.values(), norm=norm, backend=backend, **options)
+    from cbam_fused import functional
+    from cbam_fused._config import Parameters
+
+    config = Config(0, cfg.SPATIAL_MAX_MEAN, cfg.TIES[options.get("ties", "first")], options.get("residual", False))
+    return functional.run(x, Parameters(**weights), config, norm, backend)
+
+
+def test_loads():
+    assert load() is None
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 16, 7, 7), (2, 3, 1, 1), (1, 1, 13, 57), (2, 65, 9, 5), (1, 257, 7, 7), (3, 16, 17, 16)],
+    ids=str,
+)
+def test_shapes(shape, channels_last):
+    Case(shape, torch.float32, channels_last=channels_last).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_dtypes(dtype, channels_last):
+    Case((2, 24, 9, 11), dtype, channels_last=channels_last).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_float32_parameters(dtype):
+    Case((2, 16, 9, 11), dtype, parameter_dtype=torch.float32).check()
+
+
+OPTIONS = {
+    "no norm": dict(norm=None),
+    "norm in training": dict(norm="train"),
+    "norm in training, no gate": dict(norm="train", pools=None),
+    "no biases": dict(norm=None, bias=False),
+    "mean first": dict(spatial_order="mean_max"),
+    "light": dict(light=True, ties="split", norm=None),
+    "light, norm in training": dict(light=True, norm="train"),
+    "residual": dict(residual=True),
+    "residual, norm in training": dict(residual=True, norm="train"),
+    "avg": dict(pools=("avg",)),
+    "max": dict(pools=("max",)),
+    "lp": dict(pools=("lp",)),
+    "lse": dict(pools=("lse",)),
+    "three pools": dict(pools=("avg", "lp", "lse")),
+    "all pools": dict(pools=("avg", "max", "lp", "lse")),
+    "one layer": dict(one_layer=True, pools=("avg",), norm=None),
+    "one layer, two pools": dict(one_layer=True),
+    "no spatial gate": dict(spatial=False),
+    "no spatial gate, split": dict(spatial=False, ties="split", pools=("max", "lse")),
+    "no channel gate": dict(pools=None),
+    "no channel gate, split": dict(pools=None, ties="split", residual=True),
+    "split": dict(ties="split"),
+    "kernel 1": dict(kernel=1),
+    "kernel 9": dict(kernel=9),
+    "kernel 3 x 5": dict(kernel=(3, 5)),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(name):
+    Case((2, 12, 9, 11), torch.float32, **OPTIONS[name]).check()
+
+
+@pytest.mark.parametrize("shape,kernel", [((2, 6, 37), 7), ((2, 6, 3, 5, 4), 3), ((1, 5, 4, 3, 5), (1, 3, 5))], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_one_and_three_dimensions(shape, kernel, channels_last):
+    Case(shape, torch.float32, kernel=kernel, channels_last=channels_last, hidden=2).check()
+
+
+# Sizes at which the launchers share small maps, cut positions into segments and split channels.
+SPLITS = {
+    "small map, shares": ((1, 257, 7, 7), False, {}),
+    "small map, shares, channels-last": ((1, 130, 7, 7), True, dict(ties="split")),
+    "large map": ((1, 35, 17, 16), False, {}),
+    "large map, segments": ((1, 20, 17, 16), True, dict(pools=("avg", "max", "lp", "lse"))),
+    "large map, segments, split": ((1, 20, 17, 16), True, dict(ties="split", one_layer=True)),
+    "training": ((1, 130, 7, 7), False, dict(norm="train")),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_splits_of_a_large_device(name, monkeypatch):
+    shape, channels_last, options = SPLITS[name]
+    if DEVICE == "cpu":
+        monkeypatch.setattr(configurations, "describe", lambda _: DEVICES["sm_90"])
+    Case(shape, torch.float32, channels_last=channels_last, kernel=3, **options).check()
+
+
+def test_chunks_equal_the_whole_batch(monkeypatch):
+    """Results do not depend on how a batch is cut, and the weights' gradients cover all of it."""
+    x, weights, bn = make_inputs((5, 8, 6, 5), torch.float32, hidden=3, kernel=(3, 3), device="cpu")
+    x, weights, bn = x.to(DEVICE), [t.to(DEVICE) for t in weights], [t.to(DEVICE) for t in bn]
+    whole = run_ops(x, weights, bn, Config(), dy=x.clone())
+    monkeypatch.setattr(launchers, "_chunks", lambda pr, x, k: [slice(0, 2), slice(2, 4), slice(4, 5)])
+    cut = run_ops(x, weights, bn, Config(), dy=x.clone())
+    for a, b in zip(itertools.chain(*whole), itertools.chain(*cut)):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_chunk_sizes():
+    device = Device("sm_89", 128, 72 << 20)
+    sample = 8 << 20
+    assert configurations.chunk_samples(device, sample, 32, 1) == 3
+    assert configurations.chunk_samples(device, sample, 2, 1) == 2
+    assert configurations.chunk_samples(DEVICES["sm_90"], sample, 32, 1) == 32
+
+
+def hostile(kind: str) -> torch.Tensor:
+    x = torch.randn(3, 6, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    if kind == "nan":
+        x[0, 2, 3, 4] = x[0, 2, 4, 1] = float("nan")
+    elif kind == "inf":
+        x[0, 2, 3, 4] = float("inf")
+    elif kind == "-inf":
+        x[0, 2, 3, 4] = x[0, 1, 0, 0] = float("-inf")
+    elif kind == "both infinities":
+        x[0, 2, 3, 4], x[0, 2, 1, 1] = float("inf"), float("-inf")
+    elif kind == "a channel of -inf":
+        x[0, 2] = float("-inf")
+    return x
+
+
+@pytest.mark.parametrize("pools", [("avg", "max"), ("max",), ("max", "lp", "lse"), None], ids=str)
+@pytest.mark.parametrize("kind", ["nan", "inf", "-inf", "both infinities", "a channel of -inf"])
+@pytest.mark.parametrize("ties", ["first", "split"])
+def test_nan_and_infinity_go_where_the_reference_sends_them(kind, pools, ties):
+    case = Case((3, 6, 5, 7), norm=None, kernel=3, pools=pools, ties=ties, x=hostile(kind))
+    want = case.run("reference", torch.float64, torch.float64, "cpu")
+    got = case.run("triton", torch.float64, torch.float64, DEVICE)
+    for name in ("y", "x"):
+        torch.testing.assert_close(got[name], want[name], rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
+@pytest.mark.parametrize("ties", ["first", "split"])
+@pytest.mark.parametrize("pools", [("avg", "max"), None], ids=str)
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_ties(ties, pools, value):
+    x = torch.full((2, 5, 4, 6), value, dtype=torch.float64)
+    x[1, 2:4, 1:3] = 1.5
+    Case((2, 5, 4, 6), kernel=3, ties=ties, pools=pools, x=x).check()
+
+
+def test_first_nan_is_the_index():
+    x, weights, bn = make_inputs((1, 3, 4, 5), torch.float32, hidden=2, kernel=(3, 3), device="cpu", norm=False)
+    x.flatten(2)[0, 1, 7] = x.flatten(2)[0, 1, 11] = float("nan")
+    forward, _ = run_ops(x.to(DEVICE), [t.to(DEVICE) for t in weights], bn, Config(), backward=False)
+    assert forward[2][0, 1].item() == 7
+    # The gate of a sample with a NaN is NaN everywhere, so every column's first NaN is channel 0.
+    assert (forward[5] == 0).all()
+
+
+@pytest.mark.parametrize("config", [Config(), Config(ties=cfg.TIES_SPLIT, pools=15)], ids=str)
+def test_the_same_bits_twice(config):
+    x, weights, bn = make_inputs((2, 33, 9, 13), torch.float32, config, hidden=5, device="cpu")
+    x, weights, bn = x.to(DEVICE), [t.to(DEVICE) for t in weights], [t.to(DEVICE) for t in bn]
+    once, again = (run_ops(x, weights, bn, config, dy=x * 0.5) for _ in range(2))
+    for a, b in zip(itertools.chain(*once), itertools.chain(*again)):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(norm="train"),
+        dict(pools=("avg", "max", "lp", "lse"), ties="split", residual=True),
+        dict(light=True, norm=None),
+        dict(one_layer=True, spatial=False),
+    ],
+    ids=str,
+)
+def test_gradcheck(options):
+    case = Case((2, 3, 4, 3), kernel=3, hidden=2, **options)
+    names = [k for k, t in case.weights.items() if t is not None]
+
+    def f(x, *weights):
+        given = {**dict.fromkeys(NAMES), **dict(zip(names, weights))}
+        norm = None if case.norm is None else copy.deepcopy(case.norm).to(DEVICE)
+        return run_public(x, given, norm, "triton", case.options)
+
+    inputs = [t.to(DEVICE).requires_grad_() for t in (case.x, *(case.weights[k] for k in names))]
+    assert torch.autograd.gradcheck(f, inputs, fast_mode=True)
+
+
+def test_slices_expanded_gradients_and_strange_strides():
+    base = Case((2, 9, 6, 8))
+    big = torch.randn(3, 12, 7, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    for view in (big[1:, 2:11, 1:, 1:], big.permute(0, 1, 3, 2)[:2, :9, :6, :7]):
+        base.x = view
+        base.dy = torch.ones((), dtype=torch.float64).expand(view.shape)
+        x = view.to(DEVICE) if DEVICE == "cpu" else view.to(DEVICE, copy=True)
+        grads = []
+        for backend in ("reference", "triton"):
+            leaf = x.detach().requires_grad_()
+            weights = {k: t.to(DEVICE) for k, t in base.weights.items()}
+            run_public(leaf, weights, copy.deepcopy(base.norm).to(DEVICE), backend, base.options).sum().backward()
+            grads.append(leaf.grad)
+        torch.testing.assert_close(grads[0], grads[1], rtol=1e-10, atol=1e-10)
+
+
+def test_unaligned_storage():
+    """A contiguous x that starts one element into its storage must not be read in whole vectors."""
+    x, weights, bn = make_inputs((2, 8, 4, 8), torch.float16, hidden=2, kernel=(3, 3), device="cpu")
+    shifted = torch.empty(x.numel() + 1, dtype=x.dtype, device=DEVICE)[1:].view(x.shape)
+    shifted.copy_(x)
+    weights, bn = [t.to(DEVICE) for t in weights], [t.to(DEVICE) for t in bn]
+    want = run_ops(x.to(DEVICE), weights, bn, Config(), dy=x.to(DEVICE))
+    got = run_ops(shifted, weights, bn, Config(), dy=x.to(DEVICE))
+    for a, b in zip(itertools.chain(*want), itertools.chain(*got)):
+        assert torch.equal(a, b)
+
+
+def test_channels_last_weights():
+    case = Case((2, 8, 5, 5), kernel=3)
+    case.weights["conv_weight"] = case.weights["conv_weight"].to(memory_format=torch.channels_last)
+    case.check()
+
+
+def test_empty_batch():
+    x, weights, bn = make_inputs((0, 8, 5, 5), torch.float32, kernel=(3, 3), device="cpu")
+    weights = [t.to(DEVICE).requires_grad_() for t in weights]
+    x = x.to(DEVICE).requires_grad_()
+    y = cbam(x, *weights, backend="triton")
+    y.sum().backward()
+    assert y.shape == x.shape
+    assert all((t.grad == 0).all() for t in weights)
+
+
+LAUNCHES = {
+    "both gates": (Config(), 3, 5),
+    "channel gate": (Config(spatial=0), 3, 4),
+    "spatial gate": (Config(pools=0), 2, 5),
+    "every pool": (Config(pools=15, ties=1, residual=True), 3, 5),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_launches(name):
+    config, forward, backward = LAUNCHES[name]
+    x, weights, bn = make_inputs((2, 16, 8, 8), torch.float32, config)
+    with recording(DEVICES["sm_90"]) as launches:
+        run_ops(x, weights, bn, config, backward=False)
+        assert len(launches) == forward
+        run_ops(x, weights, bn, config)
+    assert len(launches) == 2 * forward + backward
+
+
+def test_launches_of_a_norm_in_training():
+    x, weights, _ = make_inputs((2, 16, 8, 8), torch.float32)
+    options = (cfg.AVG | cfg.MAX, cfg.SPATIAL_MAX_MEAN, cfg.TIES_FIRST)
+    with recording(DEVICES["sm_90"]) as launches:
+        z, *saved = launchers.attention_forward(x, *weights, *options, True)
+        assert len(launches) == 3
+        _, s = launchers.scale_forward(x, saved[2], z, False)
+        assert len(launches) == 4
+        dz, dgate = launchers.scale_backward(x, x, saved[2], s)
+        assert len(launches) == 5
+        launchers.attention_backward(x, x, *weights, *saved, s, dz, dgate, *options, False)
+        assert len(launches) == 9
+
+
+def test_nothing_is_saved_for_inference():
+    x, weights, bn = make_inputs((2, 8, 5, 5), torch.float32, kernel=(3, 3), device="cpu")
+    forward, _ = run_ops(
+        x.to(DEVICE), [t.to(DEVICE) for t in weights], [t.to(DEVICE) for t in bn], Config(), save=False, backward=False
+    )
+    assert all(t.numel() == 0 for t in forward[1:])
+
+
+def test_opcheck():
+    x, weights, bn = make_inputs((2, 8, 5, 5), torch.float32, kernel=(3, 3), device="cpu")
+    x, weights, bn = x.to(DEVICE), [t.to(DEVICE) for t in weights], [t.to(DEVICE) for t in bn]
+    op = torch.ops.cbam_fused_triton.cbam_forward.default
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(op, (x, *weights, *bn, 1e-5, 3, 1, 0, False, True), test_utils=tests)
+    saved = op(x, *weights, *bn, 1e-5, 3, 1, 0, False, True)[1:]
+    op = torch.ops.cbam_fused_triton.cbam_backward.default
+    torch.library.opcheck(op, (x, x, *weights, *bn, 1e-5, *saved, 3, 1, 0, False), test_utils=tests)
+
+
+def test_compiles_without_a_graph_break():
+    x, weights, _ = make_inputs((2, 8, 5, 5), torch.float32, kernel=(3, 3), device="cpu")
+    x, weights = x.to(DEVICE), [t.to(DEVICE) for t in weights]
+    f = lambda t: cbam(t, *weights, backend="triton")  # noqa: E731
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    a, b = (t.detach().clone().requires_grad_() for t in (x, x))
+    f(a).sum().backward()
+    compiled(b).sum().backward()
+    assert torch.equal(a.grad, b.grad)
+
+
+def test_covers_says_why_not():
+    config = Config()
+    assert covers(torch.empty(1, 2, 3, 3, device="meta"), config) is None
+    assert "dtype" in covers(torch.empty(1, 2, 3, 3, dtype=torch.int32, device="meta"), config)
+    assert "dimensions" in covers(torch.empty(1, 2, device="meta"), config)
+    assert "32 bits" in covers(torch.empty(1, 1, 2**16, 2**16, device="meta"), config)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
+def test_cuda_graph():
+    x, weights, bn = make_inputs((4, 64, 14, 14), torch.float16, device="cpu")
+    x, weights, bn = x.cuda(), [t.cuda() for t in weights], [t.cuda() for t in bn]
+    want = run_ops(x, weights, bn, Config(), dy=x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run_ops(x, weights, bn, Config(), dy=x)
+    for _ in range(3):
+        graph.replay()
+    for a, b in zip(itertools.chain(*want), itertools.chain(*got)):
+        assert torch.equal(a, b)
+
+
+def test_problem_counts_rows():
+    x = torch.empty(1, 8, 4, 4, device="meta")
+    w = torch.empty(8, 8, device="meta")
+    found = problem.describe(x, None, w, None, 19, 0)
+    assert (found.rows, found.runs, found.hidden) == (2, 1, 8)
+    assert _autograd.is_channels_last(x.to(memory_format=torch.channels_last))
