@@ -5,16 +5,16 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Dict, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cbam_fused import _config as cfg
-from cbam_fused import _ops
+from cbam_fused import _backends, _ops
 from cbam_fused._config import Config, Parameters
-from tests.simt import build
+from simt import build
 
 DRIVER = Path(__file__).with_name("cuda_streamed_driver.cpp")
 ELEMENTS = {
@@ -33,8 +33,11 @@ OPERATIONS = (
 )
 REPORT = (
     "fits", "scratch", "counters", "grid", "vector", "fold", "units", "unit_samples", "reduce_chunks", "pool_chunks",
-    "ring", "conv_items", "stages", "shared",
+    "ring", "conv_items", "stages", "shared", "lag", "tiles",
 )  # fmt: skip
+
+
+SAVED = ("pooled", "pool_index", "channel_gate", "spatial_pool", "spatial_index")
 
 
 class Norm(NamedTuple):
@@ -48,6 +51,14 @@ class Norm(NamedTuple):
 
 
 NO_NORM = Norm(None, None, None, None, 0.0)
+
+
+# The order of tests/cuda_streamed_problem.h.
+ORDER = (
+    "x", "dy", "y", "dx", "w1", "b1", "w2", "b2", "conv_weight", "conv_bias", "bn_weight", "bn_bias", "bn_mean", "bn_var",
+    "pooled", "pool_index", "channel_gate", "spatial_pool", "spatial_index", "spatial_gate", "z", "dz", "dz_out",
+    "dchannel_gate", "dw1", "db1", "dw2", "db2", "dconv_weight", "dconv_bias", "dbn_weight", "dbn_bias",
+)  # fmt: skip
 
 
 @dataclass
@@ -64,6 +75,23 @@ class Machine:
     flavor: Optional[str] = None
     report: Dict[str, int] = field(default_factory=dict)
     traffic: Dict[str, int] = field(default_factory=dict)
+
+    def execute(self, call: "_Call", arrays: List[Optional[build.Array]]) -> None:
+        """Runs one op's launch; fills in `report` and `traffic` (bytes asked of each tensor)."""
+        lib = library(call.x.dtype, self.flavor)
+        report = np.zeros(len(REPORT), np.int64)
+        lib.run("plan", call.sizes, report)
+        self.report = dict(zip(REPORT, report.tolist()))
+        assert self.report["fits"], self.report
+        counters = build.Array(np.zeros(self.report["counters"], np.uint32), "counters")
+        scratch = build.Array(np.zeros(max(self.report["scratch"], 1), np.uint8), "scratch", unwritten=True)
+        lib.run(
+            "run", call.sizes, float(call.norm.eps), *arrays, counters, scratch, self.launches, seed=self.seed,
+            resident=self.resident,
+        )  # fmt: skip
+        assert not counters.data.any(), "the counters must be zero again"
+        self.traffic = {name: a.bytes_read + a.bytes_written for name, a in zip(ORDER, arrays) if a is not None}
+        self.traffic["scratch"] = scratch.bytes_read + scratch.bytes_written
 
 
 @functools.lru_cache(maxsize=None)
@@ -88,6 +116,7 @@ def _memory(t: Tensor) -> Tensor:
 class _Call:
     def __init__(self, operation: str, x: Tensor, p: Parameters, c: Config, norm: Norm, machine: Machine):
         self.x, self.p, self.norm, self.machine = x, p, norm, machine
+        self.usual = c.ties == cfg.TIES_FIRST and not c.pools & (cfg.LP | cfg.LSE)
         spatial = (1,) * (3 - (x.dim() - 2)) + tuple(x.shape[2:])
         kernel = (1, 1, 1)
         if p.conv_weight is not None:
@@ -103,53 +132,29 @@ class _Call:
             ],
             dtype=np.int64,
         )  # fmt: skip
-        self.arrays: Dict[str, build.Array] = {}
 
     def given(self, name: str, t: Optional[Tensor], big: bool = False) -> Optional[build.Array]:
         if t is None or t.numel() == 0:
             return None
         offset = self.machine.offset if big else 0
-        array = build.Array(_numpy(_memory(t) if big else t.contiguous()), name, read_only=True, offset=offset)
-        self.arrays[name] = array
-        return array
+        return build.Array(_numpy(_memory(t) if big else t.contiguous()), name, read_only=True, offset=offset)
 
     def made(self, name: str, t: Optional[Tensor], big: bool = False) -> Optional[build.Array]:
         if t is None or t.numel() == 0:
             return None
         offset = self.machine.offset if big else 0
-        array = build.Array(_numpy(_memory(t) if big else t), name, unwritten=True, offset=offset)
-        self.arrays[name] = array
-        return array
+        return build.Array(_numpy(_memory(t) if big else t), name, unwritten=True, offset=offset)
 
     def run(self, **named: Optional[build.Array]) -> None:
-        machine, lib = self.machine, library(self.x.dtype, self.machine.flavor)
-        report = np.zeros(len(REPORT), np.int64)
-        lib.run("plan", self.sizes, report)
-        machine.report = dict(zip(REPORT, report.tolist()))
-        assert machine.report["fits"], machine.report
-        order = (
-            "x", "dy", "y", "dx", "w1", "b1", "w2", "b2", "conv_weight", "conv_bias", "bn_weight", "bn_bias", "bn_mean",
-            "bn_var", "pooled", "pool_index", "channel_gate", "spatial_pool", "spatial_index", "spatial_gate", "z", "dz",
-            "dz_out", "dchannel_gate", "dw1", "db1", "dw2", "db2", "dconv_weight", "dconv_bias", "dbn_weight", "dbn_bias",
-        )  # fmt: skip
         for name, t in zip(Parameters._fields, self.p):
             named[name] = self.given(name, t)
         for name, t in zip(Norm._fields[:4], self.norm):
             named[f"bn_{name}"] = self.given(f"bn_{name}", t)
         named["x"] = self.given("x", self.x, big=True)
-        counters = build.Array(np.zeros(machine.report["counters"], np.uint32), "counters")
-        scratch = build.Array(np.zeros(max(machine.report["scratch"], 1), np.uint8), "scratch", unwritten=True)
-        lib.run(
-            "run", self.sizes, float(self.norm.eps), *(named.get(name) for name in order), counters, scratch,
-            machine.launches, seed=machine.seed, resident=machine.resident,
-        )  # fmt: skip
-        assert not counters.data.any(), "the counters must be zero again"
-        self.arrays["scratch"] = scratch
-        for name, a in self.arrays.items():
-            machine.traffic[name] = a.bytes_read + a.bytes_written
+        self.machine.execute(self, [named.get(name) for name in ORDER])
 
 
-def _saved(x: Tensor, c: Config):
+def _saved(x: Tensor, c: Config, save: bool):
     n, ch = x.shape[:2]
     positions = x[0, 0].numel()
     acc = _ops.accumulate_dtype(x.dtype)
@@ -161,10 +166,10 @@ def _saved(x: Tensor, c: Config):
     none = (0,)
     return {
         "pooled": empty(*((n, count, ch) if c.pools else none)),
-        "pool_index": empty(*((n, ch) if c.pools & cfg.MAX else none), dtype=_ops.index_dtype(positions)),
+        "pool_index": empty(*((n, ch) if save and c.pools & cfg.MAX else none), dtype=_ops.index_dtype(positions)),
         "channel_gate": empty(*((n, ch) if c.pools else none)),
         "spatial_pool": empty(*((n, 2, *x.shape[2:]) if c.spatial else none)),
-        "spatial_index": empty(*((n, *x.shape[2:]) if c.spatial else none), dtype=_ops.index_dtype(ch)),
+        "spatial_index": empty(*((n, *x.shape[2:]) if save and c.spatial else none), dtype=_ops.index_dtype(ch)),
     }
 
 
@@ -173,17 +178,19 @@ def _map(x: Tensor, present: bool = True) -> Tensor:
     return torch.empty(shape, dtype=_ops.accumulate_dtype(x.dtype))
 
 
-def cbam_forward(x: Tensor, p: Parameters, c: Config, norm: Norm = NO_NORM, machine: Optional[Machine] = None):
+def cbam_forward(
+    x: Tensor, p: Parameters, c: Config, norm: Norm = NO_NORM, machine: Optional[Machine] = None, save: bool = True
+):
     """y and what is saved, by name."""
     call = _Call("cbam_forward", x, p, c, norm, machine or Machine())
-    out = {"y": torch.empty_like(x), **_saved(x, c), "spatial_gate": _map(x, bool(c.spatial))}
+    out = {"y": torch.empty_like(x), **_saved(x, c, save), "spatial_gate": _map(x, bool(c.spatial))}
     call.run(**{name: call.made(name, t, big=name == "y") for name, t in out.items()})
     return out
 
 
-def attention_forward(x: Tensor, p: Parameters, c: Config, machine: Optional[Machine] = None):
+def attention_forward(x: Tensor, p: Parameters, c: Config, machine: Optional[Machine] = None, save: bool = True):
     call = _Call("attention_forward", x, p, c, NO_NORM, machine or Machine())
-    out = {**_saved(x, c), "z": _map(x, bool(c.spatial))}
+    out = {**_saved(x, c, save), "z": _map(x, bool(c.spatial))}
     call.run(**{name: call.made(name, t) for name, t in out.items()})
     return out
 
@@ -235,3 +242,59 @@ def cbam_backward(dy, x, p, c, saved, norm: Norm = NO_NORM, machine: Optional[Ma
 def attention_backward(dy, x, p, c, saved, spatial_gate, dz, dchannel_gate, machine: Optional[Machine] = None):
     extra = {"spatial_gate": spatial_gate, "dz": dz, "dchannel_gate": dchannel_gate}
     return _backward("attention_backward", dy, x, p, c, NO_NORM, saved, extra, machine)
+
+
+class HostOps:
+    """The six ops of `_ops.py` with their own signatures, each a launch on `machine`.
+
+    `installed(monkeypatch)` puts them in the place of backend "cuda", for tensors on the CPU.
+    """
+
+    def __init__(self, machine: Optional[Machine] = None):
+        self.machine = machine or Machine()
+        self.reports: Dict[str, Dict[str, int]] = {}
+        self.traffic: Dict[str, Dict[str, int]] = {}
+
+    def installed(self, monkeypatch) -> "HostOps":
+        monkeypatch.setattr(_ops, "get", lambda backend, name: functools.partial(self.call, name))
+        monkeypatch.setattr(_backends, "select", lambda name, x, c: name)
+        return self
+
+    def call(self, name: str, *arguments):
+        if arguments[0].numel() == 0:
+            raise AssertionError("the host functions of the real ops return before a launch on nothing")
+        result = getattr(self, name)(*arguments)
+        self.reports[name], self.traffic[name] = self.machine.report, self.machine.traffic
+        return result
+
+    def cbam_forward(self, x, *rest):
+        weights, norm, (pools, spatial, ties, residual, save) = rest[:6], rest[6:11], rest[11:]
+        c = Config(pools, spatial, ties, residual)
+        out = cbam_forward(x, Parameters(*weights), c, Norm(*norm), self.machine, save)
+        return tuple(t if save or name == "y" else t.new_empty(0) for name, t in out.items())
+
+    def cbam_backward(self, dy, x, *rest):
+        weights, norm, saved, options = rest[:6], rest[6:11], rest[11:17], rest[17:]
+        out = cbam_backward(
+            dy, x, Parameters(*weights), Config(*options), dict(zip((*SAVED, "spatial_gate"), saved)), Norm(*norm), self.machine
+        )
+        names = ("dx", *(f"d{n}" for n in (*Parameters._fields, "bn_weight", "bn_bias")))
+        return tuple(out.get(name, x.new_empty(0)) for name in names)
+
+    def attention_forward(self, x, *rest):
+        weights, (pools, spatial, ties, save) = rest[:6], rest[6:]
+        out = attention_forward(x, Parameters(*weights), Config(pools, spatial, ties), self.machine, save)
+        return (out["z"], *(t if save or name == "channel_gate" else t.new_empty(0) for name, t in list(out.items())[:5]))
+
+    def attention_backward(self, dy, x, *rest):
+        weights, saved, (gate, dz, dgate), options = rest[:6], rest[6:11], rest[11:14], rest[14:]
+        out = attention_backward(
+            dy, x, Parameters(*weights), Config(*options), dict(zip(SAVED, saved)), gate, dz, dgate, self.machine
+        )
+        return tuple(out.get(name, x.new_empty(0)) for name in ("dx", *(f"d{n}" for n in Parameters._fields)))
+
+    def scale_forward(self, x, channel_gate, z, residual):
+        return tuple(scale_forward(x, channel_gate, z, residual, self.machine).values())
+
+    def scale_backward(self, dy, x, channel_gate, spatial_gate):
+        return tuple(scale_backward(dy, x, channel_gate, spatial_gate, self.machine).values())

@@ -194,6 +194,7 @@ inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
   const int64_t kernel = s.kernel_staged ? 2 * taps(p) * a : 0;
   const int64_t window = s.conv_staged ? conv_window(p, s) * a : 0;
   const int64_t fold_sums = s.fold > 1 ? std::max<int64_t>(16 << 10, pairs) : 0;
+  const int64_t terms = 4 * a * (last ? int64_t{s.map.columns} * vector : channels(s.map));
   const int64_t mlp = 4 * int64_t{kThreads} * a;  // partial sums of column_dot
   switch (stage) {
     case kPool:
@@ -215,7 +216,7 @@ inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
                     s.map.positions * 4, std::max(last ? columns(s.map, a) : 0, fold_sums)});
     case kLogitGrad: return std::max(mlp, bytes({kThreads * a}));
     case kInputGrad:
-      return bytes({last ? 0 : channels(s.map) * 4 * a, last ? 0 : channels(s.map) * 4 * a, s.map.positions * a,
+      return bytes({terms, terms, s.map.positions * a,
                     s.map.positions * a, s.map.positions * a, s.map.positions * a, s.map.positions * 4});
     default: return bytes({kThreads * int64_t{kWeightRows} * a});
   }

@@ -30,6 +30,9 @@ template <class W> __device__ __forceinline__ void store(W* p, W v) { *p = v; }
 // For an output that this kernel does not read back.
 template <class W> __device__ __forceinline__ void store_streaming(W* p, W v) { __stcs(p, v); }
 
+// Keeps what is in memory there: the compiler may not carry loads across in registers.
+__device__ __forceinline__ void forget_registers() { asm volatile("" ::: "memory"); }
+
 // ---- Order between blocks (scope gpu).
 
 __device__ __forceinline__ unsigned load_acquire(const unsigned* p) {

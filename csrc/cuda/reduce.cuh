@@ -79,7 +79,11 @@ __device__ __forceinline__ double logarithm(double v) { return log(v); }
 __device__ __forceinline__ float square_root(float v) { return sqrtf(v); }
 __device__ __forceinline__ double square_root(double v) { return sqrt(v); }
 
-template <class A> __device__ __forceinline__ A sigmoid(A v) { return A(1) / (A(1) + exponential(-v)); }
+// 1 / (1 + exp(-v)) would round twice near one, where the gradient's 1 - sigmoid magnifies it.
+template <class A> __device__ __forceinline__ A sigmoid(A v) {
+  const A e = exponential(v > A(0) ? -v : v), small = e / (A(1) + e);
+  return v > A(0) ? A(1) - small : small;
+}
 // Lets NaN through, as torch.relu does.
 template <class A> __device__ __forceinline__ A relu(A v) { return v < A(0) ? A(0) : v; }
 

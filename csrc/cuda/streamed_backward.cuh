@@ -170,7 +170,7 @@ template <class T> __device__ __forceinline__ void weight_item(const Streamed& k
 template <class Tr> __device__ __forceinline__ void backward_item(const Streamed& k, const Item& item, Shared shared) {
   using T = typename Tr::T;
   constexpr bool kLast = Tr::kLayout == kChannelsLast;
-  const bool split = k.p.ties == kTiesSplit;
+  const bool split = kRareOptions && k.p.ties == kTiesSplit;
   switch (item.stage) {
     case kCross:
       if constexpr (kLast) cross_columns<Tr>(k, item, shared);

@@ -135,7 +135,7 @@ template <class T> __device__ __forceinline__ void conv_stage(const Streamed& k,
   const auto mean = [&](int i) -> A { return fresh<A>(p.spatial_pool, maps + p.positions + i); };
   if (k.s.reduce.chunks > 1) {
     for (int i = c.low + threadIdx.x; i < c.high; i += kThreads) {
-      if (p.ties == kTiesSplit) put_spatial_pool(k, item.n, i, merged_chunks<A, true>(k, item.n, i));
+      if (kRareOptions && p.ties == kTiesSplit) put_spatial_pool(k, item.n, i, merged_chunks<A, true>(k, item.n, i));
       else put_spatial_pool(k, item.n, i, merged_chunks<A, false>(k, item.n, i));
     }
     __syncthreads();

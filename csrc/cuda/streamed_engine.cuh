@@ -6,6 +6,14 @@
 
 namespace cbam {
 
+// The runner of compiled PTX leaves out what the usual options do not reach: shared ties, the p = 2 norm
+// and log-sum-exp make up most of the code.
+#ifdef CBAM_USUAL_OPTIONS
+constexpr bool kRareOptions = false;
+#else
+constexpr bool kRareOptions = true;
+#endif
+
 template <class T_, int kVector_, Layout kLayout_, bool kFold_> struct StreamedTraits {
   using T = T_;
   using A = Accumulate<T>;

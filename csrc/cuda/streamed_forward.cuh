@@ -216,7 +216,7 @@ __device__ __forceinline__ void output_columns(const Streamed& k, const Item& it
 template <class Tr> __device__ __forceinline__ void forward_item(const Streamed& k, const Item& item, Shared shared) {
   using T = typename Tr::T;
   constexpr bool kLast = Tr::kLayout == kChannelsLast;
-  const bool split = k.p.ties == kTiesSplit;
+  const bool split = kRareOptions && k.p.ties == kTiesSplit;
   switch (item.stage) {
     case kPool: pool_stage<Tr>(k, item, shared); break;
     case kHidden: hidden_stage<T>(k, part_of_unit(item, k.p.hidden, k.s.hidden_tile)); break;
@@ -241,7 +241,7 @@ template <class Tr> __device__ __forceinline__ void forward_item(const Streamed&
 template <class Tr> __device__ __forceinline__ void forward_tail(const Streamed& k, const Item& item) {
   using A = typename Tr::A;
   if (k.s.pool_chunks > 1) {
-    if (k.p.ties == kTiesSplit) finish_pools<A, true>(k, item);
+    if (kRareOptions && k.p.ties == kTiesSplit) finish_pools<A, true>(k, item);
     else finish_pools<A, false>(k, item);
     __syncthreads();
   }

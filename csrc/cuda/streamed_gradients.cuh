@@ -216,7 +216,7 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
   using T = typename Tr::T;
   using A = typename Tr::A;
   constexpr int V = Tr::V;
-  constexpr int kAhead = V > 4 ? 2 : kUnroll;
+  constexpr int kAhead = V <= 4 ? kUnroll : kSplit && Tr::kFold ? 1 : 2;
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.map;
@@ -290,6 +290,7 @@ __device__ __forceinline__ void gate_grad_columns(const Streamed& k, const Item&
   using T = typename Tr::T;
   using A = typename Tr::A;
   constexpr int V = Tr::V;
+  constexpr int kAhead = V > 4 ? 2 : kUnroll;
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.map;
@@ -313,14 +314,14 @@ __device__ __forceinline__ void gate_grad_columns(const Streamed& k, const Item&
     }
     if (i < s.row_vectors) {
       if (kSplit && p.channel_gate) fresh_vector<V>(p.channel_gate, item.n * p.channels + int64_t{i} * V, gate);  // [V]
-      for (int base = row; base < count; base += kUnroll * rows) {
-        A v[kUnroll][V];
+      for (int base = row; base < count; base += kAhead * rows) {
+        A v[kAhead][V];
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
+        for (int u = 0; u < kAhead; ++u) {
           if (base + u * rows < count) load_global<Cache::kLastUse>(x + (base + u * rows) * p.channels, v[u]);  // [V]
         }
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
+        for (int u = 0; u < kAhead; ++u) {
           const int at = base + u * rows;
           if (at >= count) break;
           const A mean = fields.mean[at], maximum = fields.maximum[at];

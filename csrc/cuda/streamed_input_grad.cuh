@@ -8,7 +8,7 @@ namespace cbam {
 // Whether dx depends on x itself: shared ties compare it, the p = 2 norm and log-sum-exp scale by it.
 __device__ __forceinline__ bool input_grad_needs_x(const Problem& p) {
   const bool has_maximum = (p.pools & kMax) || p.spatial;
-  return (p.ties == kTiesSplit && has_maximum) || (p.pools & (kLp | kLse));
+  return kRareOptions && ((p.ties == kTiesSplit && has_maximum) || (p.pools & (kLp | kLse)));
 }
 
 // One channel's terms of dx = g dx' + average + [p is the argmax] maximum + norm x + log_sum exp(x - level).
@@ -87,7 +87,7 @@ __device__ __forceinline__ void input_grad_rows(const Streamed& k, const Item& i
   using T = typename Tr::T;
   using A = typename Tr::A;
   constexpr int V = Tr::V;
-  constexpr int kAhead = kNeedsX ? 1 : V > 4 ? 2 : kUnroll;
+  constexpr int kAhead = V <= 4 ? (kNeedsX ? 1 : kUnroll) : kNeedsX || Tr::kFold ? 1 : 2;
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.map;
@@ -123,6 +123,8 @@ __device__ __forceinline__ void input_grad_rows(const Streamed& k, const Item& i
   }
   const bool residual = p.residual;
   for (int r = me.first + me.row; r < me.end; r += kAhead * me.lanes) {
+    // Five terms a position of a vector do not fit in registers beside x and dy.
+    if constexpr (kNeedsX) ptx::forget_registers();
     A v[kAhead][V], vx[kAhead][V];
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
@@ -166,48 +168,66 @@ __device__ __forceinline__ void input_grad_columns(const Streamed& k, const Item
   const int column = threadIdx.x & (t.columns - 1), row = threadIdx.x >> t.columns_log2;
   const int rows = kThreads >> t.columns_log2;
   const int first = item.index * t.positions, count = min(s.rows - first, t.positions);
+  ChannelTerms<A>* channels = shared.take<ChannelTerms<A>>(t.columns * V);
+  RareTerms<A>* rare = shared.take<RareTerms<A>>(t.columns * V);
   A* spatial = shared.take<A>(t.positions);
   const PositionFields<A> fields = stage_positions<A>(k, item.n, first, count, t.positions, shared);
   stage_values<A>(spatial, p.spatial_gate, item.n * p.positions + first, count, A(1));
   __syncthreads();
   const int64_t stride = p.channels;
   const bool residual = p.residual;
-  for (int i = column; i < s.row_vectors; i += t.columns) {
-    const int64_t start = (item.n * p.positions + first) * stride + int64_t{i} * V;
-    const T* x = as<T>(p.x) + start;
-    const T* dy = as<T>(p.dy) + start;
-    T* dx = as<T>(p.dx) + start;
-    ChannelTerms<A> terms[V];
-#pragma unroll
-    for (int j = 0; j < V; ++j) terms[j] = channel_terms<A>(k, item.n, int64_t{i} * V + j);
-    for (int base = row; base < count; base += kAhead * rows) {
-      A v[kAhead][V], vx[kAhead][V];
-#pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
-        if (base + u * rows < count) {
-          load_global<Cache::kLastUse>(dy + (base + u * rows) * stride, v[u]);  // [V]
-          if constexpr (kNeedsX) load_global<Cache::kLastUse>(x + (base + u * rows) * stride, vx[u]);  // [V]
-        }
+  for (int slice = 0; slice < s.row_vectors; slice += t.columns) {
+    // Of a vector's channels the registers hold the usual terms; the rarer ones stay in shared memory.
+    if constexpr (kNeedsX) {
+#pragma unroll 1
+      for (int c = threadIdx.x; c < t.columns * V && slice * V + c < p.channels; c += kThreads) {
+        channels[c] = channel_terms<A>(k, item.n, slice * V + c);
+        rare[c] = rare_terms<A>(k, item.n, slice * V + c);
       }
+      __syncthreads();
+    }
+    const int i = slice + column;
+    if (i < s.row_vectors) {
+      const int64_t start = (item.n * p.positions + first) * stride + int64_t{i} * V;
+      const T* x = as<T>(p.x) + start;
+      const T* dy = as<T>(p.dy) + start;
+      T* dx = as<T>(p.dx) + start;
+      ChannelTerms<A> terms[V];
 #pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
-        const int at = base + u * rows;
-        if (at >= count) break;
-        const PositionTerms<A> q = {spatial[at], fields.mean[at], fields.maximum[at], fields.mark[at]};
+      for (int j = 0; j < V; ++j) {
+        if constexpr (!kNeedsX) terms[j] = channel_terms<A>(k, item.n, int64_t{i} * V + j);
+      }
+      for (int base = row; base < count; base += kAhead * rows) {
+        if constexpr (kNeedsX) ptx::forget_registers();
+        A v[kAhead][V], vx[kAhead][V];
 #pragma unroll
-        for (int j = 0; j < V; ++j) {
-          const int c = i * V + j;
-          if constexpr (kNeedsX) {
-            // The rare terms of a vector's channels do not fit in registers: they are read again, from L2.
-            const A top = p.ties == kTiesSplit ? fields.top[at] : A(0);
-            v[u][j] = input_grad_of_x(p, terms[j], rare_terms<A>(k, item.n, c), q, top, v[u][j], vx[u][j], c, first + at);
-          } else {
-            v[u][j] = input_grad(terms[j], q, v[u][j], c, first + at, residual);
+        for (int u = 0; u < kAhead; ++u) {
+          if (base + u * rows < count) {
+            load_global<Cache::kLastUse>(dy + (base + u * rows) * stride, v[u]);  // [V]
+            if constexpr (kNeedsX) load_global<Cache::kLastUse>(x + (base + u * rows) * stride, vx[u]);  // [V]
           }
         }
-        store_global<true>(dx + (base + u * rows) * stride, v[u]);  // [V]
+#pragma unroll
+        for (int u = 0; u < kAhead; ++u) {
+          const int at = base + u * rows;
+          if (at >= count) break;
+          const PositionTerms<A> q = {spatial[at], fields.mean[at], fields.maximum[at], fields.mark[at]};
+#pragma unroll
+          for (int j = 0; j < V; ++j) {
+            const int c = i * V + j;
+            if constexpr (kNeedsX) {
+              const A top = p.ties == kTiesSplit ? fields.top[at] : A(0);
+              v[u][j] = input_grad_of_x(p, channels[column * V + j], rare[column * V + j], q, top, v[u][j], vx[u][j], c,
+                                        first + at);
+            } else {
+              v[u][j] = input_grad(terms[j], q, v[u][j], c, first + at, residual);
+            }
+          }
+          store_global<true>(dx + (base + u * rows) * stride, v[u]);  // [V]
+        }
       }
     }
+    if constexpr (kNeedsX) __syncthreads();
   }
 }
 

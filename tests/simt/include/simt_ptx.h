@@ -86,6 +86,8 @@ template <class T>
 inline T exchange_acquire_release(T* p, std::type_identity_t<T> v, SIMT_WHERE) {
   return simt::atomic_update(p, simt::Order::kAcquireRelease, where, [v](T) { return v; });
 }
+// a fence for the compiler alone
+inline void forget_registers() {}
 inline void sleep(unsigned, SIMT_WHERE) {
   simt::pause(where);
 }

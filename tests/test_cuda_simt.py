@@ -1,0 +1,154 @@
+"""The streamed CUDA kernels, executed on the host: outputs and every gradient against fp64, schedules, bytes."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from oracle import OPTIONS, Options, check, make_problem, run_problem
+
+if shutil.which("g++") is None:
+    pytest.skip("there is no g++ to compile the kernels for the host", allow_module_level=True)
+
+import cuda_streamed as cs
+
+LAYOUTS = ("contiguous", "channels_last")
+# A device so small that a batch makes several units and takes over its scratch, and one that holds it all.
+SMALL_L2, LARGE_L2 = 1 << 14, 50 << 20
+
+
+def _check(monkeypatch, problem, **options):
+    ops = cs.HostOps(cs.Machine(**options)).installed(monkeypatch)
+    check(problem, "cuda", ties=problem.c.ties == 1)
+    return ops
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(monkeypatch, name, layout):
+    """Every point of the option grid; 8 x 9 positions are aligned for float, 7 x 7 are folded."""
+    for shape, l2 in (((3, 8, 8, 9), LARGE_L2), ((5, 8, 7, 7), SMALL_L2)):
+        _check(monkeypatch, make_problem(shape, OPTIONS[name], layout=layout), l2=l2)
+
+
+SHAPES = {
+    "one": (1, 1, 1, 1),
+    "one-channel": (3, 1, 1, 7),
+    "one-position": (2, 63, 1, 1),
+    "seven": (2, 7, 7, 7),
+    "127": (2, 5, 127, 1),
+    "1-D": (2, 16, 49),
+    "3-D": (2, 8, 3, 4, 5),
+    "folded": (2, 24, 7, 7),
+    "folded-chunks": (2, 512, 7, 7),
+    "folded-twice": (2, 32, 14, 14),
+    "partial-pools": (2, 8, 33, 17),
+    "wide": (1, 264, 4, 8),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_shapes(monkeypatch, shape, dtype, layout):
+    _check(monkeypatch, make_problem(shape, Options(kernel=3, norm="eval"), dtype, layout=layout, wide=dtype != torch.float32))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float16), ids=("float64", "float16"))
+@pytest.mark.parametrize("options", ("plain", "all-pools-split"))
+def test_dtypes(monkeypatch, dtype, layout, options):
+    for shape in ((3, 8, 8, 8), (3, 8, 7, 7), (2, 7, 5, 5)):
+        _check(monkeypatch, make_problem(shape, OPTIONS[options], dtype, layout=layout), l2=SMALL_L2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_address_that_is_not_aligned(monkeypatch, layout):
+    ops = _check(monkeypatch, make_problem((3, 8, 8, 8), Options(), torch.bfloat16, layout=layout), offset=2)
+    assert {r["vector"] for r in ops.reports.values()} == {1}
+
+
+def test_large_mlp_is_cut_into_items(monkeypatch):
+    """Several items a unit for each of the MLP's stages, forward and backward, and a last unit that is short."""
+    for pools in (("avg", "max"), ("avg", "max", "lp")):
+        problem = make_problem((11, 128, 4, 4), Options(pools=pools, hidden=130, kernel=3))
+        ops = _check(monkeypatch, problem, multiprocessors=2, l2=1 << 20)
+        assert ops.reports["cbam_backward"]["stages"] == 7
+        assert ops.reports["cbam_forward"]["stages"] == 6
+
+
+def test_kernel_and_maps_beyond_shared_memory(monkeypatch):
+    """A map whose window does not fit, and a kernel of 49 x 49: both are read from global memory."""
+    _check(monkeypatch, make_problem((1, 2, 3, 70, 70), Options(kernel=3)))
+    _check(monkeypatch, make_problem((1, 4, 7, 7), Options(kernel=49)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("options", ("plain", "norm-train", "all-pools-split"))
+def test_bitwise_equal_under_every_schedule(monkeypatch, options, layout):
+    """Order of threads and blocks, number of blocks, and a second launch on the counters of the first."""
+    problem = make_problem((5, 16, 7, 7), OPTIONS[options], layout=layout)
+    results = []
+    for seed, resident, launches in ((0, 6, 1), (1, 1, 1), (2, 3, 2), (3, 6, 1)):
+        cs.HostOps(cs.Machine(l2=SMALL_L2, seed=seed, resident=resident, launches=launches)).installed(monkeypatch)
+        results.append(run_problem(problem, "cuda"))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ties", ("first", "split"))
+@pytest.mark.parametrize("shape", ((3, 8, 8, 8), (3, 8, 7, 7)))
+def test_ties(monkeypatch, shape, ties, layout):
+    problem = make_problem(shape, Options(ties=ties), layout=layout)
+    problem.x = (problem.x * 2).round() / 2
+    cs.HostOps(cs.Machine()).installed(monkeypatch)
+    check(problem, "cuda", ties=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ties", ("first", "split"))
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf")))
+def test_nan_and_infinity_go_where_the_reference_sends_them(monkeypatch, value, ties, layout):
+    problem = make_problem((3, 8, 7, 8), Options(ties=ties, kernel=3), layout=layout)
+    problem.x[0, 3, 2, 5] = value
+    problem.x[1, 4] = value
+    cs.HostOps(cs.Machine()).installed(monkeypatch)
+    expected, got = run_problem(problem, "reference"), run_problem(problem, "cuda")
+    for name, e, g in zip(problem.names(), expected, got):
+        assert torch.equal(torch.isnan(e), torch.isnan(g)), name
+        torch.testing.assert_close(g, e, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+def test_without_saving(monkeypatch):
+    cs.HostOps(cs.Machine()).installed(monkeypatch)
+    for options in (Options(), OPTIONS["norm-train"], OPTIONS["all-pools-split"]):
+        problem = make_problem((3, 8, 7, 7), options)
+        expected = run_problem(problem, "cuda")[0]
+        with torch.no_grad():
+            from cbam_fused.functional import run
+
+            norm = problem.norm
+            got = run(problem.x, problem.p, problem.c, norm, "cuda")
+        assert torch.equal(expected, got)
+
+
+BYTES = (((2, 256, 16, 16), torch.float32), ((2, 256, 7, 7), torch.float32), ((2, 512, 16, 16), torch.bfloat16))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape, dtype", BYTES)
+def test_bytes(monkeypatch, shape, dtype, layout):
+    """x, y, dy and dx move exactly 4 S and 5 S; with partial sums at most 4.1 S and 5.2 S."""
+    if cs.build.default_flavor() != "checked":
+        pytest.skip("only the checked flavour counts bytes")
+    problem = make_problem(shape, Options(hidden=shape[1] // 16), dtype, layout=layout)
+    ops = cs.HostOps(cs.Machine()).installed(monkeypatch)
+    run_problem(problem, "cuda")
+    size = problem.x.numel() * problem.x.element_size()
+    forward, backward = ops.traffic["cbam_forward"], ops.traffic["cbam_backward"]
+    assert forward["x"] == 3 * size and forward["y"] == size
+    assert backward["x"] == 2 * size and backward["dy"] == 2 * size and backward["dx"] == size
+    assert 4 * size + forward["scratch"] <= 4.1 * size
+    assert 5 * size + backward["scratch"] <= 5.2 * size
