@@ -64,6 +64,9 @@ def attention_backward_kernel(
     if dgate_part is not None:
         row = tl.arange(0, BC)
         dboth = dmean + dpeak
+        if SPLIT:
+            # As in the last launch: a masked product, not a choice, carries a NaN everywhere.
+            dmean += dpeak * 0.0
         columns = x + n * C * P + rp.to(tl.int64)[None, :] * SP + row.to(tl.int64)[:, None] * SC  # [BC, BP]
         for t in range(split * split_tiles, tl.minimum((split + 1) * split_tiles, tl.cdiv(C, BC))):
             rc = t * BC + row

@@ -169,6 +169,8 @@ def input_backward_kernel(
         dmean = tl.load(dmaps + n * 2 * P + P + rp, mask=pmask, other=0.0)  # [BP]
         dboth = dmean + dpeak
         if SPLIT:
+            # amax multiplies its gradient by a mask, which sends a NaN or an infinity to all elements.
+            dmean += dpeak * 0.0
             peak = tl.load(spatial_pool + n * 2 * P + rp, mask=pmask, other=0.0)  # [BP]
         else:
             found = tl.load(spatial_index + n * P + rp, mask=pmask, other=0).to(tl.int32)  # [BP]
@@ -200,8 +202,10 @@ def input_backward_kernel(
             if AVG:
                 each = tl.load(du, mask=cmask, other=0.0)  # [BC]
             if MAX:
-                both = each + tl.load(du + AVG * width, mask=cmask, other=0.0)  # [BC]
+                dm = tl.load(du + AVG * width, mask=cmask, other=0.0)  # [BC]
+                both = each + dm
                 if SPLIT:
+                    each += dm * 0.0
                     m = tl.load(pooled + (n * ROWS + AVG) * C + rc, mask=cmask, other=0.0)  # [BC]
                     is_pooled = v == m[:, None]
                 else:
