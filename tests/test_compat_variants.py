@@ -27,7 +27,7 @@ class Plain(nn.Module):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
         self.conv = CONV[dims](2, 1, k, padding=k // 2, bias=False)
-        self.bn = NORM[dims](1) if norm else nn.Identity()
+        self.bn = NORM[dims](1, momentum=0.01) if norm else nn.Identity()
         self.arrangement = arrangement
 
     def channel(self, x):
