@@ -1,0 +1,266 @@
+// The resident tier's launch parameters and its policy: what it covers, how a sample is split over a
+// cluster, and what lies where in shared memory. Plain functions of shape, dtype and device.
+#pragma once
+
+#include <algorithm>
+
+#include "policy.h"
+#include "problem.h"
+
+namespace cbam {
+namespace resident {
+
+// How a cluster shares a sample. Contiguous rows that are long enough are cut at positions; all other
+// contiguous maps by channels, where a block's part is one piece of memory for any P. Channels-last is cut
+// by positions, with the same reason.
+enum Split : int32_t { kByPositions, kByChannels };
+
+constexpr int kLoads = 8;          // mbarriers of a tile: its rows can be used in as many steps
+constexpr int kMaxThreads = 512;   // a block: 128 registers a thread
+constexpr int kMaxInputs = 4;      // vectors that the MLP sees
+
+// Offsets into a block's shared memory, the same in every block of a cluster: blocks read each other's.
+struct SharedMap {
+  int32_t tile, tile_dy;   // T rows x pitch
+  int32_t barriers;        // kLoads mbarriers
+  int32_t gate;            // A [tile channels]
+  int32_t spatial;         // A [tile positions]
+  int32_t base, squares, exponentials;  // forward, statistics of [tile channels]
+  int32_t input;           // A [inputs][own channels]
+  int32_t hidden_part;     // A [inputs (+ 1 backward)][h], this block's share of sums over channels
+  int32_t hidden;          // A [inputs][h]; forward: [h]
+  int32_t pooled;          // forward: the spatial pools of [tile positions]; backward: ds, or dz
+  int32_t position_grad;   // PositionTerms [tile positions]
+  int32_t top;             // A [tile positions], with shared ties
+  int32_t gate_grad;       // A [tile channels]
+  int32_t logit_grad;      // A [own channels]
+  int32_t terms, rare;     // ChannelTerms, RareTerms [tile channels]
+  int32_t kernel;          // (A, A) [taps]
+  int32_t window;          // (A, A) [window]; backward: the pools'
+  int32_t window_grad;     // A [window], backward
+  int32_t scratch;         // partial results of one pass; shares memory with the windows
+  int32_t total;
+};
+
+// What a launch needs beside the problem. Everything here is the same for all blocks.
+struct Resident {
+  Problem p;
+  SharedMap at;
+  int32_t operation, split, cluster, threads;
+  int32_t vector;                   // elements of one access
+  int32_t channel_unit;             // own channels come in multiples of this many
+  int32_t position_unit;
+  int32_t own_channels, own_positions;    // most that a block has
+  int32_t tile_channels, tile_positions;  // most that a tile has
+  int32_t column_groups, map_groups;      // groups of rows that warps share a strip of columns in
+  int32_t window_width, window_rows;
+  int32_t inputs;                   // vectors that the MLP sees, after blending
+  int32_t save;
+  // Backward: sums over the batch, in global memory; see ResidentScratch in resident_weights.cuh.
+  uint32_t* counters;
+  void *logit_grad, *hidden, *hidden_grad, *conv_parts;
+  int32_t weight_items;
+};
+
+// Zeroed 32-bit words of `counters`.
+constexpr int kStarted = 0, kReady = 1, kTicket = 2, kEnded = 3, kCounterWords = 4;
+
+struct Machine {
+  int32_t capability;     // 90 for compute capability 9.0
+  int32_t multiprocessors;
+  int32_t shared_bytes;   // most dynamic shared memory that a block may ask for
+};
+
+// ---- Policy, as data.
+
+constexpr int64_t kRowBytes = 512;       // least part of a contiguous row that a block takes
+constexpr int64_t kSmallTile = 100 << 10;  // below, two blocks of half the threads share a multiprocessor
+constexpr int64_t kLeastPositions = 196;   // below, the weights outweigh x, and the streamed tier batches
+constexpr int kClusters[] = {8, 16};       // portable first
+// Blocks against places on the device, over the waves that they run in: a wave that is mostly empty costs
+// as much as a full one. Modelled, to be measured.
+constexpr double kLeastOccupancy = 0.6;
+
+inline int vector_of(const Problem& p) {
+  const int full = 16 / element_bytes(p.dtype);
+  const int64_t row = p.layout == kChannelsLast ? p.channels : p.positions;
+  if (row % full == 0) return full;
+  return p.layout == kContiguous && full == 8 && row % 4 == 0 ? 4 : 0;
+}
+
+// The one place that says what this tier computes; the rest is the streamed tier's.
+// `aligned`: every tensor of x's size starts at a multiple of 16 bytes.
+inline bool covers(const Problem& p, Operation operation, const Machine& m, bool aligned) {
+  if (operation != kCbamForward && operation != kCbamBackward) return false;
+  if (m.capability < 90 || !aligned || p.dtype == kFloat64) return false;
+  if (!p.pools && !p.spatial) return false;
+  return p.positions >= kLeastPositions && vector_of(p) > 0;
+}
+
+inline int64_t part(int64_t total, int64_t unit, int64_t parts) {
+  return policy::ceil_div(policy::ceil_div(total, unit), parts) * unit;
+}
+
+// Groups that keep most warps busy with `strips` strips of columns, each costing a merge.
+inline int groups_for(int64_t strips, int warps, int limit) {
+  int best = 1;
+  double least = 1e9;
+  for (int groups = 1; groups <= limit; ++groups) {
+    const double cost = double(policy::ceil_div(strips * groups, warps)) * warps / double(strips * groups) + 0.02 * groups;
+    if (cost < least) {
+      least = cost;
+      best = groups;
+    }
+  }
+  return best;
+}
+
+struct MapBuilder {
+  int64_t used = 0;
+  int32_t take(int64_t bytes) {
+    const int64_t at = used;
+    used += policy::round_up(bytes, 16);
+    return static_cast<int32_t>(at);
+  }
+};
+
+// Fills in k for k.p and k.operation with clusters of this size; false where a block's memory is too small.
+inline bool plan(Resident& k, const Machine& m, int cluster) {
+  using policy::ceil_div;
+  const Problem& p = k.p;
+  const bool backward = is_backward(k.operation), last = p.layout == kChannelsLast;
+  const int64_t element = element_bytes(p.dtype), a = accumulate_bytes(p.dtype);
+  const int64_t pools = pool_count(p.pools);
+  k.cluster = cluster;
+  k.vector = vector_of(p);
+  k.inputs = p.pools & kBlend ? 1 : static_cast<int32_t>(pools);
+  k.save = p.spatial ? p.spatial_index != nullptr : !(p.pools & kMax) || p.pool_index != nullptr;
+
+  const int64_t full = 16 / element;
+  const bool long_rows = p.positions % full == 0 && p.positions * element >= kRowBytes * cluster;
+  k.split = last || long_rows ? kByPositions : kByChannels;
+  k.position_unit = !last && k.split == kByPositions ? static_cast<int32_t>(full) : 1;
+  k.channel_unit = k.split == kByChannels ? static_cast<int32_t>(full / policy::gcd(full, p.positions)) : 1;
+  if (p.channels % k.channel_unit) return false;
+  k.own_channels = static_cast<int32_t>(part(p.channels, k.channel_unit, cluster));
+  k.own_positions = static_cast<int32_t>(part(p.positions, k.position_unit, cluster));
+  k.tile_channels = static_cast<int32_t>(k.split == kByPositions ? p.channels : k.own_channels);
+  k.tile_positions = static_cast<int32_t>(k.split == kByPositions ? k.own_positions : p.positions);
+  const int64_t tc = k.tile_channels, tp = k.tile_positions;
+  const int64_t tile = tc * tp * element;
+  k.threads = tile * (backward ? 2 : 1) < kSmallTile ? kMaxThreads / 2 : kMaxThreads;
+
+  const int64_t columns = last ? tc : tp;  // of the tile
+  const int64_t across = 128 / (k.vector * element);
+  const int64_t strips = ceil_div(columns, k.vector * across);
+  const int warps = k.threads / 32;
+  k.column_groups = groups_for(strips, warps, columns > 1024 ? 1 : 4);
+  k.map_groups = groups_for(strips, warps, 16);
+
+  const int64_t height = int64_t{p.depth} * p.height;
+  const int64_t halo = int64_t{p.kernel_d / 2} * p.height + p.kernel_h / 2;
+  k.window_width = p.width + p.kernel_w - 1;
+  k.window_rows = static_cast<int32_t>(std::min(height, (k.own_positions + p.width - 2) / p.width + 1 + 2 * halo));
+  const int64_t window = p.spatial ? int64_t{k.window_width} * k.window_rows : 0;
+  if (window > (int64_t{1} << 20)) return false;
+
+  const int64_t mean_max = a == 8 ? 24 : 12;
+  const bool split_ties = p.ties == kTiesSplit;
+  MapBuilder b;
+  SharedMap& at = k.at;
+  at = {};
+  at.tile = b.take(tile);
+  if (backward) at.tile_dy = b.take(tile);
+  at.barriers = b.take(kLoads * 8);
+  at.gate = b.take(tc * a);
+  at.spatial = b.take(tp * a);
+  at.input = b.take(k.inputs * k.own_channels * a);
+  at.hidden_part = b.take((k.inputs + backward) * p.hidden * a * (p.pools ? 1 : 0));
+  at.hidden = b.take((backward ? k.inputs : 1) * p.hidden * a * (p.pools ? 1 : 0));
+  at.kernel = b.take(p.spatial ? 2 * taps(p) * a : 0);
+  const int64_t threads = k.threads;
+  if (!backward) {
+    at.base = b.take(p.pools & (kAvg | kMax) ? tc * mean_max : 0);
+    at.squares = b.take(p.pools & kLp ? tc * a : 0);
+    at.exponentials = b.take(p.pools & kLse ? tc * 2 * a : 0);
+    at.pooled = b.take(p.spatial ? tp * (k.split == kByChannels ? mean_max : 2 * a) : 0);
+    at.scratch = at.window = b.take(std::max(window * 2 * a, k.column_groups * columns * mean_max));
+  } else {
+    at.pooled = b.take(p.spatial ? tp * a : 0);
+    at.position_grad = b.take(tp * 4 * a);
+    at.top = b.take(split_ties ? tp * a : 0);
+    at.gate_grad = b.take(tc * a);
+    at.logit_grad = b.take(k.own_channels * a);
+    at.terms = b.take(tc * 4 * a);
+    const bool needs_x = (split_ties && (p.spatial || p.pools & kMax)) || p.pools & (kLp | kLse);
+    at.rare = b.take(needs_x ? tc * 4 * a : 0);
+    const int64_t sums = last ? k.column_groups * columns : std::max(strips * tc, k.column_groups * columns);
+    const int64_t weights = threads * std::max<int64_t>(kWeightRows, kMaxInputs);
+    at.scratch = at.window = b.take(std::max({window * 3 * a, sums * a, weights * a}));
+    at.window_grad = at.window + static_cast<int32_t>(policy::round_up(window * 2 * a, 16));
+  }
+  at.total = static_cast<int32_t>(std::min<int64_t>(b.used, INT32_MAX));
+  return b.used <= m.shared_bytes;
+}
+
+// The smallest cluster that holds a sample and that `allowed(k)`, the device, can run; false without one.
+template <class Allowed> bool choose_cluster(Resident& k, const Machine& m, Allowed allowed) {
+  for (int cluster : kClusters) {
+    if (plan(k, m, cluster) && allowed(k)) return true;
+  }
+  return false;
+}
+
+// Calls f(Traits of the instantiation that runs k), which takes an element type and k's choices.
+template <class T, template <class, int, Layout, Split> class Of, class F> auto with_traits(const Resident& k, F f) {
+  constexpr int kFull = 16 / static_cast<int>(sizeof(T));
+  if (k.p.layout == kChannelsLast) return f(Of<T, kFull, kChannelsLast, kByPositions>{});
+  if (k.split == kByPositions) return f(Of<T, kFull, kContiguous, kByPositions>{});
+  if constexpr (sizeof(T) == 2) {
+    if (k.vector < kFull) return f(Of<T, kFull / 2, kContiguous, kByChannels>{});
+  }
+  return f(Of<T, kFull, kContiguous, kByChannels>{});
+}
+
+// Items of the weight gradients; conv_parts' entries are one of them.
+inline int64_t weight_item_count(const Problem& p) {
+  using policy::ceil_div;
+  int64_t items = 0;
+  if (p.pools) {
+    const auto tiles = [](int64_t rows, int64_t columns) {
+      return ceil_div(rows, kWeightRows) * ceil_div(columns, kWeightColumns);
+    };
+    items += tiles(p.channels, p.hidden) + ceil_div(p.channels, kWeightColumns);
+    if (p.w1.data) items += tiles(p.hidden, p.channels) + ceil_div(p.hidden, kWeightColumns);
+  }
+  return items + (p.spatial ? 1 : 0);
+}
+
+// Bytes of global scratch; with a base, also points k into it (all but the counters).
+inline int64_t lay_out(Resident& k, char* base) {
+  if (!is_backward(k.operation)) return 0;
+  const Problem& p = k.p;
+  const int64_t a = accumulate_bytes(p.dtype), n = p.samples;
+  int64_t used = 0;
+  const auto take = [&](int64_t count) -> void* {
+    const int64_t at = used;
+    used += policy::round_up(count * a, 256);
+    return base ? base + at : nullptr;
+  };
+  k.logit_grad = take(p.pools ? n * p.channels : 0);
+  k.hidden = take(p.pools ? n * p.hidden : 0);
+  k.hidden_grad = take(p.pools && p.w1.data ? n * k.inputs * p.hidden : 0);
+  k.conv_parts = take(p.spatial ? n * k.cluster * (2 * taps(p) + 1) : 0);
+  k.weight_items = static_cast<int32_t>(weight_item_count(p));
+  return used;
+}
+
+// Whether the resident tier is the better one, given how many clusters the device runs at a time.
+inline bool preferred(const Problem& p, int64_t active_clusters) {
+  if (active_clusters <= 0) return false;
+  const int64_t waves = policy::ceil_div(p.samples, active_clusters);
+  return double(p.samples) >= kLeastOccupancy * double(waves * active_clusters);
+}
+
+}  // namespace resident
+}  // namespace cbam

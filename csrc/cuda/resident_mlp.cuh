@@ -1,0 +1,140 @@
+// The channel gate's MLP in a cluster: each block with its own columns of w1 and its own rows of w2.
+#pragma once
+
+#include "resident_tile.cuh"
+#include "streamed_mlp.cuh"
+
+namespace cbam {
+namespace resident {
+
+#if CBAM_HAS_CLUSTERS
+
+// part[j][i] = sum over this block's channels of w1[i][c] input[j][c]; without w1, the inputs' sum at the
+// block's own channels and 0 elsewhere.
+template <class Tr>
+__device__ __forceinline__ void hidden_part(const Block<Tr>& b, const typename Tr::A* input, typename Tr::A* part) {
+  using A = typename Tr::A;
+  using T = typename Tr::T;
+  const Problem& p = b.k.p;
+  const int inputs = b.k.inputs, own = b.own_channels.size(), hidden = static_cast<int>(p.hidden);
+  if (!p.w1.data) {
+    for (int i = b.thread; i < hidden; i += b.threads) {
+      const int c = i - b.own_channels.begin;
+      A sum = 0;
+      for (int j = 0; c >= 0 && c < own && j < inputs; ++j) sum += input[j * own + c];
+      part[i] = sum;
+    }
+    return;
+  }
+  for (int i = b.warp; i < hidden; i += b.warps) {
+    A acc[kMaxInputs] = {};
+    const int64_t row = int64_t{i} * p.channels + b.own_channels.begin;
+#pragma unroll 4
+    for (int c = b.lane; c < own; c += 32) {
+      const A w = load_weight<T>(p.w1, row + c);  // [1]
+#pragma unroll
+      for (int j = 0; j < kMaxInputs; ++j) {
+        if (j < inputs) acc[j] += w * input[j * own + c];
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kMaxInputs; ++j) {
+      if (j >= inputs) break;
+      const A sum = warp_sum(acc[j]);
+      if (b.lane == 0) part[j * hidden + i] = sum;
+    }
+  }
+}
+
+// A value that every block holds a share of, summed in the order of the ranks.
+template <class Tr, class A> __device__ __forceinline__ A cluster_sum(const Block<Tr>& b, A* mine) {
+  A sum = *b.remote(mine, 0);
+#pragma unroll 1
+  for (int r = 1; r < b.blocks; ++r) sum += *b.remote(mine, r);
+  return sum;
+}
+
+// sum_r m[r][c] vector(v, r) for rows and columns of a matrix with `stride` columns; out(c, v, sum).
+// `parts` holds kMaxInputs values a thread. Entered and left after a barrier.
+template <class Tr, class Vector, class Out>
+__device__ __forceinline__ void columns_dot(const Block<Tr>& b, const Weight& m, Range rows, Range columns, int64_t stride,
+                                            int count, typename Tr::A* parts, Vector vector, Out out) {
+  using A = typename Tr::A;
+  using T = typename Tr::T;
+  int lanes = 1;
+  while (lanes < b.threads && lanes < columns.size()) lanes *= 2;
+  const int lane = b.thread & (lanes - 1), group = b.thread / lanes, groups = b.threads / lanes;
+  for (int base = columns.begin; base < columns.end; base += lanes) {
+    const int c = base + lane;
+    A acc[kMaxInputs] = {};
+    if (c < columns.end) {
+#pragma unroll 8
+      for (int r = rows.begin + group; r < rows.end; r += groups) {
+        const A w = load_weight<T>(m, r * stride + c);  // [1]
+#pragma unroll
+        for (int v = 0; v < kMaxInputs; ++v) {
+          if (v < count) acc[v] += w * vector(v, r);
+        }
+      }
+    }
+#pragma unroll
+    for (int v = 0; v < kMaxInputs; ++v) {
+      if (v < count) parts[v * b.threads + b.thread] = acc[v];
+    }
+    __syncthreads();
+    if (group == 0 && c < columns.end) {
+      for (int v = 0; v < count; ++v) {
+        A total = parts[v * b.threads + lane];
+        for (int g = 1; g < groups; ++g) total += parts[v * b.threads + g * lanes + lane];
+        out(c, v, total);
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// The gate of this block's channels from its inputs: into `gate` of every block whose tile has them.
+template <class Tr> __device__ __forceinline__ void channel_gate(const Block<Tr>& b) {
+  using A = typename Tr::A;
+  using T = typename Tr::T;
+  const Resident& k = b.k;
+  const Problem& p = k.p;
+  const int hidden = static_cast<int>(p.hidden), inputs = k.inputs;
+  A* input = b.template at<A>(k.at.input);
+  A* part = b.template at<A>(k.at.hidden_part);
+  A* summed = b.template at<A>(k.at.hidden);
+  A* gate = b.template at<A>(k.at.gate);
+  hidden_part(b, input, part);
+  ptx::cluster_sync();
+  for (int i = b.thread; i < hidden; i += b.threads) {
+    A sum = 0;
+    if (p.w1.data) {
+      const A offset = bias<T>(p.b1, i);
+      for (int j = 0; j < inputs; ++j) sum += relu(cluster_sum(b, part + j * hidden + i) + offset);
+    } else {
+      sum = cluster_sum(b, part + i);
+    }
+    summed[i] = sum;
+  }
+  __syncthreads();
+  for (int c = b.own_channels.begin + b.warp; c < b.own_channels.end; c += b.warps) {
+    A dot = 0;
+    const int64_t row = int64_t{c} * hidden;
+#pragma unroll 4
+    for (int i = b.lane; i < hidden; i += 32) dot += load_weight<T>(p.w2, row + i) * summed[i];  // [1]
+    const A value = sigmoid(warp_sum(dot) + A(inputs) * bias<T>(p.b2, c));
+    if constexpr (Tr::kByChannel) {
+      if (b.lane == 0) gate[c - b.own_channels.begin] = value;
+    } else if (b.lane < b.blocks) {
+      *b.remote(gate + c, b.lane) = value;
+    }
+    if (k.save && b.lane == 0) put(p.channel_gate, b.n * p.channels + c, value);
+  }
+  if constexpr (Tr::kByChannel) __syncthreads();
+  else ptx::cluster_sync();
+}
+
+#endif  // CBAM_HAS_CLUSTERS
+
+}  // namespace resident
+}  // namespace cbam
