@@ -24,7 +24,7 @@ struct SharedMap {
   int32_t tile, tile_dy;   // T rows x pitch
   int32_t barriers;        // kLoads mbarriers
   int32_t gate;            // A [tile channels]
-  int32_t spatial;         // A [tile positions]
+  int32_t spatial;         // forward: A [tile positions]
   int32_t base, squares, exponentials;  // forward, statistics of [tile channels]
   int32_t input;           // A [inputs][own channels]
   int32_t hidden_part;     // A [inputs (+ 1 backward)][h], this block's share of sums over channels
@@ -32,6 +32,7 @@ struct SharedMap {
   int32_t pooled;          // forward: the spatial pools of [tile positions]; backward: ds, or dz
   int32_t position_grad;   // PositionTerms [tile positions]
   int32_t top;             // A [tile positions], with shared ties
+  int32_t kernel_grad;     // A [pieces][2][taps]; then [2 taps + 1], the batch's
   int32_t gate_grad;       // A [tile channels]
   int32_t logit_grad;      // A [own channels]
   int32_t terms, rare;     // ChannelTerms, RareTerms [tile channels]
@@ -54,6 +55,7 @@ struct Resident {
   int32_t tile_channels, tile_positions;  // most that a tile has
   int32_t column_groups, map_groups;      // groups of rows that warps share a strip of columns in
   int32_t window_width, window_rows;
+  int32_t kernel_pieces;            // parts of the positions whose kernel gradients are summed apart
   int32_t inputs;                   // vectors that the MLP sees, after blending
   int32_t save;
   // Backward: sums over the batch, in global memory; see ResidentScratch in resident_weights.cuh.
@@ -173,7 +175,7 @@ inline bool plan(Resident& k, const Machine& m, int cluster) {
   if (backward) at.tile_dy = b.take(tile);
   at.barriers = b.take(kLoads * 8);
   at.gate = b.take(tc * a);
-  at.spatial = b.take(tp * a);
+  at.spatial = b.take(backward ? 0 : tp * a);
   at.input = b.take(k.inputs * k.own_channels * a);
   at.hidden_part = b.take((k.inputs + backward) * p.hidden * a * (p.pools ? 1 : 0));
   at.hidden = b.take((backward ? k.inputs : 1) * p.hidden * a * (p.pools ? 1 : 0));
@@ -189,6 +191,8 @@ inline bool plan(Resident& k, const Machine& m, int cluster) {
     at.pooled = b.take(p.spatial ? tp * a : 0);
     at.position_grad = b.take(tp * 4 * a);
     at.top = b.take(split_ties ? tp * a : 0);
+    k.kernel_pieces = std::max(1, warps / (p.kernel_d * p.kernel_h));
+    at.kernel_grad = b.take(p.spatial ? (2 * taps(p) * k.kernel_pieces + 1) * a : 0);
     at.gate_grad = b.take(tc * a);
     at.logit_grad = b.take(k.own_channels * a);
     at.terms = b.take(tc * 4 * a);

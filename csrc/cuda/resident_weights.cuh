@@ -1,0 +1,190 @@
+// The resident tier's weight gradients: sums over the batch in a fixed order, by the blocks of the last wave.
+#pragma once
+
+#include "resident_conv.cuh"
+#include "resident_mlp.cuh"
+
+namespace cbam {
+namespace resident {
+
+#if CBAM_HAS_CLUSTERS
+
+// What each sample leaves in global memory:
+//   logit_grad   A (N, C)             dl
+//   hidden       A (N, h)             hidden layer behind the ReLU, summed over inputs
+//   hidden_grad  A (N, inputs, h)     its gradient, before the ReLU
+//   conv_parts   A (N, blocks, 2 taps + 1)  sums over a block's positions of dz q_max, dz q_mean, dz
+
+// tile[r][c] = sum_i left(i, r) right(i, c), `tile` counting kWeightRows x kWeightColumns pieces.
+template <class A, class Left, class Right, class Out>
+__device__ __forceinline__ void outer_sum(int tile, int rows, int columns, int64_t count, A* parts, Left left, Right right,
+                                          Out out) {
+  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+  const int tiles = (columns + kWeightColumns - 1) / kWeightColumns, groups = threads / kWeightColumns;
+  const int r0 = tile / tiles * kWeightRows, c = tile % tiles * kWeightColumns + thread % kWeightColumns;
+  const int group = thread / kWeightColumns;
+  A acc[kWeightRows] = {};
+  if (c < columns) {
+#pragma unroll 2
+    for (int64_t i = group; i < count; i += groups) {
+      const A of_right = right(i, c);  // [1]
+#pragma unroll
+      for (int r = 0; r < kWeightRows; ++r) {
+        if (r0 + r < rows) acc[r] += left(i, r0 + r) * of_right;  // [1]
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kWeightRows; ++r) parts[r * threads + thread] = acc[r];
+  __syncthreads();
+  if (group < kWeightRows && c < columns && r0 + group < rows) {
+    const A* row = parts + group * threads + thread % kWeightColumns;
+    A total = row[0];
+    for (int g = 1; g < groups; ++g) total += row[g * kWeightColumns];
+    out(r0 + group, c, total);
+  }
+}
+
+// total[c] = sum_i value(i, c) for one tile of columns.
+template <class A, class Value, class Out>
+__device__ __forceinline__ void column_sum(int tile, int columns, int64_t count, A* parts, Value value, Out out) {
+  const int thread = static_cast<int>(threadIdx.x), groups = static_cast<int>(blockDim.x) / kWeightColumns;
+  const int c = tile * kWeightColumns + thread % kWeightColumns, group = thread / kWeightColumns;
+  A sum = 0;
+  if (c < columns) {
+#pragma unroll 8
+    for (int64_t i = group; i < count; i += groups) sum += value(i, c);  // [1]
+  }
+  parts[thread] = sum;
+  __syncthreads();
+  if (group == 0 && c < columns) {
+    for (int g = 1; g < groups; ++g) sum += parts[g * kWeightColumns + thread];
+    out(c, sum);
+  }
+  __syncthreads();
+}
+
+// The gradients of the convolution and of the norm in eval mode. `parts`: one value a thread.
+template <class T, class A> __device__ __forceinline__ void conv_weights(const Resident& k, A* parts, A* totals) {
+  const Problem& p = k.p;
+  const int count = static_cast<int>(taps(p)), entries = 2 * count + 1;
+  const int64_t rows = p.samples * k.cluster;
+  for (int tile = 0; tile * kWeightColumns < entries; ++tile) {
+    column_sum<A>(
+        tile, entries, rows, parts, [&](int64_t i, int e) { return fresh<A>(k.conv_parts, i * entries + e); },
+        [&](int e, A sum) { totals[e] = sum; });
+  }
+  const Norm<A> norm = load_norm<T>(p);
+  const int planes = p.spatial == kSpatialBlend ? 1 : 2;
+  for (int i = threadIdx.x; p.dconv_weight.data && i < planes * count; i += blockDim.x) {
+    // A blend's planes are both 0.5 times the one kernel; the other orders store the planes in one.
+    const int plane = p.spatial == kMeanMax ? 1 - i / count : i / count;
+    const A sum = planes == 1 ? A(0.5) * (totals[i] + totals[count + i]) : totals[plane * count + i % count];
+    store_weight<T>(p.dconv_weight, i, norm.slope * sum);
+  }
+  if (threadIdx.x == 0) {
+    const A dz = totals[2 * count];
+    if (p.dconv_bias.data) store_weight<T>(p.dconv_bias, 0, norm.slope * dz);
+    if (p.dbn_bias.data) store_weight<T>(p.dbn_bias, 0, dz);
+    if (p.dbn_weight.data) {
+      // sum dz (z - mean) / deviation, where z = conv + bias is linear in the kernel.
+      A dz_conv = 0;
+      for (int i = 0; i < count; ++i) {
+        dz_conv += kernel_weight<T>(p, 0, i) * totals[i] + kernel_weight<T>(p, 1, i) * totals[count + i];
+      }
+      const A offset = bias<T>(p.conv_bias, 0);
+      store_weight<T>(p.dbn_weight, 0, norm.inverse_deviation * (dz_conv + (offset - norm.mean) * dz));
+    }
+  }
+}
+
+// Item `index` of weight_item_count(p).
+template <class T, class A> __device__ __forceinline__ void weight_item(const Resident& k, int index, A* parts, A* totals) {
+  const Problem& p = k.p;
+  const int channels = static_cast<int>(p.channels), hidden = static_cast<int>(p.hidden), inputs = k.inputs;
+  const auto tiles = [](int rows, int columns) {
+    return (rows + kWeightRows - 1) / kWeightRows * ((columns + kWeightColumns - 1) / kWeightColumns);
+  };
+  const auto logit = [&](int64_t n, int c) { return fresh<A>(k.logit_grad, n * channels + c); };
+  const auto hidden_grad = [&](int64_t i, int j) { return fresh<A>(k.hidden_grad, i * hidden + j); };
+  if (p.pools) {
+    if (index < tiles(channels, hidden)) {
+      outer_sum<A>(
+          index, channels, hidden, p.samples, parts, logit,
+          [&](int64_t n, int j) { return fresh<A>(k.hidden, n * hidden + j); },
+          [&](int c, int j, A sum) {
+            if (p.dw2.data) store_weight<T>(p.dw2, int64_t{c} * hidden + j, sum);
+          });
+      return;
+    }
+    index -= tiles(channels, hidden);
+    if (index < tiles(1, channels)) {
+      column_sum<A>(index, channels, p.samples, parts, logit, [&](int c, A sum) {
+        if (p.db2.data) store_weight<T>(p.db2, c, A(inputs) * sum);
+      });
+      return;
+    }
+    index -= tiles(1, channels);
+    if (p.w1.data) {
+      if (index < tiles(hidden, channels)) {
+        outer_sum<A>(
+            index, hidden, channels, p.samples * inputs, parts, hidden_grad,
+            [&](int64_t i, int c) { return mlp_input<A>(p, i / inputs, i % inputs, c); },
+            [&](int j, int c, A sum) {
+              if (p.dw1.data) store_weight<T>(p.dw1, int64_t{j} * channels + c, sum);
+            });
+        return;
+      }
+      index -= tiles(hidden, channels);
+      if (index < tiles(1, hidden)) {
+        column_sum<A>(index, hidden, p.samples * inputs, parts, hidden_grad, [&](int j, A sum) {
+          if (p.db1.data) store_weight<T>(p.db1, j, sum);
+        });
+        return;
+      }
+    }
+  }
+  if (p.spatial) conv_weights<T>(k, parts, totals);
+}
+
+__device__ __forceinline__ void cluster_started(const Resident& k, int rank) {
+  if (rank == 0 && threadIdx.x == 0) ptx::add_release(k.counters + kStarted, 1);
+}
+
+// After a barrier behind everything that this block leaves for the weight gradients.
+__device__ __forceinline__ void weights_ready(const Resident& k) {
+  if (threadIdx.x == 0) ptx::add_release(k.counters + kReady, 1);
+}
+
+// Blocks that see all clusters started draw items: whom they wait for is running, so that it will end. The
+// cluster that started last always does. Leaves all counters zero.
+template <class T, class A> __device__ __forceinline__ void finish_weights(const Resident& k, A* parts, A* totals) {
+  CBAM_SHARED(shared_item, uint32_t);
+  const bool leader = threadIdx.x == 0;
+  const uint32_t items = static_cast<uint32_t>(k.weight_items);
+  if (leader) {
+    const uint32_t clusters = gridDim.x / static_cast<unsigned>(k.cluster);
+    const bool helps = ptx::load_acquire(k.counters + kStarted) == clusters;
+    if (helps) wait_for(k.counters + kReady, gridDim.x);
+    shared_item = helps ? ptx::add_relaxed(k.counters + kTicket, 1) : items;
+  }
+  __syncthreads();
+  while (true) {
+    const uint32_t item = shared_item;
+    if (item >= items) break;
+    weight_item<T>(k, static_cast<int>(item), parts, totals);
+    __syncthreads();
+    if (leader) shared_item = ptx::add_relaxed(k.counters + kTicket, 1);
+    __syncthreads();
+  }
+  if (leader && ptx::increment_acquire_release(k.counters + kEnded, gridDim.x - 1) == gridDim.x - 1) {
+    ptx::store(k.counters + kStarted, 0u);
+    ptx::store(k.counters + kReady, 0u);
+    ptx::store(k.counters + kTicket, 0u);
+  }
+}
+
+#endif  // CBAM_HAS_CLUSTERS
+
+}  // namespace resident
+}  // namespace cbam
