@@ -20,7 +20,7 @@ SMALL_L2, LARGE_L2 = 1 << 14, 50 << 20
 
 def _check(monkeypatch, problem, **options):
     ops = cs.HostOps(cs.Machine(**options)).installed(monkeypatch)
-    check(problem, "cuda", ties=problem.c.ties == 1)
+    check(problem, "cuda")
     return ops
 
 
@@ -134,13 +134,17 @@ def test_without_saving(monkeypatch):
         assert torch.equal(expected, got)
 
 
-BYTES = (((2, 256, 16, 16), torch.float32), ((2, 256, 7, 7), torch.float32), ((2, 512, 16, 16), torch.bfloat16))
+BYTES = (((1, 256, 32, 32), torch.float32), ((1, 512, 28, 28), torch.bfloat16))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape, dtype", BYTES)
 def test_bytes(monkeypatch, shape, dtype, layout):
-    """x, y, dy and dx move exactly 4 S and 5 S; with partial sums at most 4.1 S and 5.2 S."""
+    """x, y, dy and dx move exactly 4 S and 5 S; with scratch memory at most 4.1 S and 5.3 S.
+
+    Of the backward's scratch, an eighth of S are partial sums over tiles of 128 bytes, the rest ds, dq and
+    what the weights' gradients are summed from.
+    """
     if cs.build.default_flavor() != "checked":
         pytest.skip("only the checked flavour counts bytes")
     problem = make_problem(shape, Options(hidden=shape[1] // 16), dtype, layout=layout)
@@ -151,4 +155,4 @@ def test_bytes(monkeypatch, shape, dtype, layout):
     assert forward["x"] == 3 * size and forward["y"] == size
     assert backward["x"] == 2 * size and backward["dy"] == 2 * size and backward["dx"] == size
     assert 4 * size + forward["scratch"] <= 4.1 * size
-    assert 5 * size + backward["scratch"] <= 5.2 * size
+    assert 5 * size + backward["scratch"] <= 5.3 * size

@@ -195,7 +195,7 @@ inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
   const int64_t window = s.conv_staged ? conv_window(p, s) * a : 0;
   const int64_t fold_sums = s.fold > 1 ? std::max<int64_t>(16 << 10, pairs) : 0;
   const int64_t terms = 4 * a * (last ? int64_t{s.map.columns} * vector : channels(s.map));
-  const int64_t mlp = 4 * int64_t{kThreads} * a;  // partial sums of column_dot
+  const int64_t mlp = kBatch * (int64_t{kThreads} + kMlpStage) * a;  // column_dot's vectors and partial sums
   switch (stage) {
     case kPool:
       if (last) return std::max(mlp, bytes({kThreads * vector * mean_max}));
@@ -208,13 +208,13 @@ inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
     case kConv: return bytes({kernel, window, window});
     case kOutput: return bytes({channels(s.map) * a, s.map.positions * a});
     case kCross:
-      return bytes({last ? 0 : channels(s.reduce) * a, s.reduce.positions * a, s.reduce.positions * a,
+      return bytes({channels(s.reduce) * a, s.reduce.positions * a, s.reduce.positions * a,
                     std::max(columns(s.reduce, a), fold_sums)});
     case kConvGrad: return bytes({kernel, window, window, window, kThreads / 32 * 2 * a});
     case kGateGrad:
       return bytes({last ? 0 : channels(s.map) * a, s.map.positions * a, s.map.positions * a, s.map.positions * a,
                     s.map.positions * 4, std::max(last ? columns(s.map, a) : 0, fold_sums)});
-    case kLogitGrad: return std::max(mlp, bytes({kThreads * a}));
+    case kLogitGrad: return std::max(mlp, kThreads * a);
     case kInputGrad:
       return bytes({terms, terms, s.map.positions * a,
                     s.map.positions * a, s.map.positions * a, s.map.positions * a, s.map.positions * 4});

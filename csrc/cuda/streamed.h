@@ -8,6 +8,8 @@ namespace cbam {
 
 constexpr int kThreads = 256;
 constexpr int kMlpSamples = 4;  // samples an item of the MLP, where it is cut into items
+constexpr int kBatch = 4;       // vectors that one read of the MLP's weights serves
+constexpr int kMlpStage = 1024; // elements of each that are in shared memory at a time
 constexpr int kLogitTile = 32;  // channels an item of kLogitGrad
 constexpr int kWeightRows = 8, kWeightColumns = 32;  // tile of a weight's gradient
 static_assert(kThreads / kWeightColumns == kWeightRows);

@@ -17,15 +17,15 @@ __device__ __forceinline__ void outer_sum(int64_t tile, int64_t rows, int64_t co
   const int64_t r0 = tile / tiles * kWeightRows, c = tile % tiles * kWeightColumns + threadIdx.x % kWeightColumns;
   const int group = threadIdx.x / kWeightColumns;
   A* parts = shared.take<A>(kThreads * kWeightRows);
+  const int lane = threadIdx.x % kWeightColumns;
+  static_assert(kWeightColumns == 32, "a group is a warp");
   A acc[kWeightRows] = {};
-  if (c < columns) {
-    for (int64_t i = group; i < count; i += kThreads / kWeightColumns) {
-      const A of_right = right(i, c);  // [1]
+  for (int64_t i = group; i < count; i += kThreads / kWeightColumns) {
+    const A of_right = c < columns ? right(i, c) : A(0);  // [1]
+    A of_left = 0;  // in the lane of its row
+    if (lane < kWeightRows && r0 + lane < rows) of_left = left(i, r0 + lane);  // [1]
 #pragma unroll
-      for (int r = 0; r < kWeightRows; ++r) {
-        if (r0 + r < rows) acc[r] += left(i, r0 + r) * of_right;  // [1]
-      }
-    }
+    for (int r = 0; r < kWeightRows; ++r) acc[r] += __shfl_sync(kAllLanes, of_left, r) * of_right;
   }
 #pragma unroll
   for (int r = 0; r < kWeightRows; ++r) parts[r * kThreads + threadIdx.x] = acc[r];

@@ -183,7 +183,9 @@ __device__ __forceinline__ void output_columns(const Streamed& k, const Item& it
   const int column = threadIdx.x & (t.columns - 1), row = threadIdx.x >> t.columns_log2;
   const int rows = kThreads >> t.columns_log2;
   const int first = item.index * t.positions, end = min(s.rows, first + t.positions);
+  A* gates = shared.take<A>(p.channels);
   A* spatial = shared.take<A>(t.positions);
+  stage_values<A>(gates, p.channel_gate, item.n * p.channels, static_cast<int>(p.channels), A(1));
   stage_spatial_gate(k, item.n, first, end - first, true, spatial);
   __syncthreads();
   const int64_t start = item.n * p.positions * p.channels;
@@ -193,8 +195,7 @@ __device__ __forceinline__ void output_columns(const Streamed& k, const Item& it
     T* y = as<T>(p.y) + start + int64_t{i} * V;
     A gate[V];
 #pragma unroll
-    for (int j = 0; j < V; ++j) gate[j] = A(1);
-    if (p.channel_gate) fresh_vector<V>(p.channel_gate, item.n * p.channels + int64_t{i} * V, gate);  // [V]
+    for (int j = 0; j < V; ++j) gate[j] = gates[i * V + j];
     for (int at = first + row; at < end; at += kUnroll * rows) {
       A v[kUnroll][V];
 #pragma unroll
@@ -219,8 +220,8 @@ template <class Tr> __device__ __forceinline__ void forward_item(const Streamed&
   const bool split = kRareOptions && k.p.ties == kTiesSplit;
   switch (item.stage) {
     case kPool: pool_stage<Tr>(k, item, shared); break;
-    case kHidden: hidden_stage<T>(k, part_of_unit(item, k.p.hidden, k.s.hidden_tile)); break;
-    case kGate: gate_stage<T>(k, part_of_unit(item, k.p.channels, k.s.gate_tile)); break;
+    case kHidden: hidden_stage<T>(k, part_of_unit(item, k.p.hidden, k.s.hidden_tile), shared); break;
+    case kGate: gate_stage<T>(k, part_of_unit(item, k.p.channels, k.s.gate_tile), shared); break;
     case kSpatialPool:
       if constexpr (kLast) {
         if (split) spatial_pool_columns<Tr, true>(k, item, shared);
@@ -238,7 +239,7 @@ template <class Tr> __device__ __forceinline__ void forward_item(const Streamed&
 }
 
 // What follows a unit's last pool item: pools from their parts, and the MLP where one block does it all.
-template <class Tr> __device__ __forceinline__ void forward_tail(const Streamed& k, const Item& item) {
+template <class Tr> __device__ __forceinline__ void forward_tail(const Streamed& k, const Item& item, Shared shared) {
   using A = typename Tr::A;
   if (k.s.pool_chunks > 1) {
     if (kRareOptions && k.p.ties == kTiesSplit) finish_pools<A, true>(k, item);
@@ -246,9 +247,9 @@ template <class Tr> __device__ __forceinline__ void forward_tail(const Streamed&
     __syncthreads();
   }
   if (k.s.stage_plan[kGate] >= 0) return;
-  hidden_stage<typename Tr::T>(k, whole_unit(item, k.p.hidden));
+  hidden_stage<typename Tr::T>(k, whole_unit(item, k.p.hidden), shared);
   __syncthreads();
-  gate_stage<typename Tr::T>(k, whole_unit(item, k.p.channels));
+  gate_stage<typename Tr::T>(k, whole_unit(item, k.p.channels), shared);
 }
 
 template <class Tr>
@@ -259,7 +260,7 @@ __global__ void __launch_bounds__(kThreads, Tr::kBlocks) streamed_forward_kernel
   share_parameters(launch, &k);
   run_items(
       k, [&](const Item& item) { forward_item<Tr>(k, item, shared); },
-      [&](const Item& item) { forward_tail<Tr>(k, item); }, [](int) {});
+      [&](const Item& item) { forward_tail<Tr>(k, item, shared); }, [](int) {});
 }
 
 }  // namespace cbam

@@ -112,9 +112,11 @@ template <class Tr> __device__ __forceinline__ void cross_columns(const Streamed
   const int column = threadIdx.x & (t.columns - 1), row = threadIdx.x >> t.columns_log2;
   const int rows = kThreads >> t.columns_log2;
   const int first = item.index * t.positions, count = min(s.rows - first, t.positions);
+  A* gates = shared.take<A>(p.channels);
   A* spatial = shared.take<A>(t.positions);
   A* ds = shared.take<A>(t.positions);  // each element belongs to one thread
   Sum<A>* merged = shared.take<Sum<A>>(0);
+  stage_values<A>(gates, p.channel_gate, item.n * p.channels, static_cast<int>(p.channels), A(1));
   stage_values<A>(spatial, p.spatial_gate, item.n * p.positions + first, count, A(1));
   for (int i = threadIdx.x; i < count; i += kThreads) ds[i] = A(0);
   __syncthreads();
@@ -129,10 +131,9 @@ template <class Tr> __device__ __forceinline__ void cross_columns(const Streamed
     Sum<A> acc[V];
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      gate[j] = A(1);
+      gate[j] = inside ? gates[i * V + j] : A(0);
       acc[j].sum = A(0);
     }
-    if (inside && p.channel_gate) fresh_vector<V>(p.channel_gate, item.n * p.channels + int64_t{i} * V, gate);  // [V]
     for (int base = 0; base < count; base += kAhead * rows) {
       A vx[kAhead][V], vd[kAhead][V];
 #pragma unroll

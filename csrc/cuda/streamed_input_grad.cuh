@@ -161,7 +161,7 @@ __device__ __forceinline__ void input_grad_columns(const Streamed& k, const Item
   using T = typename Tr::T;
   using A = typename Tr::A;
   constexpr int V = Tr::V;
-  constexpr int kAhead = kNeedsX ? 1 : 2;
+  constexpr int kAhead = kNeedsX || V > 4 ? 1 : 2;
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.map;
@@ -177,15 +177,12 @@ __device__ __forceinline__ void input_grad_columns(const Streamed& k, const Item
   const int64_t stride = p.channels;
   const bool residual = p.residual;
   for (int slice = 0; slice < s.row_vectors; slice += t.columns) {
-    // Of a vector's channels the registers hold the usual terms; the rarer ones stay in shared memory.
-    if constexpr (kNeedsX) {
 #pragma unroll 1
-      for (int c = threadIdx.x; c < t.columns * V && slice * V + c < p.channels; c += kThreads) {
-        channels[c] = channel_terms<A>(k, item.n, slice * V + c);
-        rare[c] = rare_terms<A>(k, item.n, slice * V + c);
-      }
-      __syncthreads();
+    for (int c = threadIdx.x; c < t.columns * V && slice * V + c < p.channels; c += kThreads) {
+      channels[c] = channel_terms<A>(k, item.n, slice * V + c);
+      if (kNeedsX) rare[c] = rare_terms<A>(k, item.n, slice * V + c);
     }
+    __syncthreads();
     const int i = slice + column;
     if (i < s.row_vectors) {
       const int64_t start = (item.n * p.positions + first) * stride + int64_t{i} * V;
@@ -195,7 +192,7 @@ __device__ __forceinline__ void input_grad_columns(const Streamed& k, const Item
       ChannelTerms<A> terms[V];
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        if constexpr (!kNeedsX) terms[j] = channel_terms<A>(k, item.n, int64_t{i} * V + j);
+        if constexpr (!kNeedsX) terms[j] = channels[column * V + j];
       }
       for (int base = row; base < count; base += kAhead * rows) {
         if constexpr (kNeedsX) ptx::forget_registers();
@@ -227,7 +224,7 @@ __device__ __forceinline__ void input_grad_columns(const Streamed& k, const Item
         }
       }
     }
-    if constexpr (kNeedsX) __syncthreads();
+    __syncthreads();
   }
 }
 

@@ -5,29 +5,46 @@
 
 namespace cbam {
 
-constexpr int kBatch = 4;  // vectors that one read of a weight serves
+// Copies elements [first, first + count) of vectors [v, v + valid) into shared memory: every thread of the
+// block needs them, and they are past L1.
+template <class A, class Vector>
+__device__ __forceinline__ void stage_vectors(A* staged, int64_t v, int valid, int64_t first, int count, Vector vector) {
+#pragma unroll
+  for (int u = 0; u < kBatch; ++u) {
+    for (int i = threadIdx.x; u < valid && i < count; i += kThreads) staged[u * kMlpStage + i] = vector(v + u, first + i);
+  }
+}
 
 // dot(row r of m, vector v) for rows [r0, r1) and `count` vectors of `length`. `vector(v, i)` is an
 // element; `out(r, v, valid, dots)` gets up to `batch` of them at once, in one lane.
 template <class T, class Vector, class Out>
 __device__ __forceinline__ void row_dot(const Weight& m, int64_t r0, int64_t r1, int64_t length, int64_t count,
-                                        int batch, Vector vector, Out out) {
+                                        int batch, Shared shared, Vector vector, Out out) {
   using A = Accumulate<T>;
+  A* staged = shared.take<A>(kBatch * kMlpStage);
   int lanes = 1;
   while (lanes < 32 && lanes * 16 <= length) lanes *= 2;
   const int lane = threadIdx.x & (lanes - 1), team = threadIdx.x / lanes;
-  for (int64_t base = r0; base < r1; base += kThreads / lanes) {
-    const int64_t r = base + team;
-    for (int64_t v = 0; v < count; v += batch) {
-      const int valid = static_cast<int>(min(int64_t{batch}, count - v));
+  for (int64_t v = 0; v < count; v += batch) {
+    const int valid = static_cast<int>(min(int64_t{batch}, count - v));
+    for (int64_t base = r0; base < r1; base += kThreads / lanes) {
+      const int64_t r = base + team;
       A acc[kBatch] = {};
-      if (r < r1) {
+      for (int64_t first = 0; first < length; first += kMlpStage) {
+        const int size = static_cast<int>(min(int64_t{kMlpStage}, length - first));
+        if (base == r0 || length > kMlpStage) {
+          __syncthreads();
+          stage_vectors(staged, v, valid, first, size, vector);
+          __syncthreads();
+        }
+        if (r < r1) {
 #pragma unroll 4
-        for (int64_t i = lane; i < length; i += lanes) {
-          const A w = load_weight<T>(m, r * length + i);  // [1]
+          for (int i = lane; i < size; i += lanes) {
+            const A w = load_weight<T>(m, r * length + first + i);  // [1]
 #pragma unroll
-          for (int u = 0; u < kBatch; ++u) {
-            if (u < valid) acc[u] += w * vector(v + u, i);  // [1]
+            for (int u = 0; u < kBatch; ++u) {
+              if (u < valid) acc[u] += w * staged[u * kMlpStage + i];
+            }
           }
         }
       }
@@ -43,22 +60,31 @@ template <class T, class Vector, class Out>
 __device__ __forceinline__ void column_dot(const Weight& m, int64_t c0, int64_t c1, int64_t rows, int64_t stride,
                                            int64_t count, Shared shared, Vector vector, Out out) {
   using A = Accumulate<T>;
+  A* staged = shared.take<A>(kBatch * kMlpStage);
   A* parts = shared.take<A>(kBatch * kThreads);
   int lanes = 1;
   while (lanes < kThreads && lanes < c1 - c0) lanes *= 2;
   const int lane = threadIdx.x & (lanes - 1), group = threadIdx.x / lanes, groups = kThreads / lanes;
-  for (int64_t base = c0; base < c1; base += lanes) {
-    const int64_t c = base + lane;
-    for (int64_t v = 0; v < count; v += kBatch) {
-      const int valid = static_cast<int>(min(int64_t{kBatch}, count - v));
+  for (int64_t v = 0; v < count; v += kBatch) {
+    const int valid = static_cast<int>(min(int64_t{kBatch}, count - v));
+    for (int64_t base = c0; base < c1; base += lanes) {
+      const int64_t c = base + lane;
       A acc[kBatch] = {};
-      if (c < c1) {
+      for (int64_t first = 0; first < rows; first += kMlpStage) {
+        const int size = static_cast<int>(min(int64_t{kMlpStage}, rows - first));
+        if (base == c0 || rows > kMlpStage) {
+          __syncthreads();
+          stage_vectors(staged, v, valid, first, size, vector);
+          __syncthreads();
+        }
+        if (c < c1) {
 #pragma unroll 4
-        for (int64_t r = group; r < rows; r += groups) {
-          const A w = load_weight<T>(m, r * stride + c);  // [1]
+          for (int r = group; r < size; r += groups) {
+            const A w = load_weight<T>(m, (first + r) * stride + c);  // [1]
 #pragma unroll
-          for (int u = 0; u < kBatch; ++u) {
-            if (u < valid) acc[u] += w * vector(v + u, r);  // [1]
+            for (int u = 0; u < kBatch; ++u) {
+              if (u < valid) acc[u] += w * staged[u * kMlpStage + r];
+            }
           }
         }
       }
@@ -113,7 +139,7 @@ __device__ __forceinline__ MlpRange part_of_unit(const Item& item, int64_t exten
 __device__ __forceinline__ int whole_samples(int vectors) { return vectors == 3 ? 3 : kBatch; }
 
 // hidden[n][j] = sum over the inputs of relu(w1 u + b1); for a single layer just the inputs' sum.
-template <class T> __device__ __forceinline__ void hidden_stage(const Streamed& k, MlpRange r) {
+template <class T> __device__ __forceinline__ void hidden_stage(const Streamed& k, MlpRange r, Shared shared) {
   using A = Accumulate<T>;
   const Problem& p = k.p;
   const int vectors = k.s.pool_vectors;
@@ -126,7 +152,7 @@ template <class T> __device__ __forceinline__ void hidden_stage(const Streamed& 
     return;
   }
   row_dot<T>(
-      p.w1, r.begin, r.end, p.channels, r.samples * vectors, whole_samples(vectors),
+      p.w1, r.begin, r.end, p.channels, r.samples * vectors, whole_samples(vectors), shared,
       [&](int64_t v, int64_t c) { return mlp_input<A>(p, r.sample + v / vectors, v % vectors, c); },
       [&](int64_t j, int64_t v, int valid, const A(&dots)[kBatch]) {
         const A b = bias<T>(p.b1, j);
@@ -143,11 +169,11 @@ template <class T> __device__ __forceinline__ void hidden_stage(const Streamed& 
       });
 }
 
-template <class T> __device__ __forceinline__ void gate_stage(const Streamed& k, MlpRange r) {
+template <class T> __device__ __forceinline__ void gate_stage(const Streamed& k, MlpRange r, Shared shared) {
   using A = Accumulate<T>;
   const Problem& p = k.p;
   row_dot<T>(
-      p.w2, r.begin, r.end, p.hidden, r.samples, kBatch,
+      p.w2, r.begin, r.end, p.hidden, r.samples, kBatch, shared,
       [&](int64_t v, int64_t j) { return fresh<A>(k.w.hidden, (r.sample + v) * p.hidden + j); },
       [&](int64_t c, int64_t v, int valid, const A(&dots)[kBatch]) {
         const A b = A(k.s.pool_vectors) * bias<T>(p.b2, c);
@@ -220,7 +246,7 @@ template <class T> __device__ __forceinline__ void hidden_grad_stage(const Strea
       [&](int64_t v, int64_t c) { return fresh<A>(k.w.logit_grad, (r.sample + v) * p.channels + c); },
       [&](int64_t j, int64_t v, A sum) { put(k.w.hidden_grad, (r.sample + v) * vectors * p.hidden + j, sum); });
   row_dot<T>(
-      p.w1, r.begin, r.end, p.channels, r.samples * vectors, whole_samples(vectors),
+      p.w1, r.begin, r.end, p.channels, r.samples * vectors, whole_samples(vectors), shared,
       [&](int64_t v, int64_t c) { return mlp_input<A>(p, r.sample + v / vectors, v % vectors, c); },
       [&](int64_t j, int64_t v, int valid, const A(&dots)[kBatch]) {
         const A b = bias<T>(p.b1, j);
@@ -267,7 +293,7 @@ template <class T> __device__ __forceinline__ void pool_grad_stage(const Streame
   const Problem& p = k.p;
   const int vectors = k.s.pool_vectors;
   if (!p.w1.data) {
-    hidden_stage<T>(k, r);
+    hidden_stage<T>(k, r, shared);
     column_dot<T>(
         p.w2, r.begin, r.end, p.channels, p.channels, r.samples, shared,
         [&](int64_t v, int64_t c) { return fresh<A>(k.w.logit_grad, (r.sample + v) * p.channels + c); },

@@ -1,0 +1,118 @@
+"""Bytes that the streamed CUDA kernels move: counted on the host, and modelled behind the caches.
+
+    python benchmarks/cuda_bytes.py [--shapes 256,56,56 ...] [--samples 1] [--dtype bfloat16] [--modelled]
+
+Nothing here runs on a GPU. Counted bytes are what the kernels ask of global memory when tests/simt executes
+their sources, a caches' hit as much as a miss; S is the size of x. Modelled DRAM traffic is what compiled PTX
+makes of it in the cache model of the optional ../shared/ptxcpu (H100: 132 multiprocessors, 50 MB of L2).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import cuda_ptx  # noqa: E402
+import cuda_streamed as cs  # noqa: E402
+
+from cbam_fused._config import Config, Parameters  # noqa: E402
+
+SHAPES = ("256,56,56", "512,28,28", "64,56,56", "1024,14,14", "2048,7,7")
+BIG = ("x", "dy", "y", "dx")
+WEIGHTS = ("w1", "b1", "w2", "b2", "conv_weight", "conv_bias", "dw1", "db1", "dw2", "db2", "dconv_weight", "dconv_bias")
+
+
+def problem(samples, shape, dtype, last):
+    c, h, w = shape
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*size, scale=1.0):
+        return torch.randn(*size, generator=g) * scale
+
+    layout = torch.channels_last if last else torch.contiguous_format
+    x, dy = (draw(samples, c, h, w).to(dtype).contiguous(memory_format=layout) for _ in range(2))
+    hidden = max(1, c // 16)
+    p = Parameters(
+        draw(hidden, c, scale=c**-0.5), draw(hidden), draw(c, hidden, scale=hidden**-0.5), draw(c), draw(1, 2, 7, 7, scale=0.1)
+    )
+    return x, dy, p
+
+
+def counted(samples, shape, dtype, last) -> None:
+    x, dy, p = problem(samples, shape, dtype, last)
+    size = x.numel() * x.element_size()
+    machine = cs.Machine(multiprocessors=8, resident=8)
+    saved = cs.cbam_forward(x, p, Config(), cs.NO_NORM, machine)
+    rows = {"forward": machine.traffic}
+    cs.cbam_backward(dy, x, p, Config(), saved, cs.NO_NORM, machine)
+    rows["backward"] = machine.traffic
+    for name, traffic in rows.items():
+        big = sum(traffic.get(n, 0) for n in BIG)
+        weights = sum(traffic.get(n, 0) for n in WEIGHTS)
+        scratch = traffic["scratch"]
+        small = sum(traffic.values()) - big - weights - scratch
+        print(
+            f"{name:9} {','.join(map(str, (samples, *shape))):14} {str(dtype)[6:]:9} {'last' if last else 'contiguous':10}"
+            f" x-sized {big / size:5.3f} S   scratch {scratch / size:5.3f} S   saved and gates {small / size:5.3f} S"
+            f"   weights {weights / size:6.3f} S",
+            flush=True,
+        )
+
+
+def modelled(samples, shape, dtype, last, l2) -> None:
+    x, dy, p = problem(samples, shape, dtype, last)
+    size = x.numel() * x.element_size()
+    machine = cuda_ptx.PtxMachine(l2=l2)
+
+    def row(name, floor, nbytes):
+        print(
+            f"{name:18} {','.join(map(str, (samples, *shape))):14} {str(dtype)[6:]:9} {'last' if last else 'contiguous':10}"
+            f" L2 {l2 >> 20} MB   DRAM {nbytes / size:5.3f} S, {nbytes / size / floor:5.3f} of the floor of {floor} S",
+            flush=True,
+        )
+
+    saved = cs.cbam_forward(x, p, Config(), cs.NO_NORM, machine)
+    row("forward", 2, machine.dram_bytes)
+    cs.cbam_backward(dy, x, p, Config(), saved, cs.NO_NORM, machine)
+    row("backward", 3, machine.dram_bytes)
+    out = cs.attention_forward(x, p, Config(), machine)
+    total = machine.dram_bytes
+    scaled = cs.scale_forward(x, out["channel_gate"], out["z"], False, machine)
+    row("norm-train forward", 3, total + machine.dram_bytes)
+    back = cs.scale_backward(dy, x, out["channel_gate"], scaled["spatial_gate"], machine)
+    total = machine.dram_bytes
+    cs.attention_backward(
+        dy, x, p, Config(), out, scaled["spatial_gate"], back["dz_out"], back["dchannel_gate"], machine
+    )
+    row("norm-train backward", 5, total + machine.dram_bytes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES)
+    parser.add_argument("--samples", type=int, default=1)
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=[str(d)[6:] for d in cs.ELEMENTS])
+    parser.add_argument("--layout", nargs="+", default=["contiguous", "channels_last"], choices=["contiguous", "channels_last"])
+    parser.add_argument("--modelled", action="store_true", help="DRAM traffic by ../shared/ptxcpu instead; takes long")
+    parser.add_argument("--l2", nargs="+", type=int, default=[50], help="megabytes of the modelled L2")
+    a = parser.parse_args()
+    if a.modelled and cuda_ptx.unavailable():
+        parser.error(cuda_ptx.unavailable())
+    for shape in (tuple(map(int, s.split(","))) for s in a.shapes):
+        for dtype in (getattr(torch, d) for d in a.dtype):
+            for last in (layout == "channels_last" for layout in a.layout):
+                if a.modelled:
+                    for l2 in a.l2:
+                        modelled(a.samples, shape, dtype, last, l2 << 20)
+                else:
+                    counted(a.samples, shape, dtype, last)
+
+
+if __name__ == "__main__":
+    main()
