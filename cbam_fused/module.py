@@ -32,7 +32,9 @@ def _check_dims(dims: object) -> None:
 class _Gates(nn.Module):
     """Loads the state_dict of any dialect of CBAM; `compat.convert` says how."""
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
         """As `nn.Module.load_state_dict`, and takes the layout of any implementation in `compat.dialects`.
 
         Also behind a prefix such as `module.`, or the one CBAM that fits inside a whole model's
