@@ -188,7 +188,8 @@ def resources(compiled, target: str) -> Dict[str, int]:
         def field(name: str) -> int:
             return int(text.split(f".{name}:")[1].split()[0])
 
-        spilled = field("vgpr_spill_count") + field("sgpr_spill_count")
+        # Spilled scalar registers go to lanes of a vector register, not to memory.
+        spilled = field("vgpr_spill_count")
         return {"registers": field("vgpr_count"), "spilled": spilled, "shared": compiled.metadata.shared}
     sass = disassemble(compiled)
     registers = int(re.search(r"\bREG:(\d+)", _cuobjdump(compiled, "-res-usage")).group(1))
