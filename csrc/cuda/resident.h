@@ -23,6 +23,7 @@ constexpr int kMaxInputs = 4;      // vectors that the MLP sees
 struct SharedMap {
   int32_t tile, tile_dy;   // T rows x pitch
   int32_t barriers;        // kLoads mbarriers
+  int32_t item;            // backward: the weight item drawn
   int32_t gate;            // A [tile channels]
   int32_t spatial;         // forward: A [tile positions]
   int32_t base, squares, exponentials;  // forward, statistics of [tile channels]
@@ -174,6 +175,7 @@ inline bool plan(Resident& k, const Machine& m, int cluster) {
   at.tile = b.take(tile);
   if (backward) at.tile_dy = b.take(tile);
   at.barriers = b.take(kLoads * 8);
+  at.item = b.take(backward ? 4 : 0);
   at.gate = b.take(tc * a);
   at.spatial = b.take(backward ? 0 : tp * a);
   at.input = b.take(k.inputs * k.own_channels * a);

@@ -61,8 +61,6 @@ template <class Tr, bool kNeedsX> __device__ __forceinline__ void input_grads(co
 }
 
 template <class Tr> __device__ __forceinline__ void backward(const Resident& k, unsigned char* memory) {
-  using T = typename Tr::T;
-  using A = typename Tr::A;
   const Block<Tr> b(k, memory);
   const Problem& p = k.p;
   cluster_started(k, b.rank);
@@ -89,7 +87,7 @@ template <class Tr> __device__ __forceinline__ void backward(const Resident& k, 
   else input_grads<Tr, false>(b, landed);
   if (Tr::kByChannel && p.pools) ptx::cluster_wait();
   __syncthreads();
-  finish_weights<T>(k, b.template at<A>(k.at.scratch), b.template at<A>(k.at.kernel_grad));
+  finish_weights(b);
 }
 
 #endif  // CBAM_HAS_CLUSTERS

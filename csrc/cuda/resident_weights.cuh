@@ -158,8 +158,12 @@ __device__ __forceinline__ void weights_ready(const Resident& k) {
 
 // Blocks that see all clusters started draw items: whom they wait for is running, so that it will end. The
 // cluster that started last always does. Leaves all counters zero.
-template <class T, class A> __device__ __forceinline__ void finish_weights(const Resident& k, A* parts, A* totals) {
-  CBAM_SHARED(shared_item, uint32_t);
+template <class Tr> __device__ __forceinline__ void finish_weights(const Block<Tr>& b) {
+  using A = typename Tr::A;
+  const Resident& k = b.k;
+  A* parts = b.template at<A>(k.at.scratch);
+  A* totals = b.template at<A>(k.at.kernel_grad);
+  uint32_t& shared_item = *b.template at<uint32_t>(k.at.item);
   const bool leader = threadIdx.x == 0;
   const uint32_t items = static_cast<uint32_t>(k.weight_items);
   if (leader) {
@@ -172,7 +176,7 @@ template <class T, class A> __device__ __forceinline__ void finish_weights(const
   while (true) {
     const uint32_t item = shared_item;
     if (item >= items) break;
-    weight_item<T>(k, static_cast<int>(item), parts, totals);
+    weight_item<typename Tr::T>(k, static_cast<int>(item), parts, totals);
     __syncthreads();
     if (leader) shared_item = ptx::add_relaxed(k.counters + kTicket, 1);
     __syncthreads();

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "launch.h"
+#include "resident_tier.h"
 #include "workspace.h"
 
 namespace cbam {
@@ -72,6 +73,7 @@ void launch_streamed(const Problem& p, Operation operation, const Device& device
 }  // namespace
 
 void launch(const Problem& p, Operation operation, const Tensor& x, cudaStream_t stream) {
+  if (resident::launch(p, operation, aligned(p), x, stream)) return;
   launch_streamed(p, operation, device_of(x.get_device_index()), x, stream);
 }
 

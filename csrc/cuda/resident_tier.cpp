@@ -1,0 +1,96 @@
+// Asks the device what it can run of the resident tier, once a plan, and launches it.
+#include "resident_tier.h"
+
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <map>
+#include <mutex>
+#include <tuple>
+
+#include "resident_launch.h"
+#include "workspace.h"
+
+namespace cbam {
+namespace resident {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
+  return value;
+}
+
+// What does not change while the process lives, and would cost every call microseconds to ask.
+class Known {
+ public:
+  Machine machine(int device) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = machines_.find(device);
+    if (found != machines_.end()) return found->second;
+    const Machine m{
+        attribute(cudaDevAttrComputeCapabilityMajor, device) * 10 + attribute(cudaDevAttrComputeCapabilityMinor, device),
+        attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
+    machines_.emplace(device, m);
+    return m;
+  }
+  // Clusters of this plan that the device runs at a time.
+  int clusters(int device, const Resident& k) {
+    const bool backward = is_backward(k.operation);
+    const auto key = std::make_tuple(device, backward, k.p.dtype, k.p.layout, k.split, k.vector, k.cluster, k.threads,
+                                     k.at.total);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = clusters_.find(key);
+    if (found != clusters_.end()) return found->second;
+    int count = 0;
+    if (kLaunchers[backward][k.p.dtype](k, nullptr, &count) != cudaSuccess) {
+      cudaGetLastError();  // a cluster size that the device refuses is an answer
+      count = 0;
+    }
+    clusters_.emplace(key, count);
+    return count;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<int, Machine> machines_;
+  std::map<std::tuple<int, bool, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t>, int> clusters_;
+};
+
+}  // namespace
+
+bool launch(const Problem& p, Operation operation, bool aligned, const Tensor& x, cudaStream_t stream) {
+  static auto* known = new Known;
+  const int device = x.get_device_index();
+  const Machine machine = known->machine(device);
+  if (!covers(p, operation, machine, aligned)) return false;
+  Resident k{};
+  k.p = p;
+  k.operation = operation;
+  int active = 0;
+  const bool fits = choose_cluster(k, machine, [&](const Resident& planned) {
+    active = known->clusters(device, planned);
+    return active > 0;
+  });
+  if (!fits || !preferred(p, active)) return false;
+  const int64_t bytes = lay_out(k, nullptr);
+  Tensor scratch, counters;
+  if (is_backward(operation)) {
+    scratch = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
+    lay_out(k, static_cast<char*>(scratch.data_ptr()));
+    counters = counters_for(x, kCounterWords, stream);
+    k.counters = static_cast<uint32_t*>(counters.data_ptr());
+  }
+  const cudaError_t error = kLaunchers[is_backward(operation)][p.dtype](k, stream, nullptr);
+  STD_TORCH_CHECK(error == cudaSuccess, "cbam_fused: the resident kernel of ",
+                  is_backward(operation) ? "cbam_backward" : "cbam_forward", " did not launch: ",
+                  cudaGetErrorString(error));
+  return true;
+}
+
+}  // namespace resident
+}  // namespace cbam
