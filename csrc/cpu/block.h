@@ -381,19 +381,49 @@ struct Block {
 
   // ---- spatial gate
 
-  // Pools over channels of gated x on tile t, into the padded maps and what is saved.
-  void spatial_pool(int64_t t, Worker<A>& w, Sample<A>& s) const {
+  // Pools over channels of gated x on tile t, into the padded maps and what is saved. Along with it,
+  // where memory is busy with reads alone, the output of tile `done` is written, if there is one.
+  void spatial_pool(int64_t t, int64_t done, Worker<A>& w, Sample<A>& s) const {
+    if (done < 0) {
+      spatial_pool_and(t, w, s, Nothing{});
+    } else if (tile_end(done) - done * tile != tile_end(t) - t * tile) {
+      spatial_pool_and(t, w, s, Nothing{});
+      apply(done, s);
+    } else {
+      with_output(s, [&](auto write_as, auto f) {
+        constexpr Write kWrite = decltype(write_as)::value;
+        const T* in = x(s.n);
+        T* to = out(s.n);
+        if constexpr (kChannelsLast) {
+          auto slots = make_slots<A>(p.C, 0);
+          const int64_t shift = (done - t) * tile;
+          spatial_pool_and(t, w, s, [=](int64_t begin, int64_t end) {
+            map_rows<kWrite>(in, to, p.C, begin + shift, end + shift, slots, f);
+          });
+        } else {
+          const int64_t q0 = done * tile;
+          spatial_pool_and(t, w, s, [=](int64_t r, int64_t l, auto tag, auto rows) CBAM_INLINE_LAMBDA {
+            map_block<kWrite>(in, to, p.P, r, q0 + l, tag, rows, f);
+          });
+        }
+      });
+    }
+  }
+
+  template <class Also>
+  void spatial_pool_and(int64_t t, Worker<A>& w, Sample<A>& s, Also also) const {
     const int64_t p0 = t * tile, p1 = tile_end(t), n = s.n;
     const T* xs = x(n);
     if constexpr (kChannelsLast) {
-      reduce_rows<true>(xs, p.C, p0, p1, make_slots<A>(p.C, 0), p.C, s.gate, [&](int64_t pos, const Extremum<A>& e) {
+      auto done = [&](int64_t pos, const Extremum<A>& e) {
         s.q_max[pos] = e.max;
         s.q_mean[pos] = e.sum / A(p.C);
         s.q_index[pos] = Int(e.index);
-      });
+      };
+      reduce_rows<true>(xs, p.C, p0, p1, make_slots<A>(p.C, 0), p.C, s.gate, done, also);
     } else {
       auto slots = make_slots<A>(p1 - p0, p0);
-      reduce_columns<true>(xs + p0, p.P, 0, p.C, slots, s.gate, w.part, w.sum, w.max, w.index);
+      reduce_columns<true>(xs + p0, p.P, 0, p.C, slots, s.gate, w.part, w.sum, w.max, w.index, also);
       finish_columns<true>(xs + p0, p.P, 0, p.C, slots, s.gate, w.sum, w.max, w.index,
                            [&](int64_t l, int64_t k, auto tag) {
                              write<Write::kCached>(s.q_max + p0 + l, load(w.max + k * L), tag);
@@ -463,28 +493,37 @@ struct Block {
     if (p.spatial_gate) std::copy_n(s.s + p0, p1 - p0, static_cast<A*>(p.spatial_gate) + s.n * p.P + p0);
   }
 
-  template <Write kWrite, bool kResidual>
-  void apply_as(int64_t t, const Sample<A>& s) const {
-    const int64_t p0 = t * tile, p1 = tile_end(t);
+  template <Write kWrite>
+  struct WriteAs {
+    static constexpr Write value = kWrite;
+  };
+
+  // g(how to write, y as a function of x, row, first lane and tag), the last pass of the block.
+  template <class G>
+  void with_output(const Sample<A>& s, G g) const {
     const A *gate = s.gate, *sp = s.s;
-    if constexpr (kChannelsLast) {
-      map_rows<kWrite>(x(s.n), out(s.n), p.C, p0, p1, make_slots<A>(p.C, 0), [=](Vec<A> v, int64_t r, int64_t l, auto) {
-        Vec<A> y = v * load(gate + l) * sp[r];
-        return kResidual ? y + v : y;
-      });
+    auto plain = [=](Vec<A> v, int64_t r, int64_t l, auto) CBAM_INLINE_LAMBDA {
+      return kChannelsLast ? v * load(gate + l) * sp[r] : v * gate[r] * load(sp + l);
+    };
+    auto residual = [=](Vec<A> v, int64_t r, int64_t l, auto tag) CBAM_INLINE_LAMBDA { return plain(v, r, l, tag) + v; };
+    if (streams) {
+      p.residual ? g(WriteAs<Write::kStreamed>{}, residual) : g(WriteAs<Write::kStreamed>{}, plain);
     } else {
-      map_rows<kWrite>(x(s.n) + p0, out(s.n) + p0, p.P, 0, p.C, make_slots<A>(p1 - p0, p0),
-                       [=](Vec<A> v, int64_t r, int64_t l, auto) {
-                         Vec<A> y = v * gate[r] * load(sp + p0 + l);
-                         return kResidual ? y + v : y;
-                       });
+      p.residual ? g(WriteAs<Write::kCached>{}, residual) : g(WriteAs<Write::kCached>{}, plain);
     }
   }
   void apply(int64_t t, const Sample<A>& s) const {
-    if (streams) {
-      p.residual ? apply_as<Write::kStreamed, true>(t, s) : apply_as<Write::kStreamed, false>(t, s);
-    } else {
-      p.residual ? apply_as<Write::kCached, true>(t, s) : apply_as<Write::kCached, false>(t, s);
-    }
+    const int64_t p0 = t * tile, p1 = tile_end(t);
+    with_output(s, [&](auto write_as, auto f) {
+      constexpr Write kWrite = decltype(write_as)::value;
+      if constexpr (kChannelsLast) {
+        map_rows<kWrite>(x(s.n), out(s.n), p.C, p0, p1, make_slots<A>(p.C, 0), f);
+      } else {
+        map_rows<kWrite>(x(s.n) + p0, out(s.n) + p0, p.P, 0, p.C, make_slots<A>(p1 - p0, p0),
+                         [=](Vec<A> v, int64_t r, int64_t l, auto tag) CBAM_INLINE_LAMBDA {
+                           return f(v, r, p0 + l, tag);
+                         });
+      }
+    });
   }
 };

@@ -111,6 +111,12 @@ CBAM_INLINE V sum_block(const V (&v)[4]) {
   return (v[0] + v[1]) + (v[2] + v[3]);
 }
 
+// Work of another tile that is done along with a pass: reads of one and writes of the other overlap.
+struct Nothing {
+  template <class... Args>
+  CBAM_INLINE void operator()(const Args&...) const {}
+};
+
 // A statistic of one lane or row: sum and first maximum with its index.
 template <class A>
 struct Extremum {
@@ -168,9 +174,10 @@ struct RowState {
 // Sum and first maximum over the lanes of each row in [r0, r1): done(row, Extremum).
 // kScaled multiplies lane l by lane_scale[l] first. Long rows are read one by one, which memory
 // serves best (measured: a third faster than four at a time), short ones four at a time.
-template <bool kScaled, class T, class A, class Done>
+// also(begin, end) follows each row or block of rows.
+template <bool kScaled, class T, class A, class Done, class Also = Nothing>
 void reduce_rows(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots, int64_t count,
-                 const A* lane_scale, Done done) {
+                 const A* lane_scale, Done done, Also also = {}) {
   constexpr int L = kLanes<A>;
   auto value = [&](const T* row, int64_t l, auto tag) CBAM_INLINE_LAMBDA {
     Vec<A> v = load(row + l, tag);  // [lanes]
@@ -200,6 +207,7 @@ void reduce_rows(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots
       }
       for (int u = 1; u < kBlock; ++u) state[0].join(state[u]);
       finish(r, state[0].result());
+      also(r, r + 1);
     }
     return;
   }
@@ -210,6 +218,7 @@ void reduce_rows(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots
       for (int u = 0; u < R; ++u) state[u].take(value(x + (r + u) * stride, l, tag), l, tag);
     });
     for (int u = 0; u < R; ++u) finish(r + u, state[u].result());
+    also(r, r + R);
   });
 }
 
@@ -235,9 +244,10 @@ void fold(const Slots<A>& slots, A* part, A* total) {
 
 // Sum and first maximum over the rows [r0, r1) of each lane, in slot order: state arrays of
 // slots.size() vectors, `part` among them as scratch. kScaled multiplies row r by row_scale[r] first.
-template <bool kScaled, class T, class A>
+// also(row, first lane, tag, rows) follows each block of rows and slot.
+template <bool kScaled, class T, class A, class Also = Nothing>
 void reduce_columns(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots, const A* row_scale,
-                    A* part, A* sum, A* max, typename Lanes<A>::Int* index) {
+                    A* part, A* sum, A* max, typename Lanes<A>::Int* index, Also also = {}) {
   constexpr int L = kLanes<A>;
   for (int64_t k = 0; k < slots.size(); ++k) {
     store(part + k * L, Vec<A>{});
@@ -269,6 +279,7 @@ void reduce_columns(const T* x, int64_t stride, int64_t r0, int64_t r1, const Sl
         store(part + k * L, load(part + k * L) + sum_block(value));
         store(max + k * L, m);
         store(index + k * L, i);
+        also(r, l, tag, rows);
       });
     });
     fold(slots, part, sum);
@@ -365,17 +376,23 @@ CBAM_INLINE void sum_columns(const T* x, int64_t stride, int64_t r0, int64_t r1,
   });
 }
 
-// out = f(in, row, first lane) over the rows [r0, r1), [R, lanes] at a time.
+// out = f(in, row, first lane) for one block of rows and one slot, [R, lanes].
+template <Write kWrite, class T, class Tag, class Block, class F>
+CBAM_INLINE void map_block(const T* in, T* out, int64_t stride, int64_t r, int64_t l, Tag tag, Block, F f) {
+  constexpr int R = Block::value;
+  const int64_t offset = r * stride + l;
+  Vec<Acc<T>> result[R];  // all of them before the first store, so that what f loads per lane is loaded once
+  for (int u = 0; u < R; ++u) result[u] = f(load(in + offset + u * stride, tag), r + u, l, tag);
+  for (int u = 0; u < R; ++u) write<kWrite>(out + offset + u * stride, result[u], tag);
+}
+
+// The same over the rows [r0, r1).
 template <Write kWrite, class T, class A, class F>
 CBAM_INLINE void map_rows(const T* in, T* out, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots, F f) {
   for_blocks(r0, r1, [&](int64_t r, auto rows) {
-    constexpr int R = decltype(rows)::value;
-    const int64_t offset = r * stride;
     for_slots(slots, [&](int64_t l, int64_t, auto tag) {
-      prefetch_next<T, R>(in + offset + l, stride);
-      Vec<A> result[R];  // all of them before the first store, so that what f loads per lane is loaded once
-      for (int u = 0; u < R; ++u) result[u] = f(load(in + offset + u * stride + l, tag), r + u, l, tag);
-      for (int u = 0; u < R; ++u) write<kWrite>(out + offset + u * stride + l, result[u], tag);
+      prefetch_next<T, decltype(rows)::value>(in + r * stride + l, stride);
+      map_block<kWrite>(in, out, stride, r, l, tag, rows, f);
     });
   });
 }

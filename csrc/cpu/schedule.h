@@ -8,7 +8,7 @@ template <class T, bool kChannelsLast>
 struct Schedule : Backward<T, kChannelsLast> {
   using Base = Backward<T, kChannelsLast>;
   using typename Base::A;
-  using Base::apply, Base::call, Base::dx, Base::gate_logits_gradient, Base::group, Base::in_parts, Base::L,
+  using Base::apply, Base::call,  Base::dx, Base::gate_logits_gradient, Base::group, Base::in_parts, Base::L,
       Base::load_gate, Base::load_pool_gradients, Base::load_saved, Base::logits_gradient, Base::maps_gradient,
       Base::mlp, Base::mlp_backward, Base::norm_gradient, Base::p, Base::pad, Base::planes_gradient, Base::pool,
       Base::prepare, Base::products, Base::rest_of_gate_gradient, Base::run_parallel, Base::spatial_gate,
@@ -22,7 +22,7 @@ struct Schedule : Backward<T, kChannelsLast> {
     for (int64_t t = 0; t < tiles; ++t) {
       first(t);
       const int64_t ready = tile_end(t);
-      while (done < tiles && (ready == p.P ? done <= t : tile_end(done) + pad.halo() <= ready)) second(done++);
+      while (done < tiles && (ready == p.P || tile_end(done) + pad.halo() <= ready)) second(done++);
     }
   }
 
@@ -50,6 +50,25 @@ struct Schedule : Backward<T, kChannelsLast> {
     for (int64_t n = even; n < p.N; ++n) team(n);
   }
 
+  // The spatial gate and the output of a sample whose channel gate is known. The pools run ahead of
+  // the output by a halo, and the output of a tile is written while a later tile is pooled.
+  void forward_tiles(Worker<A>& w, Sample<A>& s, Stage stage) const {
+    const bool pooled = p.spatial && stage != Stage::kScale, written = stage != Stage::kAttention;
+    int64_t gated = 0, done = 0;  // tiles
+    for (int64_t t = 0; t < tiles; ++t) {
+      if (pooled) {
+        const bool both = written && done < gated;
+        spatial_pool(t, both ? done : -1, w, s);
+        done += both;
+      }
+      const int64_t ready = tile_end(t);
+      for (; gated < tiles && (ready == p.P || tile_end(gated) + pad.halo() <= ready); ++gated) {
+        if (p.spatial) spatial_gate(gated, w, s, stage);
+      }
+    }
+    for (; written && done < tiles; ++done) apply(done, s);
+  }
+
   void forward(Stage stage) {
     prepare();
     const bool pools = p.pools && stage != Stage::kScale, logits_needed = stage != Stage::kScale;
@@ -61,14 +80,7 @@ struct Schedule : Backward<T, kChannelsLast> {
           if (pools) mlp(n0, n1);
           for (int64_t n = n0; n < n1; ++n) {
             load_gate(n, s);
-            chase(
-                [&](int64_t t) {
-                  if (p.spatial && logits_needed) spatial_pool(t, w, s);
-                },
-                [&](int64_t t) {
-                  if (p.spatial) spatial_gate(t, w, s, stage);
-                  if (stage != Stage::kAttention) apply(t, s);
-                });
+            forward_tiles(w, s, stage);
           }
         },
         [&](int64_t n) {
@@ -80,7 +92,7 @@ struct Schedule : Backward<T, kChannelsLast> {
             mlp(n, n + 1);
           }
           load_gate(n, s);
-          if (p.spatial && logits_needed) each_tile([&](int64_t t, Worker<A>& w) { spatial_pool(t, w, s); });
+          if (p.spatial && logits_needed) each_tile([&](int64_t t, Worker<A>& w) { spatial_pool(t, -1, w, s); });
           if (p.spatial || stage != Stage::kAttention) {
             each_tile([&](int64_t t, Worker<A>& w) {
               if (p.spatial) spatial_gate(t, w, s, stage);
