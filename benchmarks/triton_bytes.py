@@ -69,7 +69,9 @@ def main() -> int:
     if reason is not None:
         print(f"cannot count: {reason}", file=sys.stderr)
         return 1
-    print("network    samples and shape    dtype    layout        pass      x-sized  all loads  DRAM   apart  DRAM net   (in S)")
+    print(
+        "network    samples and shape    dtype    layout        pass      x-sized  all loads  DRAM   apart  DRAM net   (in S)"
+    )
     ok = True
     for name, shapes in SHAPES.items():
         for shape in shapes[-1:] if options.quick else shapes:

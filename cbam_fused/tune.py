@@ -44,14 +44,23 @@ def candidates(kernel: str, now: Configuration) -> Iterator[Configuration]:
         yield Configuration(now.meta, now.warps, fill)
 
 
-def _inputs(shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> Tuple[Tensor, List[Tensor], List[Tensor]]:
+def _inputs(
+    shape: Sequence[int], dtype: torch.dtype, channels_last: bool
+) -> Tuple[Tensor, List[Tensor], List[Tensor]]:
     g = torch.Generator(device="cuda").manual_seed(0)
     rand = lambda *s: torch.randn(s, device="cuda", generator=g).to(dtype)  # noqa: E731
     c = shape[1]
     x = rand(*shape)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    weights = [rand(c // 16, c) / c**0.5, rand(c // 16), rand(c, c // 16) / 4, rand(c), rand(1, 2, 7, 7) / 4, rand(1)]
+    weights = [
+        rand(c // 16, c) / c**0.5,
+        rand(c // 16),
+        rand(c, c // 16) / 4,
+        rand(c),
+        rand(1, 2, 7, 7) / 4,
+        rand(1),
+    ]
     return x, weights, [rand(1), rand(1), rand(1), rand(1).abs() + 0.5]
 
 
@@ -80,7 +89,8 @@ def _agrees(found: List[Tensor], wanted: List[Tensor], dtype: torch.dtype) -> bo
     # Another order of a sum moves the last bits; a wrong kernel moves far more.
     tolerance = 64 * torch.finfo(dtype).eps
     return all(
-        torch.isfinite(a).all() and (a - b).abs().max() <= tolerance * b.abs().max() for a, b in zip(found, wanted)
+        torch.isfinite(a).all() and (a - b).abs().max() <= tolerance * b.abs().max()
+        for a, b in zip(found, wanted)
     )
 
 
@@ -138,7 +148,9 @@ def write(rows: List[Dict[str, object]], path: Path) -> None:
 
 def main(arguments: Sequence[str] = ()) -> int:
     parser = argparse.ArgumentParser(prog="python -m cbam_fused.tune", description=__doc__)
-    parser.add_argument("--output", type=Path, default=configurations.user_table_path(), help="default: %(default)s")
+    parser.add_argument(
+        "--output", type=Path, default=configurations.user_table_path(), help="default: %(default)s"
+    )
     options = parser.parse_args(list(arguments))
     try:
         rows = tune()

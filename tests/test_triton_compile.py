@@ -74,7 +74,9 @@ def test_every_configuration(target):
             wide = re.search(r"global_load_dwordx4|buffer_load_dwordx4", compiled.asm["amdgcn"])
         else:
             wide = re.search(r"ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64", compiled.asm["ptx"])
-        assert wide or launch.name not in READERS, f"{launch.name} {dict(launch.meta)} for {target} reads narrow"
+        assert wide or launch.name not in READERS, (
+            f"{launch.name} {dict(launch.meta)} for {target} reads narrow"
+        )
 
 
 def test_loads_are_wide_in_machine_code():

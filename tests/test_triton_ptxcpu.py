@@ -24,7 +24,12 @@ pytestmark = pytest.mark.skipif(triton_ptx.unavailable() is not None, reason=str
 CASES = {
     "large map": ((2, 32, 20, 20), torch.bfloat16, False, Config()),
     "small map, shares": ((1, 257, 7, 7), torch.float32, False, Config()),
-    "channels-last, segments": ((1, 24, 18, 18), torch.float32, True, Config(ties=cfg.TIES_SPLIT, residual=True)),
+    "channels-last, segments": (
+        (1, 24, 18, 18),
+        torch.float32,
+        True,
+        Config(ties=cfg.TIES_SPLIT, residual=True),
+    ),
 }
 
 
@@ -56,7 +61,9 @@ def test_compiled_kernels(name):
         assert torch.equal(once, again), f"output {i} depends on the order of programs"
         assert torch.isfinite(once).all(), f"output {i} is not finite"
         error = (once.double() - want).abs().max().item()
-        budget = 2 * ((low.double() - want).abs().max().item() + torch.finfo(dtype).eps * want.abs().max().item())
+        budget = 2 * (
+            (low.double() - want).abs().max().item() + torch.finfo(dtype).eps * want.abs().max().item()
+        )
         assert error <= budget, f"output {i}: error {error:.3e}, budget {budget:.3e}"
 
 

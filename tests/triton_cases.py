@@ -20,7 +20,7 @@ from triton_recording import DEVICES, make_inputs, recording, run_ops
 from cbam_fused import _autograd, cbam
 from cbam_fused import _config as cfg
 from cbam_fused._config import Config
-from cbam_fused.triton_kernels import configurations, covers, launchers, load, problem
+from cbam_fused.triton_kernels import arguments, configurations, covers, launchers, load, problem
 from cbam_fused.triton_kernels.configurations import Device
 
 DEVICE = "cuda" if torch.cuda.is_available() and not configurations.interpreting() else "cpu"
@@ -81,13 +81,16 @@ class Case:
                 self.norm.running_mean.copy_(rand(1)), self.norm.running_var.copy_(rand(1).abs() + 0.5)
             self.norm.train(norm == "train")
         self.options = dict(pool_types=pools, **options)
-        self.terms = shape[0] * (self.x[0, 0].numel() + c) + 2 * (1 if not spatial else int(torch.tensor(kernel).prod()))
+        self.terms = shape[0] * (self.x[0, 0].numel() + c) + 2 * (
+            1 if not spatial else int(torch.tensor(kernel).prod())
+        )
 
     def run(self, backend: str, dtype: torch.dtype, parameter_dtype: torch.dtype, device: str):
         move = lambda t, d: t.detach().to(device, d).clone(memory_format=torch.preserve_format)  # noqa: E731
         x = move(self.x, dtype).requires_grad_()
         weights = {
-            k: None if t is None else move(t, parameter_dtype).requires_grad_() for k, t in self.weights.items()
+            k: None if t is None else move(t, parameter_dtype).requires_grad_()
+            for k, t in self.weights.items()
         }
         norm = None if self.norm is None else copy.deepcopy(self.norm).to(device, parameter_dtype)
         if backend == "reference" and dtype == torch.float64 and weights["conv_weight"] is not None:
@@ -147,7 +150,9 @@ def run_public(x, weights, norm, backend, options):
     from cbam_fused import functional
     from cbam_fused._config import Parameters
 
-    config = Config(0, cfg.SPATIAL_MAX_MEAN, cfg.TIES[options.get("ties", "first")], options.get("residual", False))
+    config = Config(
+        0, cfg.SPATIAL_MAX_MEAN, cfg.TIES[options.get("ties", "first")], options.get("residual", False)
+    )
     return functional.run(x, Parameters(**weights), config, norm, backend)
 
 
@@ -210,7 +215,9 @@ def test_options(name):
     Case((2, 12, 9, 11), torch.float32, **OPTIONS[name]).check()
 
 
-@pytest.mark.parametrize("shape,kernel", [((2, 6, 37), 7), ((2, 6, 3, 5, 4), 3), ((1, 5, 4, 3, 5), (1, 3, 5))], ids=str)
+@pytest.mark.parametrize(
+    "shape,kernel", [((2, 6, 37), 7), ((2, 6, 3, 5, 4), 3), ((1, 5, 4, 3, 5), (1, 3, 5))], ids=str
+)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_one_and_three_dimensions(shape, kernel, channels_last):
     Case(shape, torch.float32, kernel=kernel, channels_last=channels_last, hidden=2).check()
@@ -240,7 +247,7 @@ def test_chunks_equal_the_whole_batch(monkeypatch):
     x, weights, bn = make_inputs((5, 8, 6, 5), torch.float32, hidden=3, kernel=(3, 3), device="cpu")
     x, weights, bn = x.to(DEVICE), [t.to(DEVICE) for t in weights], [t.to(DEVICE) for t in bn]
     whole = run_ops(x, weights, bn, Config(), dy=x.clone())
-    monkeypatch.setattr(launchers, "_chunks", lambda pr, x, k: [slice(0, 2), slice(2, 4), slice(4, 5)])
+    monkeypatch.setattr(arguments, "chunks", lambda pr, x, k: [slice(0, 2), slice(2, 4), slice(4, 5)])
     cut = run_ops(x, weights, bn, Config(), dy=x.clone())
     for a, b in zip(itertools.chain(*whole), itertools.chain(*cut)):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
@@ -290,7 +297,9 @@ def test_ties(ties, pools, value):
 
 
 def test_first_nan_is_the_index():
-    x, weights, bn = make_inputs((1, 3, 4, 5), torch.float32, hidden=2, kernel=(3, 3), device="cpu", norm=False)
+    x, weights, bn = make_inputs(
+        (1, 3, 4, 5), torch.float32, hidden=2, kernel=(3, 3), device="cpu", norm=False
+    )
     x.flatten(2)[0, 1, 7] = x.flatten(2)[0, 1, 11] = float("nan")
     forward, _ = run_ops(x.to(DEVICE), [t.to(DEVICE) for t in weights], bn, Config(), backward=False)
     assert forward[2][0, 1].item() == 7
@@ -342,7 +351,9 @@ def test_slices_expanded_gradients_and_strange_strides():
         for backend in ("reference", "triton"):
             leaf = x.detach().requires_grad_()
             weights = {k: t.to(DEVICE) for k, t in base.weights.items()}
-            run_public(leaf, weights, copy.deepcopy(base.norm).to(DEVICE), backend, base.options).sum().backward()
+            run_public(
+                leaf, weights, copy.deepcopy(base.norm).to(DEVICE), backend, base.options
+            ).sum().backward()
             grads.append(leaf.grad)
         torch.testing.assert_close(grads[0], grads[1], rtol=1e-10, atol=1e-10)
 
@@ -411,7 +422,12 @@ def test_launches_of_a_norm_in_training():
 def test_nothing_is_saved_for_inference():
     x, weights, bn = make_inputs((2, 8, 5, 5), torch.float32, kernel=(3, 3), device="cpu")
     forward, _ = run_ops(
-        x.to(DEVICE), [t.to(DEVICE) for t in weights], [t.to(DEVICE) for t in bn], Config(), save=False, backward=False
+        x.to(DEVICE),
+        [t.to(DEVICE) for t in weights],
+        [t.to(DEVICE) for t in bn],
+        Config(),
+        save=False,
+        backward=False,
     )
     assert all(t.numel() == 0 for t in forward[1:])
 

@@ -113,7 +113,9 @@ class Machine:
             self.modules[key] = (module, compiled.metadata.shared)
         return self.modules[key]
 
-    def run(self, launches: Iterable[Launch], large: Optional[int] = None, keep: bool = False, **options) -> List[Traffic]:
+    def run(
+        self, launches: Iterable[Launch], large: Optional[int] = None, keep: bool = False, **options
+    ) -> List[Traffic]:
         """Runs them in order. With `large`, tensors of at least that many bytes are counted apart."""
         found = []
         for i, launch in enumerate(launches):

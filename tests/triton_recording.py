@@ -102,7 +102,9 @@ class Launch:
         backend, arch, warp, _ = TARGETS[target]
         signature, constexprs, attrs = self._specialise()
         source = ASTSource(fn=self.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
-        return triton.compile(source, target=GPUTarget(backend, arch, warp), options={"num_warps": self.warps})
+        return triton.compile(
+            source, target=GPUTarget(backend, arch, warp), options={"num_warps": self.warps}
+        )
 
 
 @contextlib.contextmanager
@@ -166,7 +168,9 @@ def make_inputs(
     return x, [*mlp, *conv], bn
 
 
-def run_ops(x, weights, bn, config: Config, save: bool = True, backward: bool = True, dy=None, eps: float = 1e-5):
+def run_ops(
+    x, weights, bn, config: Config, save: bool = True, backward: bool = True, dy=None, eps: float = 1e-5
+):
     """Forward and backward through the launchers themselves, past the dispatcher."""
     from cbam_fused.triton_kernels import launchers
 

@@ -130,7 +130,9 @@ def channel_pool_forward_kernel(
             rh = h + tl.arange(0, HB)
             hmask = rh < H
             cell = rh.to(tl.int64)[:, None] * C
-            w = tl.load(weights[None, :] + cell, mask=hmask[:, None] & cmask[None, :], other=0.0).to(ACC)  # [HB, BC]
+            w = tl.load(weights[None, :] + cell, mask=hmask[:, None] & cmask[None, :], other=0.0).to(
+                ACC
+            )  # [HB, BC]
             if BLEND:
                 tl.store(part + rh, _product(w, 0.5 * mean + 0.5 * best, cmask), mask=hmask)  # [HB]
             else:

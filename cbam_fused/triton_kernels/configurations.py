@@ -137,7 +137,9 @@ def _look_up(kernel: str, generation: str, layout: str, size: str, itemsize: int
             for row in table["rows"]:
                 if row.get("device", "any") == wanted and _matches(row, kernel, layout, size, itemsize):
                     return Configuration(row["meta"], row["warps"], row["fill"])
-    raise LookupError(f"no launch configuration of {kernel} for {generation}, {layout}, {size}, {itemsize} bytes")
+    raise LookupError(
+        f"no launch configuration of {kernel} for {generation}, {layout}, {size}, {itemsize} bytes"
+    )
 
 
 def _block(name: str, size: int, extents: Mapping[str, int]) -> int:

@@ -140,10 +140,38 @@ def convolve_maps(
         at = rp + (dd * H + dh) * W
         if KW <= UNROLLED_WIDTH:
             for col in tl.static_range(KW):
-                z += _tap(q, weight, row * KW + col, at, w, col - KW // 2, inside, P, W, TAPS, MEAN_FIRST, BLEND_MAPS, ACC)
+                z += _tap(
+                    q,
+                    weight,
+                    row * KW + col,
+                    at,
+                    w,
+                    col - KW // 2,
+                    inside,
+                    P,
+                    W,
+                    TAPS,
+                    MEAN_FIRST,
+                    BLEND_MAPS,
+                    ACC,
+                )
         else:
             for col in range(KW):
-                z += _tap(q, weight, row * KW + col, at, w, col - KW // 2, inside, P, W, TAPS, MEAN_FIRST, BLEND_MAPS, ACC)
+                z += _tap(
+                    q,
+                    weight,
+                    row * KW + col,
+                    at,
+                    w,
+                    col - KW // 2,
+                    inside,
+                    P,
+                    W,
+                    TAPS,
+                    MEAN_FIRST,
+                    BLEND_MAPS,
+                    ACC,
+                )
     return z
 
 
@@ -237,7 +265,9 @@ def hidden_layer(
 
 
 @triton.jit
-def sum_parts(base, parts, rows: tl.constexpr, width, at, RP: tl.constexpr, WB: tl.constexpr, ACC: tl.constexpr):
+def sum_parts(
+    base, parts, rows: tl.constexpr, width, at, RP: tl.constexpr, WB: tl.constexpr, ACC: tl.constexpr
+):
     """Partial sums [parts, rows, width], contiguous, at columns `at` [WB] -> [RP, WB], in a fixed order."""
     # Several parts a step: one load's latency is paid for all of them.
     TB: tl.constexpr = 16

@@ -26,7 +26,9 @@ def _hidden_backward(
     for h in range(0, H, HB):
         rh = h + tl.arange(0, HB)
         hmask = rh < H
-        sums = sum_parts(hidden_part + n * blocks * (1 + RUNS) * H, blocks, 1 + RUNS, H, rh, QP, HB, ACC)  # [QP, HB]
+        sums = sum_parts(
+            hidden_part + n * blocks * (1 + RUNS) * H, blocks, 1 + RUNS, H, rh, QP, HB, ACC
+        )  # [QP, HB]
         dh = tl.sum(tl.where((rq == 0)[:, None], sums, 0.0), 0)
         # Row 1 + k of the sums is row k of the layer: there is no slicing of a tile.
         is_row = (rq[None, :] == 1 + rk[:, None])[:, :, None]
@@ -49,13 +51,13 @@ def _row(du, row: tl.constexpr, KP: tl.constexpr):
 
 @triton.jit
 def _pools_backward(
-    n, w, dout, pooled, pool_index, out, c0, c1, width, C, I, P,
+    n, w, dout, pooled, pool_index, out, c0, c1, width, C, outs, P,
     POOLS: tl.constexpr, SPLIT: tl.constexpr, SHARED: tl.constexpr,
     MC: tl.constexpr, HB: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """What each pool hands to its elements, out [ROWS, width], for channels c0..c1.
 
-    w [I, C] is the layer that read the pools, and dout its output's gradient: [RUNS, I], or [I] with
+    w [outs, C] is the layer that read the pools, and dout its output's gradient: [RUNS, outs], or [outs] with
     SHARED, for a gate of one layer.
     """
     AVG: tl.constexpr = POOLS % 2
@@ -71,12 +73,12 @@ def _pools_backward(
         rc = c + tl.arange(0, MC)
         cmask = rc < c1
         du = tl.zeros([KP, MC], ACC)
-        for i in range(0, I, HB):
+        for i in range(0, outs, HB):
             ri = i + tl.arange(0, HB)
-            imask = ri < I
+            imask = ri < outs
             at = ri.to(tl.int64)[:, None] * C + rc[None, :]
             tile = tl.load(w + at, mask=imask[:, None] & cmask[None, :], other=0.0).to(ACC)  # [HB, MC]
-            at = rk[:, None] * (0 if SHARED else I) + ri[None, :]
+            at = rk[:, None] * (0 if SHARED else outs) + ri[None, :]
             d = tl.load(dout + at, mask=(rk < RUNS)[:, None] & imask[None, :], other=0.0)  # [KP, HB]
             du += tl.sum(tile[None, :, :] * d[:, :, None], 1)
         at = out + rc - c0

@@ -134,7 +134,17 @@ def describe(
     if pools and w2 is not None:
         hidden = x.shape[1] if w1 is None else w1.shape[0]
     return Problem(
-        x.shape[0], x.shape[1], *sizes, not x.is_contiguous(), x.dtype, x.device, pools, spatial, ties, hidden, kernel
+        x.shape[0],
+        x.shape[1],
+        *sizes,
+        not x.is_contiguous(),
+        x.dtype,
+        x.device,
+        pools,
+        spatial,
+        ties,
+        hidden,
+        kernel,
     )
 
 

@@ -79,7 +79,9 @@ def _taps_backward(
             mask = mask & (h >= 0) & (h < H)
         if KD > 1:
             mask = mask & (d >= 0) & (d < D)
-        peak, mean = load_maps(spatial_pool + n * 2 * P, rp[None, :] + shift, mask, P, SPATIAL == 3)  # [TB, BQ]
+        peak, mean = load_maps(
+            spatial_pool + n * 2 * P, rp[None, :] + shift, mask, P, SPATIAL == 3
+        )  # [TB, BQ]
         u = tl.load(dz + n * P + rp, mask=rp < P, other=0.0)[None, :]  # [1, BQ]
         acc_peak += u * peak
         acc_mean += u * mean
@@ -113,7 +115,9 @@ def _norm_backward(
         if bn_mean is not None:
             # The logits are not saved, and their sigmoid loses them where it saturates.
             q = spatial_pool + n * 2 * P
-            z = convolve_maps(q, conv_weight, rp, pmask, P, D, H, W, KD, KH, KW, SPATIAL == 2, SPATIAL == 3, ACC, BQ)
+            z = convolve_maps(
+                q, conv_weight, rp, pmask, P, D, H, W, KD, KH, KW, SPATIAL == 2, SPATIAL == 3, ACC, BQ
+            )
             z += load_scalar(conv_bias, 0.0, ACC)
             weighted += tl.where(pmask, u * ((z - mean) * rstd), 0.0)
     tl.store(out, tl.sum(total, 0))

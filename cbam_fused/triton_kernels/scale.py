@@ -76,7 +76,9 @@ def scale_forward_kernel(
                     SPLIT, maps_index is not None, MB, ACC,
                 )  # fmt: skip
                 tl.debug_barrier()
-            z = convolve_maps(q, conv_weight, rp, pmask, P, D, H, W, KD, KH, KW, SPATIAL == 2, SPATIAL == 3, ACC, BP)
+            z = convolve_maps(
+                q, conv_weight, rp, pmask, P, D, H, W, KD, KH, KW, SPATIAL == 2, SPATIAL == 3, ACC, BP
+            )
             z += load_scalar(conv_bias, 0.0, ACC)
             if bn_mean is not None:
                 scale, shift, _, _ = folded_norm(bn_weight, bn_bias, bn_mean, bn_var, BN_EPS, ACC)
@@ -96,7 +98,9 @@ def scale_forward_kernel(
             v = tl.load(x + at, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)  # [BC, BP]
             out = v
             if channel_gate is not None:
-                out = out * tl.load(channel_gate + n * C + t * BC + row, mask=cmask, other=0.0)[:, None]  # [BC]
+                out = (
+                    out * tl.load(channel_gate + n * C + t * BC + row, mask=cmask, other=0.0)[:, None]
+                )  # [BC]
             if SPATIAL:
                 out = out * s[None, :]
             if RESIDUAL:

@@ -56,7 +56,9 @@ def merge_segments(
                 v = tl.load(base + AVG * C, mask=cmask, other=0.0)  # [MC]
                 at = index
                 if WITH_INDEX:
-                    at = tl.load(part_index + (n * SEGMENTS + seg) * C + rc, mask=cmask, other=0).to(tl.int32)  # [MC]
+                    at = tl.load(part_index + (n * SEGMENTS + seg) * C + rc, mask=cmask, other=0).to(
+                        tl.int32
+                    )  # [MC]
                 peak, index = merge_maximum(v, at, seg == 0, peak, index, SPLIT)
             if LP:
                 squares += tl.load(base + (AVG + MAX) * C, mask=cmask, other=0.0)  # [MC]
@@ -104,7 +106,9 @@ def _channel_gate(
             if SEGMENTED:
                 pre = hidden_layer(u_base, w1, C, H, rh, ROWS, KP, BLEND, MC, HB, ACC)  # [KP, HB]
             else:
-                pre = sum_parts(hidden_part + n * channel_tiles * RUNS * H, channel_tiles, RUNS, H, rh, KP, HB, ACC)
+                pre = sum_parts(
+                    hidden_part + n * channel_tiles * RUNS * H, channel_tiles, RUNS, H, rh, KP, HB, ACC
+                )
             if b1 is not None:
                 pre += tl.load(b1 + rh, mask=hmask, other=0.0).to(ACC)[None, :]  # [HB]
             used = (tl.arange(0, KP) < RUNS)[:, None]

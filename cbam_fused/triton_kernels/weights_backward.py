@@ -17,27 +17,27 @@ NO_TILE = tl.constexpr(-1)
 
 @triton.jit
 def _outer_products(
-    tile, left, right, out, bias, rows, I, J, RUNS: tl.constexpr,
+    tile, left, right, out, bias, rows, outs, ins, RUNS: tl.constexpr,
     IB: tl.constexpr, JB: tl.constexpr, RB: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One tile of out [I, J] = sum_r left[r, i] * right[r, j], and bias [I] = RUNS * sum_r left[r, i]."""
-    columns = tl.cdiv(J, JB)
+    """One tile of out [outs, ins] = sum_r left[r, i] * right[r, j], and bias [outs] = RUNS * sum_r left[r, i]."""
+    columns = tl.cdiv(ins, JB)
     ri = (tile // columns) * IB + tl.arange(0, IB)
     rj = (tile % columns) * JB + tl.arange(0, JB)
-    imask = ri < I
-    jmask = rj < J
+    imask = ri < outs
+    jmask = rj < ins
     acc = tl.zeros([IB, JB], ACC)
     total = tl.zeros([IB], ACC)
     for r in range(0, rows, RB):
         rr = r + tl.arange(0, RB)
         rmask = rr < rows
-        at = rr.to(tl.int64)[:, None] * I + ri[None, :]
+        at = rr.to(tl.int64)[:, None] * outs + ri[None, :]
         a = tl.load(left + at, mask=rmask[:, None] & imask[None, :], other=0.0)  # [RB, IB]
-        at = rr.to(tl.int64)[:, None] * J + rj[None, :]
+        at = rr.to(tl.int64)[:, None] * ins + rj[None, :]
         b = tl.load(right + at, mask=rmask[:, None] & jmask[None, :], other=0.0)  # [RB, JB]
         acc += tl.sum(a[:, :, None] * b[:, None, :], 0)
         total += tl.sum(a, 0)
-    at = ri.to(tl.int64)[:, None] * J + rj[None, :]
+    at = ri.to(tl.int64)[:, None] * ins + rj[None, :]
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=imask[:, None] & jmask[None, :])  # [IB, JB]
     if bias is not None:
         mask = imask & (tile % columns == 0)
@@ -75,7 +75,9 @@ def weights_backward_kernel(
             for n in range(0, tap_rows, RB):
                 nmask = n + rn < tap_rows
                 at = (n + rn.to(tl.int64))[:, None] * TAPS + rt[None, :]
-                taps += tl.sum(tl.load(dtaps + at, mask=nmask[:, None] & tmask[None, :], other=0.0), 0)  # [RB, TB]
+                taps += tl.sum(
+                    tl.load(dtaps + at, mask=nmask[:, None] & tmask[None, :], other=0.0), 0
+                )  # [RB, TB]
                 total += tl.load(dnorm + (n + rn) * 2, mask=nmask, other=0.0)  # [RB]
                 weighted += tl.load(dnorm + (n + rn) * 2 + 1, mask=nmask, other=0.0)  # [RB]
             tl.store(dconv_weight + rt, (taps * scale).to(dconv_weight.dtype.element_ty), mask=tmask)  # [TB]

@@ -1,0 +1,257 @@
+"""Launchers of the backward: four launches for each chunk of samples that L2 holds, and one for the batch.
+
+Without a spatial gate there is one launch less for each chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from .. import _config as cfg
+from . import arguments as given
+from . import problem as pb
+from .arguments import NO_NORM, Norm, dense_input, map_splits, part_of, present, weights_of
+from .attention_backward import attention_backward_kernel
+from .input_backward import input_backward_kernel
+from .problem import Problem, cdiv
+from .sample_backward import sample_backward_kernel
+from .scale_backward import scale_backward_kernel
+from .weights_backward import weights_backward_kernel
+
+
+def _scale_backward_launch(
+    dy: Tensor, x: Tensor, gate: Optional[Tensor], spatial_gate: Optional[Tensor], pr: Problem
+) -> Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
+    """First launch of the backward -> dz (N, 1, *spatial), partial ds (N, splits, P), partial dgate (N, tiles, C).
+
+    dz is filled where there is no partial ds.
+    """
+    found, device = pr.tile("scale_backward")
+    n = x.shape[0]
+    tiles, splits, each = map_splits(pr, found, device, n)
+    dz = None if spatial_gate is None else torch.empty_like(spatial_gate)
+    ds = None if splits == 1 or dz is None else x.new_empty((n, splits, pr.p), dtype=pr.acc)
+    part = None if gate is None else x.new_empty((n, tiles, pr.c), dtype=pr.acc)
+    u = pr.units
+    pb.launch(
+        scale_backward_kernel,
+        n * tiles * splits,
+        (dy, x, gate, spatial_gate, dz, ds, part, u["c_units"], u["p_units"], splits, each),
+        dict(**pr.layout(), **found.meta),
+        found.warps,
+    )
+    return dz, ds, part
+
+
+def scale_backward(dy, x, channel_gate, spatial_gate):
+    x = dense_input(x)
+    dy, spatial_gate = pb.like_layout(dy, x), spatial_gate.contiguous()
+    pr = pb.describe(x, None, None, None, 0, 0)
+    dz = ds = part = None
+    if x.numel():
+        with pb.on_device(x):
+            dz, ds, part = _scale_backward_launch(
+                dy, x, present(channel_gate.contiguous()), present(spatial_gate), pr
+            )
+    if ds is not None:
+        dz = ds.sum(1).view_as(spatial_gate) * (spatial_gate * (1.0 - spatial_gate))
+    elif dz is None:
+        dz = torch.zeros_like(spatial_gate)
+    return dz, torch.zeros_like(channel_gate) if part is None else part.sum(1)
+
+
+class _Gradients:
+    """Weight gradients, their inputs for the last launch, and which samples filled them."""
+
+    def __init__(self, x: Tensor, pr: Problem, mlp, conv, norm: Norm):
+        self.pr, self.mlp, self.conv, self.norm = pr, mlp, conv, norm
+        like = lambda t: None if t is None else torch.empty_like(t)  # noqa: E731
+        w1, b1, w2, b2 = mlp
+        self.dw1, self.db1, self.dw2, self.db2 = (like(t) for t in mlp)
+        self.dconv = [like(t) for t in conv]
+        self.dnorm = [like(t) for t in norm[:2]]
+
+        def acc(*shape: int) -> Tensor:
+            return x.new_empty(shape, dtype=pr.acc)
+
+        self.dlogits = self.hidden = self.dhidden = self.blended = None
+        if pr.pools:
+            self.dlogits, self.hidden = acc(pr.n, pr.c), acc(pr.n, pr.hidden)
+            self.dhidden = acc(pr.n, pr.runs, pr.hidden) if w1 is not None else None
+            self.blended = acc(pr.n, 1, pr.c) if pr.pools & cfg.BLEND else None
+        self.dtaps = self.sums = None
+        if pr.spatial:
+            found, device = self.small_jobs()
+            steps = cdiv(pr.p, found.meta["BQ"])
+            self.tap_blocks = cdiv(pr.taps, found.meta["TB"])
+            self.segments, self.segment_tiles = pb.split_loop(
+                pr.n * (self.tap_blocks + 1), steps, found.fill, device
+            )
+            self.dtaps = acc(pr.n, self.segments, pr.planes * pr.taps)
+            self.sums = acc(pr.n, self.segments, 2)
+
+    def small_jobs(self):
+        pr = self.pr
+        return pr.configuration("sample_backward", MC=pr.c, HB=max(1, pr.hidden), TB=pr.taps, BQ=pr.p)
+
+    def zero(self) -> None:
+        for t in (self.dw1, self.db1, self.dw2, self.db2, *self.dconv, *self.dnorm):
+            if t is not None:
+                t.zero_()
+
+    def reduce(self, pooled: Optional[Tensor]) -> None:
+        """Last launch of the backward."""
+        pr = self.pr
+        channels, hidden, taps = pr.c, max(1, pr.hidden), pr.planes * pr.taps
+        found, _ = pr.configuration("weights_backward", TB=taps)
+        ib, jb, tb = found.meta["IB"], found.meta["JB"], found.meta["TB"]
+        programs = 0
+        if self.dw1 is not None and pr.pools:
+            programs += cdiv(hidden, ib) * cdiv(channels, jb)
+        if self.dw2 is not None and pr.pools:
+            programs += cdiv(channels, ib) * cdiv(hidden, jb)
+        if pr.spatial:
+            programs += cdiv(taps, tb)
+        if not programs:
+            return
+        u = pooled if self.blended is None else self.blended
+        dw = [self.dw1, self.db1, self.dw2, self.db2] if pr.pools else [None] * 4
+        pb.launch(
+            weights_backward_kernel,
+            programs,
+            (self.dlogits, self.hidden, self.dhidden, u, self.dtaps, self.sums, *self.norm[:4], *dw,
+             *(self.dconv if pr.spatial else (None, None)), *self.dnorm, pr.n,
+             pr.n * self.segments if pr.spatial else 0, channels, pr.hidden, taps),
+            dict(BN_EPS=self.norm[4], RUNS=pr.runs, ACC=pr.acc_type(), **found.meta),
+            found.warps,
+        )  # fmt: skip
+
+    def outputs(self, x: Tensor, count: int) -> Tuple[Tensor, ...]:
+        found = (self.dw1, self.db1, self.dw2, self.db2, *self.dconv, *self.dnorm)[:count]
+        return tuple(x.new_empty(0) if t is None else t for t in found)
+
+
+def _attention_backward_chunk(
+    dy: Tensor, x: Tensor, dx: Tensor, grads: _Gradients, saved, spatial_gate: Optional[Tensor],
+    dz: Optional[Tensor], ds: Optional[Tensor], dgate: Optional[Tensor], rows: slice, residual: bool,
+) -> None:  # fmt: skip
+    """Second to fourth launch; every tensor is already that of these samples, but those in grads."""
+    pr = grads.pr
+    pooled, pool_index, gate, spatial_pool, spatial_index = saved
+    w1, b1, w2, _ = grads.mlp
+    *bn, eps = grads.norm
+    n, u = x.shape[0], pr.units
+
+    def acc(*shape: int) -> Tensor:
+        return x.new_empty(shape, dtype=pr.acc)
+
+    dmaps, dgate_b, tiles_b = None, None, 0
+    if pr.spatial:
+        found, device = pr.tile("attention_backward")
+        tiles_b, steps = cdiv(pr.p, found.meta["BP"]), cdiv(pr.c, found.meta["BC"])
+        splits, each = pb.split_loop(n * tiles_b, steps, found.fill, device) if pr.pools else (1, steps)
+        dmaps = acc(n, 2, pr.p)
+        dgate_b = acc(n, tiles_b, pr.c) if pr.pools else None
+        pb.launch(
+            attention_backward_kernel,
+            n * tiles_b * splits,
+            (x, gate, spatial_gate, spatial_pool, spatial_index, ds,
+             None if ds is None else acc(n * tiles_b * splits, pr.p), dz, dmaps, dgate_b, grads.conv[0], *bn,
+             u["c_units"], u["p_units"], 1 if ds is None else ds.shape[1], splits, each, pr.d, pr.h, pr.w),
+            dict(BN_EPS=eps, SPATIAL=pr.spatial, SPLIT=pr.split(), MB=1 if ds is None else pr.merge_block(),
+                 **pr.taps_meta(), **pr.layout(), **found.meta),
+            found.warps,
+        )  # fmt: skip
+    blocks, hidden_part = 0, None
+    if pr.pools or pr.spatial:
+        found, _ = grads.small_jobs()
+        jobs = 0
+        if pr.pools:
+            jobs = blocks = cdiv(pr.c, found.meta["MC"])
+            hidden_part = None if w1 is None else acc(n, blocks, 1 + pr.runs, pr.hidden)
+        if pr.spatial:
+            jobs += (grads.tap_blocks + 1) * grads.segments
+        pb.launch(
+            sample_backward_kernel,
+            n * jobs,
+            (pooled, gate, spatial_pool, dz, dgate, dgate_b, w1, w2, *grads.conv, *bn,
+             part_of(grads.dlogits, rows), part_of(grads.blended, rows), hidden_part, part_of(grads.dtaps, rows),
+             part_of(grads.sums, rows), pr.c, pr.hidden, pr.p, pr.d, pr.h, pr.w, jobs,
+             grads.segments if pr.spatial else 0, grads.segment_tiles if pr.spatial else 0,
+             0 if dgate is None else dgate.shape[1], tiles_b),
+            dict(BN_EPS=eps, POOLS=pr.pools, SPATIAL=pr.spatial, ACC=pr.acc_type(), **pr.taps_meta(), **found.meta),
+            found.warps,
+        )  # fmt: skip
+    found, device = pr.tile("input_backward", MC=pr.c, HB=max(1, pr.hidden))
+    programs, steps = n * cdiv(pr.p, found.meta["BP"]), cdiv(pr.c, found.meta["BC"])
+    splits, each = pb.split_loop(programs, steps, found.fill, device)
+    programs *= splits
+    pb.launch(
+        input_backward_kernel,
+        programs,
+        (dy, x, dx, gate, spatial_gate, pooled, pool_index, spatial_pool, spatial_index, dmaps, w1, b1, w2,
+         part_of(grads.dlogits, rows), hidden_part, part_of(grads.dhidden, rows), part_of(grads.hidden, rows),
+         None if hidden_part is None else acc(programs, pr.runs, pr.hidden),
+         acc(programs, pr.rows, each * found.meta["BC"]) if pr.pools else None,
+         u["c_units"], u["p_units"], pr.hidden, blocks, splits, each),
+        dict(POOLS=pr.pools, SPATIAL=pr.spatial, SPLIT=pr.split(), RESIDUAL=residual, **pr.layout(), **found.meta),
+        found.warps,
+    )  # fmt: skip
+
+
+def cbam_backward(
+    dy, x, w1, b1, w2, b2, conv_weight, conv_bias, bn_weight, bn_bias, bn_mean, bn_var, bn_eps,
+    pooled, pool_index, channel_gate, spatial_pool, spatial_index, spatial_gate,
+    pools, spatial, ties, residual,
+):  # fmt: skip
+    x = dense_input(x)
+    dy = pb.like_layout(dy, x)
+    pr = pb.describe(x, w1, w2, conv_weight, pools, spatial, ties)
+    dx = torch.empty_like(x)
+    norm = (*weights_of(bn_weight, bn_bias, bn_mean, bn_var), bn_eps)
+    grads = _Gradients(x, pr, weights_of(w1, b1, w2, b2), weights_of(conv_weight, conv_bias), norm)
+    saved = [present(t) for t in (pooled, pool_index, channel_gate, spatial_pool, spatial_index)]
+    gate = present(spatial_gate)
+    if not x.numel():
+        grads.zero()
+        return (dx, *grads.outputs(x, 8))
+    with pb.on_device(x):
+        for rows in given.chunks(pr, x, 3):
+            own = [part_of(t, rows) for t in saved]
+            dz = ds = part = None
+            if pools or spatial:
+                dz, ds, part = _scale_backward_launch(dy[rows], x[rows], own[2], part_of(gate, rows), pr)
+            _attention_backward_chunk(
+                dy[rows], x[rows], dx[rows], grads, own, part_of(gate, rows), dz, ds, part, rows, residual
+            )
+        grads.reduce(saved[0])
+    return (dx, *grads.outputs(x, 8))
+
+
+def attention_backward(
+    dy, x, w1, b1, w2, b2, conv_weight, conv_bias,
+    pooled, pool_index, channel_gate, spatial_pool, spatial_index, spatial_gate, dz, dchannel_gate,
+    pools, spatial, ties, residual,
+):  # fmt: skip
+    x = dense_input(x)
+    dy = pb.like_layout(dy, x)
+    pr = pb.describe(x, w1, w2, conv_weight, pools, spatial, ties)
+    dx = torch.empty_like(x)
+    grads = _Gradients(x, pr, weights_of(w1, b1, w2, b2), weights_of(conv_weight, conv_bias), NO_NORM)
+    saved = [present(t) for t in (pooled, pool_index, channel_gate, spatial_pool, spatial_index)]
+    gate, dz, dgate = present(spatial_gate), present(dz.contiguous()), present(dchannel_gate.contiguous())
+    if not x.numel():
+        grads.zero()
+        return (dx, *grads.outputs(x, 6))
+    dgate = None if dgate is None else dgate.unsqueeze(1)  # (N, 1, C): a single, complete part
+    with pb.on_device(x):
+        for rows in given.chunks(pr, x, 3):
+            _attention_backward_chunk(
+                dy[rows], x[rows], dx[rows], grads, [part_of(t, rows) for t in saved], part_of(gate, rows),
+                part_of(dz, rows), None, part_of(dgate, rows), rows, residual,
+            )  # fmt: skip
+        grads.reduce(saved[0])
+    return (dx, *grads.outputs(x, 6))
