@@ -76,7 +76,7 @@ struct Machine {
 
 // ---- Policy, as data.
 
-constexpr int64_t kRowBytes = 512;       // least part of a contiguous row that a block takes
+constexpr int64_t kRowBytes = 256;         // least part of a contiguous row that a block takes by choice
 constexpr int64_t kSmallTile = 100 << 10;  // below, two blocks of half the threads share a multiprocessor
 constexpr int64_t kLeastPositions = 196;   // below, the weights outweigh x, and the streamed tier batches
 constexpr int kClusters[] = {8, 16};       // portable first
@@ -127,8 +127,14 @@ struct MapBuilder {
   }
 };
 
-// Fills in k for k.p and k.operation with clusters of this size; false where a block's memory is too small.
-inline bool plan(Resident& k, const Machine& m, int cluster) {
+inline bool can_split(const Problem& p, Split split) {
+  const int full = 16 / element_bytes(p.dtype);
+  if (split == kByPositions) return p.layout == kChannelsLast || p.positions % full == 0;
+  return p.layout == kContiguous && p.channels % (full / policy::gcd(full, p.positions)) == 0;
+}
+
+// Fills in k for k.p and k.operation with this cluster; false where a block's memory is too small.
+inline bool plan(Resident& k, const Machine& m, int cluster, Split split) {
   using policy::ceil_div;
   const Problem& p = k.p;
   const bool backward = is_backward(k.operation), last = p.layout == kChannelsLast;
@@ -140,11 +146,9 @@ inline bool plan(Resident& k, const Machine& m, int cluster) {
   k.save = p.spatial ? p.spatial_index != nullptr : !(p.pools & kMax) || p.pool_index != nullptr;
 
   const int64_t full = 16 / element;
-  const bool long_rows = p.positions % full == 0 && p.positions * element >= kRowBytes * cluster;
-  k.split = last || long_rows ? kByPositions : kByChannels;
+  k.split = split;
   k.position_unit = !last && k.split == kByPositions ? static_cast<int32_t>(full) : 1;
   k.channel_unit = k.split == kByChannels ? static_cast<int32_t>(full / policy::gcd(full, p.positions)) : 1;
-  if (p.channels % k.channel_unit) return false;
   k.own_channels = static_cast<int32_t>(part(p.channels, k.channel_unit, cluster));
   k.own_positions = static_cast<int32_t>(part(p.positions, k.position_unit, cluster));
   k.tile_channels = static_cast<int32_t>(k.split == kByPositions ? p.channels : k.own_channels);
@@ -172,7 +176,9 @@ inline bool plan(Resident& k, const Machine& m, int cluster) {
   MapBuilder b;
   SharedMap& at = k.at;
   at = {};
-  at.tile = b.take(tile);
+  const int64_t threads = k.threads;
+  // The weight gradients' partial sums take the tile's place when it is no longer needed.
+  at.tile = b.take(backward ? std::max(tile, threads * kWeightRows * a) : tile);
   if (backward) at.tile_dy = b.take(tile);
   at.barriers = b.take(kLoads * 8);
   at.item = b.take(backward ? 4 : 0);
@@ -182,7 +188,6 @@ inline bool plan(Resident& k, const Machine& m, int cluster) {
   at.hidden_part = b.take((k.inputs + backward) * p.hidden * a * (p.pools ? 1 : 0));
   at.hidden = b.take((backward ? k.inputs : 1) * p.hidden * a * (p.pools ? 1 : 0));
   at.kernel = b.take(p.spatial ? 2 * taps(p) * a : 0);
-  const int64_t threads = k.threads;
   if (!backward) {
     at.base = b.take(p.pools & (kAvg | kMax) ? tc * mean_max : 0);
     at.squares = b.take(p.pools & kLp ? tc * a : 0);
@@ -201,8 +206,7 @@ inline bool plan(Resident& k, const Machine& m, int cluster) {
     const bool needs_x = (split_ties && (p.spatial || p.pools & kMax)) || p.pools & (kLp | kLse);
     at.rare = b.take(needs_x ? tc * 4 * a : 0);
     const int64_t sums = last ? k.column_groups * columns : std::max(strips * tc, k.column_groups * columns);
-    const int64_t weights = threads * std::max<int64_t>(kWeightRows, kMaxInputs);
-    at.scratch = at.window = b.take(std::max({window * 3 * a, sums * a, weights * a}));
+    at.scratch = at.window = b.take(std::max({window * 3 * a, sums * a, threads * kMaxInputs * a}));
     at.window_grad = at.window + static_cast<int32_t>(policy::round_up(window * 2 * a, 16));
   }
   at.total = static_cast<int32_t>(std::min<int64_t>(b.used, INT32_MAX));
@@ -212,7 +216,10 @@ inline bool plan(Resident& k, const Machine& m, int cluster) {
 // The smallest cluster that holds a sample and that `allowed(k)`, the device, can run; false without one.
 template <class Allowed> bool choose_cluster(Resident& k, const Machine& m, Allowed allowed) {
   for (int cluster : kClusters) {
-    if (plan(k, m, cluster) && allowed(k)) return true;
+    const bool long_rows = k.p.positions * element_bytes(k.p.dtype) >= kRowBytes * cluster;
+    for (Split split : {long_rows ? kByPositions : kByChannels, long_rows ? kByChannels : kByPositions}) {
+      if (can_split(k.p, split) && plan(k, m, cluster, split) && allowed(k)) return true;
+    }
   }
   return false;
 }

@@ -161,7 +161,7 @@ __device__ __forceinline__ void weights_ready(const Resident& k) {
 template <class Tr> __device__ __forceinline__ void finish_weights(const Block<Tr>& b) {
   using A = typename Tr::A;
   const Resident& k = b.k;
-  A* parts = b.template at<A>(k.at.scratch);
+  A* parts = b.template at<A>(k.at.tile);
   A* totals = b.template at<A>(k.at.kernel_grad);
   uint32_t& shared_item = *b.template at<uint32_t>(k.at.item);
   const bool leader = threadIdx.x == 0;

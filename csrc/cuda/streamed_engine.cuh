@@ -77,30 +77,40 @@ __device__ __forceinline__ uint32_t expected(Count c, int64_t samples) {
   return static_cast<uint32_t>(c.per_sample * samples + c.per_unit);
 }
 
-// False where the ticket falls outside the batch: the first and last steps are not full.
-__device__ __forceinline__ bool decode(const Streamed& k, uint32_t ticket, Item& item, const StagePlan*& plan) {
-  const Schedule& s = k.s;
-  const uint32_t step = ticket / s.step_items, rest = ticket % s.step_items;
-  int at = s.plans - 1;
-  while (s.plan[at].first > rest) --at;
-  plan = &s.plan[at];
-  const int64_t unit = int64_t{step} - plan->lag;
-  if (unit < 0 || unit >= s.units) return false;
-  const uint32_t within = rest - plan->first;
-  item.stage = plan->stage;
-  item.unit = static_cast<int>(unit);
-  item.first = unit * s.unit_samples;
-  const int64_t left = k.p.samples - item.first;
-  item.count = left < s.unit_samples ? left : s.unit_samples;
-  if (plan->per_sample) {
-    item.n = item.first + within / plan->items;
-    item.index = static_cast<int>(within % plan->items);
-    return item.n < k.p.samples;
+// What a block is at: kept in shared memory, where it takes no registers while a stage runs.
+struct Work {
+  enum Kind { kMain, kWeights, kNothing, kEnd };
+  int kind;
+  int plan;
+  Item item;
+
+  // By one thread.
+  __device__ __forceinline__ void take(const Streamed& k, uint32_t ticket) {
+    const Schedule& s = k.s;
+    if (ticket >= s.main_items) {
+      kind = ticket < s.main_items + s.weight_items ? kWeights : kEnd;
+      item.index = static_cast<int>(ticket - s.main_items);
+      return;
+    }
+    // The first and last steps are not full: some tickets stand for units outside the batch.
+    kind = kNothing;
+    const uint32_t step = ticket / s.step_items, rest = ticket % s.step_items;
+    plan = s.plans - 1;
+    while (s.plan[plan].first > rest) --plan;
+    const StagePlan& d = s.plan[plan];
+    const int64_t unit = int64_t{step} - d.lag;
+    if (unit < 0 || unit >= s.units) return;
+    const uint32_t within = rest - d.first;
+    const int64_t first = unit * s.unit_samples, left = k.p.samples - first;
+    item.stage = d.stage;
+    item.unit = static_cast<int>(unit);
+    item.first = first;
+    item.count = left < s.unit_samples ? left : s.unit_samples;
+    item.n = d.per_sample ? first + within / d.items : first;
+    item.index = static_cast<int>(d.per_sample ? within % d.items : within);
+    if (item.n < k.p.samples) kind = kMain;
   }
-  item.n = item.first;
-  item.index = static_cast<int>(within);
-  return true;
-}
+};
 
 // An item's inputs: the stage before it, or for a unit's first stage the ring's slot that it takes over.
 __device__ __forceinline__ void wait_for_inputs(const Streamed& k, const StagePlan& plan, const Item& item) {
@@ -119,54 +129,47 @@ __device__ __forceinline__ void wait_for_inputs(const Streamed& k, const StagePl
 // entered by the whole block, after a barrier.
 template <class Body, class Tail, class Weights>
 __device__ __forceinline__ void run_items(const Streamed& k, Body body, Tail tail, Weights weights) {
-  CBAM_SHARED(shared_ticket, uint32_t);
+  CBAM_SHARED(work, Work);
   CBAM_SHARED(shared_last, uint32_t);
   const Schedule& s = k.s;
   uint32_t* counters = k.w.counters;
   const bool leader = threadIdx.x == 0;
-  const uint32_t total = s.main_items + s.weight_items;
   uint32_t next = 0;
   if (leader) next = ptx::add_relaxed(counters + kTicket, 1);
   while (true) {
-    if (leader) shared_ticket = next;
+    if (leader) work.take(k, next);
     __syncthreads();
-    const uint32_t ticket = shared_ticket;
-    if (ticket >= total) break;
+    if (work.kind == Work::kEnd) break;
     // Drawn before the wait below, to hide its latency: this block still takes its items in order.
     if (leader) next = ptx::add_relaxed(counters + kTicket, 1);
-    if (ticket >= s.main_items) {
+    if (work.kind == Work::kWeights) {
       if (leader) wait_for(counters + kReadyForWeights, s.weights_ready);
       __syncthreads();
-      weights(static_cast<int>(ticket - s.main_items));
-    } else {
-      const StagePlan* plan;
-      Item item;
-      if (decode(k, ticket, item, plan)) {
-        if (leader) wait_for_inputs(k, *plan, item);
-        __syncthreads();
-        body(item);
-        __syncthreads();
-        // Decoded anew, so that the stages need not keep it in registers.
-        decode(k, shared_ticket, item, plan);
-        uint32_t* unit = unit_counters(k, item.unit);
-        if (plan->tail) {
-          if (leader) {
-            const uint32_t all = expected(plan->total, item.count);
-            shared_last = ptx::add_acquire_release(unit + plan->stage, 1) == all - 1;
-          }
-          __syncthreads();
-          if (shared_last) {
-            tail(item);
-            __syncthreads();
-            if (leader) {
-              ptx::add_release(unit + kTailDone, 1);
-              if (plan->feeds_weights) ptx::add_release(counters + kReadyForWeights, 1);
-            }
-          }
-        } else if (leader) {
-          ptx::add_release(unit + plan->stage, 1);
-          if (plan->feeds_weights) ptx::add_release(counters + kReadyForWeights, 1);
+      weights(work.item.index);
+    } else if (work.kind == Work::kMain) {
+      if (leader) wait_for_inputs(k, s.plan[work.plan], work.item);
+      __syncthreads();
+      body(work.item);
+      __syncthreads();
+      const StagePlan& plan = s.plan[work.plan];
+      uint32_t* unit = unit_counters(k, work.item.unit);
+      if (plan.tail) {
+        if (leader) {
+          const uint32_t all = expected(plan.total, work.item.count);
+          shared_last = ptx::add_acquire_release(unit + plan.stage, 1) == all - 1;
         }
+        __syncthreads();
+        if (shared_last) {
+          tail(work.item);
+          __syncthreads();
+          if (leader) {
+            ptx::add_release(unit + kTailDone, 1);
+            if (plan.feeds_weights) ptx::add_release(counters + kReadyForWeights, 1);
+          }
+        }
+      } else if (leader) {
+        ptx::add_release(unit + plan.stage, 1);
+        if (plan.feeds_weights) ptx::add_release(counters + kReadyForWeights, 1);
       }
     }
     __syncthreads();

@@ -87,7 +87,9 @@ __device__ __forceinline__ void input_grad_rows(const Streamed& k, const Item& i
   using T = typename Tr::T;
   using A = typename Tr::A;
   constexpr int V = Tr::V;
-  constexpr int kAhead = V <= 4 ? (kNeedsX ? 1 : kUnroll) : kNeedsX || Tr::kFold ? 1 : 2;
+  // With x as well, or with a position of its own for every element, the terms stay in shared memory.
+  constexpr bool kKeepTerms = !kNeedsX && !Tr::kFold;
+  constexpr int kAhead = !kKeepTerms ? 1 : V > 4 ? 2 : kUnroll;
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.map;
@@ -119,12 +121,11 @@ __device__ __forceinline__ void input_grad_rows(const Streamed& k, const Item& i
   PositionTerms<A> mine[V];
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    if constexpr (!kNeedsX) mine[j] = position_terms(j);
+    if constexpr (kKeepTerms) mine[j] = position_terms(j);
   }
   const bool residual = p.residual;
   for (int r = me.first + me.row; r < me.end; r += kAhead * me.lanes) {
-    // Five terms a position of a vector do not fit in registers beside x and dy.
-    if constexpr (kNeedsX) ptx::forget_registers();
+    if constexpr (!kKeepTerms) ptx::forget_registers();
     A v[kAhead][V], vx[kAhead][V];
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
@@ -148,7 +149,8 @@ __device__ __forceinline__ void input_grad_rows(const Streamed& k, const Item& i
           v[u][j] = input_grad_of_x(p, terms(me, j), rare[i + me.next(j)], position_terms(j), top, v[u][j], vx[u][j],
                                     c + me.next(j), position);
         } else {
-          v[u][j] = input_grad(terms(me, j), mine[j], v[u][j], c + me.next(j), position, residual);
+          v[u][j] = input_grad(terms(me, j), kKeepTerms ? mine[j] : position_terms(j), v[u][j], c + me.next(j), position,
+                               residual);
         }
       }
       store_global<true>(dx + at * stride, v[u]);  // [V]
