@@ -33,6 +33,12 @@ template <class W> __device__ __forceinline__ void store_streaming(W* p, W v) { 
 // Keeps what is in memory there: the compiler may not carry loads across in registers.
 __device__ __forceinline__ void forget_registers() { asm volatile("" ::: "memory"); }
 
+// The same value, but the compiler cannot know: what is derived from it is computed where it is used.
+__device__ __forceinline__ int opaque(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
 // ---- Order between blocks (scope gpu).
 
 __device__ __forceinline__ unsigned load_acquire(const unsigned* p) {

@@ -93,7 +93,7 @@ __device__ __forceinline__ void input_grad_rows(const Streamed& k, const Item& i
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.map;
-  const RowTile<Tr> me(k, t, item.index);
+  RowTile<Tr> me(k, t, item.index);
   const int base = me.first * s.fold, positions = static_cast<int>(p.positions);
   const int left = me.tile * t.positions, width = min(t.positions, positions - left);
   const int64_t size = int64_t{t.chunk_rows} * s.fold;
@@ -126,6 +126,7 @@ __device__ __forceinline__ void input_grad_rows(const Streamed& k, const Item& i
   const bool residual = p.residual;
   for (int r = me.first + me.row; r < me.end; r += kAhead * me.lanes) {
     if constexpr (!kKeepTerms) ptx::forget_registers();
+    if constexpr (Tr::kFold) me.split = ptx::opaque(me.split);
     A v[kAhead][V], vx[kAhead][V];
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
