@@ -25,7 +25,20 @@ from cbam_fused._config import Config, Parameters  # noqa: E402
 
 SHAPES = ("256,56,56", "512,28,28", "64,56,56", "1024,14,14", "2048,7,7")
 BIG = ("x", "dy", "y", "dx")
-WEIGHTS = ("w1", "b1", "w2", "b2", "conv_weight", "conv_bias", "dw1", "db1", "dw2", "db2", "dconv_weight", "dconv_bias")
+WEIGHTS = (
+    "w1",
+    "b1",
+    "w2",
+    "b2",
+    "conv_weight",
+    "conv_bias",
+    "dw1",
+    "db1",
+    "dw2",
+    "db2",
+    "dconv_weight",
+    "dconv_bias",
+)
 
 
 def problem(samples, shape, dtype, last):
@@ -39,7 +52,11 @@ def problem(samples, shape, dtype, last):
     x, dy = (draw(samples, c, h, w).to(dtype).contiguous(memory_format=layout) for _ in range(2))
     hidden = max(1, c // 16)
     p = Parameters(
-        draw(hidden, c, scale=c**-0.5), draw(hidden), draw(c, hidden, scale=hidden**-0.5), draw(c), draw(1, 2, 7, 7, scale=0.1)
+        draw(hidden, c, scale=c**-0.5),
+        draw(hidden),
+        draw(c, hidden, scale=hidden**-0.5),
+        draw(c),
+        draw(1, 2, 7, 7, scale=0.1),
     )
     return x, dy, p
 
@@ -94,12 +111,21 @@ def modelled(samples, shape, dtype, last, l2) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=[str(d)[6:] for d in cs.ELEMENTS])
-    parser.add_argument("--layout", nargs="+", default=["contiguous", "channels_last"], choices=["contiguous", "channels_last"])
-    parser.add_argument("--modelled", action="store_true", help="DRAM traffic by ../shared/ptxcpu instead; takes long")
+    parser.add_argument(
+        "--layout",
+        nargs="+",
+        default=["contiguous", "channels_last"],
+        choices=["contiguous", "channels_last"],
+    )
+    parser.add_argument(
+        "--modelled", action="store_true", help="DRAM traffic by ../shared/ptxcpu instead; takes long"
+    )
     parser.add_argument("--l2", nargs="+", type=int, default=[50], help="megabytes of the modelled L2")
     a = parser.parse_args()
     if a.modelled and cuda_ptx.unavailable():

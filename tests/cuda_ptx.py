@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-import numpy as np
-
 import cuda_streamed as cs
+import numpy as np
 from simt import build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,12 +54,26 @@ def _planner():
     folder = build.CACHE
     folder.mkdir(parents=True, exist_ok=True)
     source = Path(__file__).with_name("cuda_plan.cpp")
-    text = "".join(p.read_text() for p in (source, source.with_name("cuda_streamed_problem.h"), *sorted(SOURCES.glob("*.h"))))
+    text = "".join(
+        p.read_text()
+        for p in (source, source.with_name("cuda_streamed_problem.h"), *sorted(SOURCES.glob("*.h")))
+    )
     library = folder / f"cuda_plan-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
     if not library.exists():
         temporary = library.with_suffix(f".{os.getpid()}")
         subprocess.run(
-            [build.CXX, "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{SOURCES}", "-o", str(temporary), str(source)], check=True
+            [
+                build.CXX,
+                "-std=c++17",
+                "-O1",
+                "-shared",
+                "-fPIC",
+                f"-I{SOURCES}",
+                "-o",
+                str(temporary),
+                str(source),
+            ],
+            check=True,
         )
         temporary.rename(library)
     lib = ctypes.CDLL(str(library))
@@ -78,7 +91,18 @@ def _module(direction: str, traits: str):
         path = Path(folder) / "kernel.cu"
         path.write_text(source)
         subprocess.run(
-            [nvcc(), "-O3", "-std=c++17", f"-arch={TARGET}", f"-I{SOURCES}", "-DCBAM_USUAL_OPTIONS", "-ptx", str(path), "-o", str(path.with_suffix(".ptx"))],
+            [
+                nvcc(),
+                "-O3",
+                "-std=c++17",
+                f"-arch={TARGET}",
+                f"-I{SOURCES}",
+                "-DCBAM_USUAL_OPTIONS",
+                "-ptx",
+                str(path),
+                "-o",
+                str(path.with_suffix(".ptx")),
+            ],
             check=True,
         )
         return _ptxcpu().PtxModule(str(path.with_suffix(".ptx")), opt=TRANSLATE)

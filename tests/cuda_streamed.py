@@ -9,12 +9,12 @@ from typing import Dict, List, NamedTuple, Optional
 
 import numpy as np
 import torch
+from simt import build
 from torch import Tensor
 
-from cbam_fused import _config as cfg
 from cbam_fused import _backends, _ops
+from cbam_fused import _config as cfg
 from cbam_fused._config import Config, Parameters
-from simt import build
 
 DRIVER = Path(__file__).with_name("cuda_streamed_driver.cpp")
 ELEMENTS = {
@@ -90,7 +90,9 @@ class Machine:
             resident=self.resident,
         )  # fmt: skip
         assert not counters.data.any(), "the counters must be zero again"
-        self.traffic = {name: a.bytes_read + a.bytes_written for name, a in zip(ORDER, arrays) if a is not None}
+        self.traffic = {
+            name: a.bytes_read + a.bytes_written for name, a in zip(ORDER, arrays) if a is not None
+        }
         self.traffic["scratch"] = scratch.bytes_read + scratch.bytes_written
 
 
@@ -166,10 +168,14 @@ def _saved(x: Tensor, c: Config, save: bool):
     none = (0,)
     return {
         "pooled": empty(*((n, count, ch) if c.pools else none)),
-        "pool_index": empty(*((n, ch) if save and c.pools & cfg.MAX else none), dtype=_ops.index_dtype(positions)),
+        "pool_index": empty(
+            *((n, ch) if save and c.pools & cfg.MAX else none), dtype=_ops.index_dtype(positions)
+        ),
         "channel_gate": empty(*((n, ch) if c.pools else none)),
         "spatial_pool": empty(*((n, 2, *x.shape[2:]) if c.spatial else none)),
-        "spatial_index": empty(*((n, *x.shape[2:]) if save and c.spatial else none), dtype=_ops.index_dtype(ch)),
+        "spatial_index": empty(
+            *((n, *x.shape[2:]) if save and c.spatial else none), dtype=_ops.index_dtype(ch)
+        ),
     }
 
 
@@ -179,7 +185,12 @@ def _map(x: Tensor, present: bool = True) -> Tensor:
 
 
 def cbam_forward(
-    x: Tensor, p: Parameters, c: Config, norm: Norm = NO_NORM, machine: Optional[Machine] = None, save: bool = True
+    x: Tensor,
+    p: Parameters,
+    c: Config,
+    norm: Norm = NO_NORM,
+    machine: Optional[Machine] = None,
+    save: bool = True,
 ):
     """y and what is saved, by name."""
     call = _Call("cbam_forward", x, p, c, norm, machine or Machine())
@@ -188,7 +199,9 @@ def cbam_forward(
     return out
 
 
-def attention_forward(x: Tensor, p: Parameters, c: Config, machine: Optional[Machine] = None, save: bool = True):
+def attention_forward(
+    x: Tensor, p: Parameters, c: Config, machine: Optional[Machine] = None, save: bool = True
+):
     call = _Call("attention_forward", x, p, c, NO_NORM, machine or Machine())
     out = {**_saved(x, c, save), "z": _map(x, bool(c.spatial))}
     call.run(**{name: call.made(name, t) for name, t in out.items()})
@@ -196,11 +209,17 @@ def attention_forward(x: Tensor, p: Parameters, c: Config, machine: Optional[Mac
 
 
 def _scale_config(channel_gate: Tensor, residual: bool) -> Config:
-    return Config(pools=cfg.AVG if channel_gate.numel() else 0, spatial=cfg.SPATIAL_MAX_MEAN, residual=residual)
+    return Config(
+        pools=cfg.AVG if channel_gate.numel() else 0, spatial=cfg.SPATIAL_MAX_MEAN, residual=residual
+    )
 
 
-def scale_forward(x: Tensor, channel_gate: Tensor, z: Tensor, residual: bool, machine: Optional[Machine] = None):
-    call = _Call("scale_forward", x, Parameters(), _scale_config(channel_gate, residual), NO_NORM, machine or Machine())
+def scale_forward(
+    x: Tensor, channel_gate: Tensor, z: Tensor, residual: bool, machine: Optional[Machine] = None
+):
+    call = _Call(
+        "scale_forward", x, Parameters(), _scale_config(channel_gate, residual), NO_NORM, machine or Machine()
+    )
     out = {"y": torch.empty_like(x), "spatial_gate": _map(x)}
     made = {name: call.made(name, t, big=name == "y") for name, t in out.items()}
     call.run(**made, channel_gate=call.given("channel_gate", channel_gate), z=call.given("z", z))
@@ -210,7 +229,9 @@ def scale_forward(x: Tensor, channel_gate: Tensor, z: Tensor, residual: bool, ma
 def scale_backward(
     dy: Tensor, x: Tensor, channel_gate: Tensor, spatial_gate: Tensor, machine: Optional[Machine] = None
 ):
-    call = _Call("scale_backward", x, Parameters(), _scale_config(channel_gate, False), NO_NORM, machine or Machine())
+    call = _Call(
+        "scale_backward", x, Parameters(), _scale_config(channel_gate, False), NO_NORM, machine or Machine()
+    )
     out = {"dz_out": _map(x), "dchannel_gate": torch.empty_like(channel_gate)}
     made = {name: call.made(name, t) for name, t in out.items()}
     call.run(
@@ -239,7 +260,9 @@ def cbam_backward(dy, x, p, c, saved, norm: Norm = NO_NORM, machine: Optional[Ma
     return _backward("cbam_backward", dy, x, p, c, norm, saved, {}, machine)
 
 
-def attention_backward(dy, x, p, c, saved, spatial_gate, dz, dchannel_gate, machine: Optional[Machine] = None):
+def attention_backward(
+    dy, x, p, c, saved, spatial_gate, dz, dchannel_gate, machine: Optional[Machine] = None
+):
     extra = {"spatial_gate": spatial_gate, "dz": dz, "dchannel_gate": dchannel_gate}
     return _backward("attention_backward", dy, x, p, c, NO_NORM, saved, extra, machine)
 
@@ -276,7 +299,13 @@ class HostOps:
     def cbam_backward(self, dy, x, *rest):
         weights, norm, saved, options = rest[:6], rest[6:11], rest[11:17], rest[17:]
         out = cbam_backward(
-            dy, x, Parameters(*weights), Config(*options), dict(zip((*SAVED, "spatial_gate"), saved)), Norm(*norm), self.machine
+            dy,
+            x,
+            Parameters(*weights),
+            Config(*options),
+            dict(zip((*SAVED, "spatial_gate"), saved)),
+            Norm(*norm),
+            self.machine,
         )
         names = ("dx", *(f"d{n}" for n in (*Parameters._fields, "bn_weight", "bn_bias")))
         return tuple(out.get(name, x.new_empty(0)) for name in names)
@@ -284,12 +313,23 @@ class HostOps:
     def attention_forward(self, x, *rest):
         weights, (pools, spatial, ties, save) = rest[:6], rest[6:]
         out = attention_forward(x, Parameters(*weights), Config(pools, spatial, ties), self.machine, save)
-        return (out["z"], *(t if save or name == "channel_gate" else t.new_empty(0) for name, t in list(out.items())[:5]))
+        return (
+            out["z"],
+            *(t if save or name == "channel_gate" else t.new_empty(0) for name, t in list(out.items())[:5]),
+        )
 
     def attention_backward(self, dy, x, *rest):
         weights, saved, (gate, dz, dgate), options = rest[:6], rest[6:11], rest[11:14], rest[14:]
         out = attention_backward(
-            dy, x, Parameters(*weights), Config(*options), dict(zip(SAVED, saved)), gate, dz, dgate, self.machine
+            dy,
+            x,
+            Parameters(*weights),
+            Config(*options),
+            dict(zip(SAVED, saved)),
+            gate,
+            dz,
+            dgate,
+            self.machine,
         )
         return tuple(out.get(name, x.new_empty(0)) for name in ("dx", *(f"d{n}" for n in Parameters._fields)))
 

@@ -12,7 +12,14 @@ import pytest
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 NVCC = next(
-    (p for p in (os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc"), shutil.which("nvcc")) if p and os.path.exists(p)),
+    (
+        p
+        for p in (
+            os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc"),
+            shutil.which("nvcc"),
+        )
+        if p and os.path.exists(p)
+    ),
     None,
 )
 pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
@@ -48,7 +55,18 @@ def _compile(tmp_path: Path, direction: str, traits: str, arch: str):
     )
     cubin = tmp_path / "kernel.cubin"
     run = subprocess.run(
-        [NVCC, "-std=c++17", "-O3", f"-arch={arch}", f"-I{SOURCES}", "--ptxas-options=-v", "-cubin", "-o", cubin, source],
+        [
+            NVCC,
+            "-std=c++17",
+            "-O3",
+            f"-arch={arch}",
+            f"-I{SOURCES}",
+            "--ptxas-options=-v",
+            "-cubin",
+            "-o",
+            cubin,
+            source,
+        ],
         capture_output=True,
         text=True,
     )
