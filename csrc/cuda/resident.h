@@ -25,13 +25,14 @@ struct SharedMap {
   int32_t barriers;        // kLoads mbarriers
   int32_t item;            // backward: the weight item drawn
   int32_t gate;            // A [tile channels]
-  int32_t spatial;         // forward: A [tile positions]
+  int32_t spatial;         // A [tile positions]
   int32_t base, squares, exponentials;  // forward, statistics of [tile channels]
   int32_t input;           // A [inputs][own channels]
   int32_t hidden_part;     // A [inputs (+ 1 backward)][h], this block's share of sums over channels
   int32_t hidden;          // A [inputs][h]; forward: [h]
   int32_t pooled;          // forward: the spatial pools of [tile positions]; backward: ds, or dz
-  int32_t position_grad;   // PositionTerms [tile positions]
+  int32_t place_mean, place_maximum;  // backward: A [tile positions], dq; the mean's divided by C
+  int32_t place_mark;      // backward: int [tile positions], the maximum's channel or how many equal it
   int32_t top;             // A [tile positions], with shared ties
   int32_t kernel_grad;     // A [pieces][2][taps]; then [2 taps + 1], the batch's
   int32_t gate_grad;       // A [tile channels]
@@ -79,6 +80,7 @@ struct Machine {
 constexpr int64_t kRowBytes = 256;         // least part of a contiguous row that a block takes by choice
 constexpr int64_t kSmallTile = 100 << 10;  // below, two blocks of half the threads share a multiprocessor
 constexpr int64_t kLeastPositions = 196;   // below, the weights outweigh x, and the streamed tier batches
+constexpr int kMergeRows = 6, kTermRows = 2;  // what merging a strip, or reading its terms, costs in rows
 constexpr int kClusters[] = {8, 16};       // portable first
 // Blocks against places on the device, over the waves that they run in: a wave that is mostly empty costs
 // as much as a full one. Modelled, to be measured.
@@ -104,12 +106,14 @@ inline int64_t part(int64_t total, int64_t unit, int64_t parts) {
   return policy::ceil_div(policy::ceil_div(total, unit), parts) * unit;
 }
 
-// Groups that keep most warps busy with `strips` strips of columns, each costing a merge.
-inline int groups_for(int64_t strips, int warps, int limit) {
+// Groups of rows that share a strip of columns: more keep all warps busy, and each costs `setup` more, in
+// rows of one lane.
+inline int groups_for(int64_t strips, int64_t lane_rows, int warps, int setup, int limit) {
   int best = 1;
-  double least = 1e9;
+  int64_t least = INT64_MAX;
   for (int groups = 1; groups <= limit; ++groups) {
-    const double cost = double(policy::ceil_div(strips * groups, warps)) * warps / double(strips * groups) + 0.02 * groups;
+    const int64_t each = setup + policy::ceil_div(lane_rows, groups);
+    const int64_t cost = policy::ceil_div(strips * groups, warps) * each;
     if (cost < least) {
       least = cost;
       best = groups;
@@ -161,8 +165,9 @@ inline bool plan(Resident& k, const Machine& m, int cluster, Split split) {
   const int64_t across = 128 / (k.vector * element);
   const int64_t strips = ceil_div(columns, k.vector * across);
   const int warps = k.threads / 32;
-  k.column_groups = groups_for(strips, warps, columns > 1024 ? 1 : 4);
-  k.map_groups = groups_for(strips, warps, 16);
+  const int64_t lane_rows = ceil_div(last ? tp : tc, 32 / across);
+  k.column_groups = groups_for(strips, lane_rows, warps, kMergeRows, columns > 1024 ? 1 : 4);
+  k.map_groups = groups_for(strips, lane_rows, warps, kTermRows, 16);
 
   const int64_t height = int64_t{p.depth} * p.height;
   const int64_t halo = int64_t{p.kernel_d / 2} * p.height + p.kernel_h / 2;
@@ -183,7 +188,7 @@ inline bool plan(Resident& k, const Machine& m, int cluster, Split split) {
   at.barriers = b.take(kLoads * 8);
   at.item = b.take(backward ? 4 : 0);
   at.gate = b.take(tc * a);
-  at.spatial = b.take(backward ? 0 : tp * a);
+  at.spatial = b.take(tp * a);
   at.input = b.take(k.inputs * k.own_channels * a);
   at.hidden_part = b.take((k.inputs + backward) * p.hidden * a * (p.pools ? 1 : 0));
   at.hidden = b.take((backward ? k.inputs : 1) * p.hidden * a * (p.pools ? 1 : 0));
@@ -196,7 +201,9 @@ inline bool plan(Resident& k, const Machine& m, int cluster, Split split) {
     at.scratch = at.window = b.take(std::max(window * 2 * a, k.column_groups * columns * mean_max));
   } else {
     at.pooled = b.take(p.spatial ? tp * a : 0);
-    at.position_grad = b.take(tp * 4 * a);
+    at.place_mean = b.take(tp * a);
+    at.place_maximum = b.take(tp * a);
+    at.place_mark = b.take(tp * 4);
     at.top = b.take(split_ties ? tp * a : 0);
     k.kernel_pieces = std::max(1, warps / (p.kernel_d * p.kernel_h));
     at.kernel_grad = b.take(p.spatial ? (2 * taps(p) * k.kernel_pieces + 1) * a : 0);

@@ -8,8 +8,9 @@ namespace resident {
 
 #if CBAM_HAS_CLUSTERS
 
-// dx of the tile. kNeedsX: shared ties, the p = 2 norm and log-sum-exp look at x again.
-template <class Tr, bool kNeedsX> __device__ __forceinline__ void input_grads(const Block<Tr>& b, Landed& landed) {
+// dx of the tile. kNeedsX: shared ties, the p = 2 norm and log-sum-exp look at x again, and the residual is
+// asked for there.
+template <class Tr, bool kNeedsX, bool kResidual> __device__ __forceinline__ void input_grads(const Block<Tr>& b, Landed& landed) {
   using T = typename Tr::T;
   using A = typename Tr::A;
   constexpr int V = Tr::V;
@@ -19,26 +20,27 @@ template <class Tr, bool kNeedsX> __device__ __forceinline__ void input_grads(co
   const T* dy = b.template at<T>(k.at.tile_dy);
   const ChannelTerms<A>* channels = b.template at<ChannelTerms<A>>(k.at.terms);
   const RareTerms<A>* rare = b.template at<RareTerms<A>>(k.at.rare);
-  const Position<A>* places = b.template at<Position<A>>(k.at.position_grad);
+  const Places<A> places(b);
   const A* tops = b.template at<A>(k.at.top);
   T* dx = as<T>(p.dx) + b.origin();
   const int64_t stride = b.stride();
   const int pitch = b.vectors * V, c0 = b.tile_channels.begin, p0 = b.tile_positions.begin;
-  const bool residual = p.residual, split = kRareOptions && p.ties == kTiesSplit;
+  const bool split = kRareOptions && p.ties == kTiesSplit;
+  landed.wait(b.rows - 1);
   for (int item = b.warp; item < Strip<Tr>::items(b, k.map_groups); item += b.warps) {
     const Strip<Tr> s(b, item, k.map_groups);
     if (!s.inside) continue;
     const int column = s.vector * V;
     ChannelTerms<A> of_channel[V];
-    Position<A> of_place[V];
+    PositionTerms<A> of_place[V];
+    if constexpr (Tr::kLast) {
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      if constexpr (Tr::kLast) of_channel[j] = channels[column + j];
-      else of_place[j] = places[column + j];
+      for (int j = 0; j < V; ++j) of_channel[j] = channels[column + j];
+    } else {
+      places.read(column, of_place);
     }
 #pragma unroll 2
     for (int r = s.first; r < b.rows; r += s.step) {
-      landed.wait(r);
       A d[V], v[V];
       load_shared<Tr>(dy + r * pitch + column, d);
       if constexpr (kNeedsX) load_shared<Tr>(x + r * pitch + column, v);
@@ -48,11 +50,11 @@ template <class Tr, bool kNeedsX> __device__ __forceinline__ void input_grads(co
       for (int j = 0; j < V; ++j) {
         const int c = Tr::kLast ? column + j : r, at = Tr::kLast ? r : column + j;
         const ChannelTerms<A>& channel = of_channel[Tr::kLast ? j : 0];
-        const PositionTerms<A> place = of_place[Tr::kLast ? 0 : j].terms();
+        const PositionTerms<A>& place = of_place[Tr::kLast ? 0 : j];
         if constexpr (kNeedsX) {
           d[j] = input_grad_of_x(p, channel, rare[c], place, split ? tops[at] : A(0), d[j], v[j], c0 + c, p0 + at);
         } else {
-          d[j] = input_grad(channel, place, d[j], c0 + c, p0 + at, residual);
+          d[j] = input_grad(channel, place, d[j], c0 + c, p0 + at, kResidual);
         }
       }
       store_vector<Tr>(dx + r * stride + column, d);  // [V]
@@ -83,8 +85,9 @@ template <class Tr> __device__ __forceinline__ void backward(const Resident& k, 
   }
   __syncthreads();
   weights_ready(k);
-  if (input_grad_needs_x(p)) input_grads<Tr, true>(b, landed);
-  else input_grads<Tr, false>(b, landed);
+  if (input_grad_needs_x(p)) input_grads<Tr, true, false>(b, landed);
+  else if (p.residual) input_grads<Tr, false, true>(b, landed);
+  else input_grads<Tr, false, false>(b, landed);
   if (Tr::kByChannel && p.pools) ptx::cluster_wait();
   __syncthreads();
   finish_weights(b);

@@ -242,7 +242,7 @@ template <class Tr> __device__ __forceinline__ void spatial_gate(const Block<Tr>
 
 // ---- y = x g s (+ x).
 
-template <class Tr> __device__ __forceinline__ void output(const Block<Tr>& b) {
+template <class Tr, bool kResidual> __device__ __forceinline__ void output(const Block<Tr>& b) {
   using T = typename Tr::T;
   using A = typename Tr::A;
   constexpr int V = Tr::V;
@@ -253,7 +253,6 @@ template <class Tr> __device__ __forceinline__ void output(const Block<Tr>& b) {
   T* y = as<T>(k.p.y) + b.origin();
   const int64_t stride = b.stride();
   const int pitch = b.vectors * V;
-  const bool residual = k.p.residual;
   for (int item = b.warp; item < Strip<Tr>::items(b, k.map_groups); item += b.warps) {
     const Strip<Tr> s(b, item, k.map_groups);
     if (!s.inside) continue;
@@ -269,7 +268,7 @@ template <class Tr> __device__ __forceinline__ void output(const Block<Tr>& b) {
         // The channel's gate first, as the reference has it.
         const A gated = Tr::kLast ? v[j] * factor[j] : v[j] * row;
         const A both = Tr::kLast ? gated * row : gated * factor[j];
-        v[j] = residual ? both + v[j] : both;
+        v[j] = kResidual ? both + v[j] : both;
       }
       store_vector<Tr>(y + r * stride + s.vector * V, v);  // [V]
     }
@@ -308,7 +307,8 @@ template <class Tr> __device__ __forceinline__ void forward(const Resident& k, u
     ptx::cluster_sync();
     spatial_gate(b);
   }
-  output(b);
+  if (p.residual) output<Tr, true>(b);
+  else output<Tr, false>(b);
   // No block may leave while another reads its pools, or its share of the hidden layer.
   if (!Tr::kByChannel && p.spatial) ptx::cluster_wait();
   if (Tr::kByChannel && !p.spatial) ptx::cluster_sync();

@@ -10,11 +10,30 @@ namespace resident {
 
 #if CBAM_HAS_CLUSTERS
 
-// PositionTerms, read by one access.
-template <class A> struct alignas(4 * sizeof(A)) Position {
-  A spatial, mean, maximum;
-  int mark;
-  __device__ __forceinline__ PositionTerms<A> terms() const { return {spatial, mean, maximum, mark}; }
+// The terms of the tile's positions: an array each, so that neighbouring lanes read neighbouring banks.
+template <class A> struct Places {
+  A *spatial, *mean, *maximum;
+  int* mark;
+  template <class Tr> __device__ __forceinline__ explicit Places(const Block<Tr>& b)
+      : spatial(b.template at<A>(b.k.at.spatial)), mean(b.template at<A>(b.k.at.place_mean)),
+        maximum(b.template at<A>(b.k.at.place_maximum)), mark(b.template at<int>(b.k.at.place_mark)) {}
+  __device__ __forceinline__ PositionTerms<A> operator[](int i) const {
+    return {spatial[i], mean[i], maximum[i], mark[i]};
+  }
+  // Of V positions from i on, a multiple of 4.
+  template <int V> __device__ __forceinline__ void read(int i, PositionTerms<A> (&q)[V]) const {
+    static_assert(V % 4 == 0 && sizeof(A) == 4);
+#pragma unroll
+    for (int j = 0; j < V; j += 4) {
+      const float4 s = *reinterpret_cast<const float4*>(spatial + i + j), a = *reinterpret_cast<const float4*>(mean + i + j);
+      const float4 m = *reinterpret_cast<const float4*>(maximum + i + j);
+      const int4 at = *reinterpret_cast<const int4*>(mark + i + j);
+      q[j] = {s.x, a.x, m.x, at.x};
+      q[j + 1] = {s.y, a.y, m.y, at.y};
+      q[j + 2] = {s.z, a.z, m.z, at.z};
+      q[j + 3] = {s.w, a.w, m.w, at.w};
+    }
+  }
 };
 
 template <class A_> struct Total {
@@ -33,7 +52,7 @@ template <class Tr> __device__ __forceinline__ void stage_saved(const Block<Tr>&
   const Problem& p = k.p;
   A* gate = b.template at<A>(k.at.gate);
   ChannelTerms<A>* terms = b.template at<ChannelTerms<A>>(k.at.terms);
-  Position<A>* places = b.template at<Position<A>>(k.at.position_grad);
+  const Places<A> places(b);
   const bool needs_x = input_grad_needs_x(p);
   const int64_t pools = pool_count(p.pools);
   const auto pooled = [&](int bit, int64_t c) {
@@ -51,12 +70,10 @@ template <class Tr> __device__ __forceinline__ void stage_saved(const Block<Tr>&
   }
   for (int i = b.thread; i < b.tile_positions.size(); i += b.threads) {
     const int64_t at = b.n * p.positions + b.tile_positions.begin + i;
-    Position<A> place = {A(1), A(0), A(0), -1};
-    if (p.spatial) {
-      place.spatial = constant<A>(p.spatial_gate, at);                                                   // [1]
-      place.mark = load_index<Cache::kReadOnly>(p.spatial_index, at, is_short_extent(p.channels));  // [1]
-    }
-    places[i] = place;
+    places.spatial[i] = p.spatial ? constant<A>(p.spatial_gate, at) : A(1);  // [1]
+    places.mean[i] = places.maximum[i] = A(0);
+    places.mark[i] =
+        p.spatial ? load_index<Cache::kReadOnly>(p.spatial_index, at, is_short_extent(p.channels)) : -1;  // [1]
     if (p.ties == kTiesSplit) {
       const int64_t map = at + b.n * p.positions;
       b.template at<A>(k.at.top)[i] = p.spatial ? constant<A>(p.spatial_pool, map) : A(0);  // [1]
@@ -80,10 +97,10 @@ template <class Tr> __device__ __forceinline__ void spatial_grads(const Block<Tr
   const T* dy = b.template at<T>(k.at.tile_dy);
   const A* gate = b.template at<A>(k.at.gate);
   A* map = b.template at<A>(k.at.pooled);
-  const Position<A>* places = b.template at<Position<A>>(k.at.position_grad);
+  const A* gates = b.template at<A>(k.at.spatial);
   const int pitch = b.vectors * V;
   const auto out = [&](int i, const Total<A>& total) {
-    const A s = places[i].spatial;
+    const A s = gates[i];
     map[i] = Tr::kByChannel ? total.sum : total.sum * s * (A(1) - s);
   };
   const auto product = [&](int at, A(&v)[V]) {
@@ -190,7 +207,7 @@ template <class Tr> __device__ __forceinline__ void conv_grads(const Block<Tr>& 
   Pair<A>* pools = b.template at<Pair<A>>(k.at.window);
   A* grads = b.template at<A>(k.at.window_grad);
   A* map = b.template at<A>(k.at.pooled);
-  Position<A>* places = b.template at<Position<A>>(k.at.position_grad);
+  const Places<A> places(b);
   const Pair<A>* kernel = b.template at<Pair<A>>(k.at.kernel);
   const Window w(k, b.own_positions);
   w.fill(b, [&](int i, int position) {
@@ -200,7 +217,7 @@ template <class Tr> __device__ __forceinline__ void conv_grads(const Block<Tr>& 
       const int64_t at = b.n * 2 * p.positions + position;
       q = {constant<A>(p.spatial_pool, at), constant<A>(p.spatial_pool, at + p.positions)};  // [1]
       if constexpr (Tr::kByChannel) {
-        const A s = places[position].spatial;
+        const A s = places.spatial[position];
         dz = cluster_sum(b, map + position) * s * (A(1) - s);
       } else {
         const int owner = owner_of(position, b.positions, k.position_unit, b.blocks);
@@ -223,13 +240,8 @@ template <class Tr> __device__ __forceinline__ void conv_grads(const Block<Tr>& 
     });
     maximum *= slope;
     mean = slope * mean / A(p.channels);
-    Position<A>* mine = places + (i - b.tile_positions.begin);
-#pragma unroll 1
-    for (int r = 0; r < (Tr::kByChannel ? b.blocks : 1); ++r) {
-      Position<A>* place = Tr::kByChannel ? b.remote(mine, r) : mine;
-      place->maximum = maximum;
-      place->mean = mean;
-    }
+    share_position(b, places.maximum, i, maximum);
+    share_position(b, places.mean, i, mean);
   }
   kernel_grads(b, w, pools, grads);
   if constexpr (Tr::kByChannel) ptx::cluster_arrive();
@@ -241,7 +253,7 @@ template <class Tr> __device__ __forceinline__ void conv_grads(const Block<Tr>& 
 // ---- dg = sum_p x (dy s + dq_mean / C + dq_max [c is the argmax]) of the tile's channels.
 
 template <class A, bool kSplit>
-__device__ __forceinline__ A inner_grad(const Position<A>& q, A dy, A gate, A x, A top, int channel) {
+__device__ __forceinline__ A inner_grad(const PositionTerms<A>& q, A dy, A gate, A x, A top, int channel) {
   const A base = dy * q.spatial + q.mean;
   if constexpr (kSplit) return base + even_share(q.maximum, gate * x == top, q.mark);
   else return base + first_share(q.maximum, q.mark == channel);
@@ -256,7 +268,7 @@ template <class Tr, bool kSplit> __device__ __forceinline__ void gate_grads(cons
   const T* dy = b.template at<T>(k.at.tile_dy);
   const A* gate = b.template at<A>(k.at.gate);
   const A* top = b.template at<A>(k.at.top);
-  const Position<A>* places = b.template at<Position<A>>(k.at.position_grad);
+  const Places<A> places(b);
   A* out = b.template at<A>(k.at.gate_grad);
   const int pitch = b.vectors * V;
   if constexpr (Tr::kLast) {
@@ -266,7 +278,7 @@ template <class Tr, bool kSplit> __device__ __forceinline__ void gate_grads(cons
           A d[V];
           load_shared<Tr>(x + r * pitch + s.vector * V, v);
           load_shared<Tr>(dy + r * pitch + s.vector * V, d);
-          const Position<A> q = places[r];
+          const PositionTerms<A> q = places[r];
           const A highest = kSplit ? top[r] : A(0);
 #pragma unroll
           for (int j = 0; j < V; ++j) {
@@ -277,21 +289,19 @@ template <class Tr, bool kSplit> __device__ __forceinline__ void gate_grads(cons
         [&](int c, const Total<A>& total) { out[c] = total.sum; });
   } else {
     A* parts = b.template at<A>(k.at.scratch);  // [strips][tile channels]
+    landed.wait(b.rows - 1);  // without a spatial gate, this is the first pass
     const int strips = Strip<Tr>::items(b, 1);
     for (int item = b.warp; item < strips * k.map_groups; item += b.warps) {
       const Strip<Tr> s(b, item, k.map_groups);
-      Position<A> q[V];
+      PositionTerms<A> q[V];
       A highest[V];
+      places.read(s.vector * V, q);
 #pragma unroll
-      for (int j = 0; j < V; ++j) {
-        q[j] = places[s.vector * V + j];
-        highest[j] = kSplit ? top[s.vector * V + j] : A(0);
-      }
+      for (int j = 0; j < V; ++j) highest[j] = kSplit ? top[s.vector * V + j] : A(0);
       // All lanes of a warp take part in every sum, whether their row is there or not.
 #pragma unroll 2
       for (int base = s.group * Tr::kDown; base < b.rows; base += s.step) {
         const int r = min(base + b.lane / Tr::kAcross, b.rows - 1);
-        landed.wait(r);
         A v[V], d[V], sum = 0;
         load_shared<Tr>(x + r * pitch + s.vector * V, v);
         load_shared<Tr>(dy + r * pitch + s.vector * V, d);

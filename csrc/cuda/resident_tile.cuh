@@ -155,13 +155,19 @@ struct Landed {
 
 // ---- Vectors of V elements.
 
+// Both halves of a word, by one instruction each where the format allows it.
+__device__ __forceinline__ void unpack_pair(BFloat16, unsigned w, float& low, float& high) {
+  low = ptx::bits_to_float(w << 16);
+  high = ptx::bits_to_float(w & 0xffff0000u);
+}
+__device__ __forceinline__ void unpack_pair(Half, unsigned w, float& low, float& high) {
+  low = ptx::unpack_half(static_cast<unsigned short>(w));
+  high = ptx::unpack_half(static_cast<unsigned short>(w >> 16));
+}
 template <class T, int V> __device__ __forceinline__ void unpack_words(const unsigned* w, Accumulate<T> (&v)[V]) {
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
-    for (int i = 0; i < V / 2; ++i) {
-      v[2 * i] = unpack(T{static_cast<unsigned short>(w[i])});
-      v[2 * i + 1] = unpack(T{static_cast<unsigned short>(w[i] >> 16)});
-    }
+    for (int i = 0; i < V / 2; ++i) unpack_pair(T{}, w[i], v[2 * i], v[2 * i + 1]);
   } else {
 #pragma unroll
     for (int i = 0; i < V; ++i) v[i] = ptx::bits_to_float(w[i]);
