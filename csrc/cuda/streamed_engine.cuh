@@ -20,7 +20,8 @@ template <class T_, int kVector_, Layout kLayout_, bool kFold_> struct StreamedT
   static constexpr int V = kVector_;
   static constexpr Layout kLayout = kLayout_;
   static constexpr bool kFold = kFold_;
-  static constexpr int kBlocks = 2;  // a multiprocessor: 128 registers a thread
+  // Blocks a multiprocessor: two leave 128 registers a thread, too few for doubles.
+  static constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;
   static_assert(V == 1 || V == kVector<T>, "an access is one element or 16 bytes");
   static_assert(!kFold || (kLayout == kContiguous && V > 1), "only contiguous vectors are folded");
   static_assert(kThreads % 32 == 0 && kThreads * kBlocks <= 1024);
