@@ -24,6 +24,8 @@ else:
         cases = Path(__file__).with_name("triton_cases.py")
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(cases)]
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=cases.parent.parent)
+        run = subprocess.run(
+            command, env=environment, capture_output=True, text=True, cwd=cases.parent.parent
+        )
         assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
         assert " passed" in run.stdout and " skipped" not in run.stdout, run.stdout[-2000:]
