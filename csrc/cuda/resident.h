@@ -122,6 +122,9 @@ inline int groups_for(int64_t strips, int64_t lane_rows, int warps, int setup, i
   return best;
 }
 
+// Bytes of a row that a warp reads at a time, by accesses of so many.
+constexpr int strip_bytes(int layout, int access) { return layout == kContiguous && access == 16 ? 64 : 128; }
+
 struct MapBuilder {
   int64_t used = 0;
   int32_t take(int64_t bytes) {
@@ -162,7 +165,7 @@ inline bool plan(Resident& k, const Machine& m, int cluster, Split split) {
   k.threads = tile * (backward ? 2 : 1) < kSmallTile ? kMaxThreads / 2 : kMaxThreads;
 
   const int64_t columns = last ? tc : tp;  // of the tile
-  const int64_t across = 128 / (k.vector * element);
+  const int64_t across = strip_bytes(p.layout, static_cast<int>(k.vector * element)) / (k.vector * element);
   const int64_t strips = ceil_div(columns, k.vector * across);
   const int warps = k.threads / 32;
   const int64_t lane_rows = ceil_div(last ? tp : tc, 32 / across);

@@ -9,19 +9,6 @@ namespace resident {
 
 #if CBAM_HAS_CLUSTERS
 
-// V factors of a vector's columns, from shared memory.
-template <class Tr>
-__device__ __forceinline__ void load_factors(const typename Tr::A* from, typename Tr::A (&v)[Tr::V]) {
-#pragma unroll
-  for (int j = 0; j < Tr::V; j += 4) {
-    const float4 w = *reinterpret_cast<const float4*>(from + j);
-    v[j] = w.x;
-    v[j + 1] = w.y;
-    v[j + 2] = w.z;
-    v[j + 3] = w.w;
-  }
-}
-
 // ---- Channel pools: a statistic of each of the tile's channels over the tile's positions.
 
 template <class Tr, class S>
@@ -164,7 +151,7 @@ template <class Tr, bool kSplit> __device__ __forceinline__ void spatial_pools(c
         [&](int r, int i, A(&v)[V]) {
           load_shared<Tr>(tile + r * pitch + i * V, v);
           A g[V];
-          load_factors<Tr>(gate + i * V, g);
+          load_factors<V>(gate + i * V, g);
 #pragma unroll
           for (int j = 0; j < V; ++j) v[j] *= g[j];
         },
@@ -257,7 +244,7 @@ template <class Tr, bool kResidual> __device__ __forceinline__ void output(const
     const Strip<Tr> s(b, item, k.map_groups);
     if (!s.inside) continue;
     A factor[V];
-    load_factors<Tr>(of_columns + s.vector * V, factor);
+    load_factors<V>(of_columns + s.vector * V, factor);
 #pragma unroll 4
     for (int r = s.first; r < b.rows; r += s.step) {
       A v[V];

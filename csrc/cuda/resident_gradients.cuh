@@ -22,16 +22,14 @@ template <class A> struct Places {
   }
   // Of V positions from i on, a multiple of 4.
   template <int V> __device__ __forceinline__ void read(int i, PositionTerms<A> (&q)[V]) const {
-    static_assert(V % 4 == 0 && sizeof(A) == 4);
+    A of_spatial[V], of_mean[V], of_maximum[V], of_mark[V];
+    load_factors<V>(spatial + i, of_spatial);
+    load_factors<V>(mean + i, of_mean);
+    load_factors<V>(maximum + i, of_maximum);
+    load_factors<V>(reinterpret_cast<const float*>(mark) + i, of_mark);
 #pragma unroll
-    for (int j = 0; j < V; j += 4) {
-      const float4 s = *reinterpret_cast<const float4*>(spatial + i + j), a = *reinterpret_cast<const float4*>(mean + i + j);
-      const float4 m = *reinterpret_cast<const float4*>(maximum + i + j);
-      const int4 at = *reinterpret_cast<const int4*>(mark + i + j);
-      q[j] = {s.x, a.x, m.x, at.x};
-      q[j + 1] = {s.y, a.y, m.y, at.y};
-      q[j + 2] = {s.z, a.z, m.z, at.z};
-      q[j + 3] = {s.w, a.w, m.w, at.w};
+    for (int j = 0; j < V; ++j) {
+      q[j] = {of_spatial[j], of_mean[j], of_maximum[j], static_cast<int>(ptx::float_to_bits(of_mark[j]))};
     }
   }
 };
@@ -116,7 +114,7 @@ template <class Tr> __device__ __forceinline__ void spatial_grads(const Block<Tr
         [&](int r, int i, A(&v)[V]) {
           product(r * pitch + i * V, v);
           A g[V];
-          load_factors<Tr>(gate + i * V, g);
+          load_factors<V>(gate + i * V, g);
 #pragma unroll
           for (int j = 0; j < V; ++j) v[j] *= g[j];
         },
@@ -301,7 +299,7 @@ template <class Tr, bool kSplit> __device__ __forceinline__ void gate_grads(cons
       // All lanes of a warp take part in every sum, whether their row is there or not.
 #pragma unroll 2
       for (int base = s.group * Tr::kDown; base < b.rows; base += s.step) {
-        const int r = min(base + b.lane / Tr::kAcross, b.rows - 1);
+        const int r = min(base + s.down, b.rows - 1);
         A v[V], d[V], sum = 0;
         load_shared<Tr>(x + r * pitch + s.vector * V, v);
         load_shared<Tr>(dy + r * pitch + s.vector * V, d);
@@ -311,7 +309,7 @@ template <class Tr, bool kSplit> __device__ __forceinline__ void gate_grads(cons
           sum += v[j] * inner_grad<A, kSplit>(q[j], d[j], g, v[j], highest[j], b.tile_channels.begin + r);
         }
         sum = lane_sum<1, Tr::kAcross>(s.inside ? sum : A(0));
-        if (b.lane % Tr::kAcross == 0 && base + b.lane / Tr::kAcross < b.rows) parts[s.index * b.rows + r] = sum;
+        if (b.lane % Tr::kAcross == 0 && base + s.down < b.rows) parts[s.index * b.rows + r] = sum;
       }
     }
     __syncthreads();

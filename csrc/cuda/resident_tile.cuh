@@ -20,8 +20,9 @@ template <class T_, int kVector_, Layout kLayout_, Split kSplit_> struct Traits 
   static constexpr int V = kVector_;
   static constexpr bool kLast = kLayout_ == kChannelsLast;
   static constexpr bool kByChannel = kSplit_ == kByChannels;
-  // A warp's strip: 128 bytes of a row, which one wavefront reads whatever the pitch, in several rows.
-  static constexpr int kAcross = 128 / (V * static_cast<int>(sizeof(T)));
+  // A warp's strip: part of a row, in several rows. 64 bytes waste less of a row's end than 128, and need rows
+  // whose distances keep two of them in different banks: those of contiguous maps.
+  static constexpr int kAcross = strip_bytes(kLayout_, V * static_cast<int>(sizeof(T))) / (V * static_cast<int>(sizeof(T)));
   static constexpr int kDown = 32 / kAcross;
   static_assert(V * sizeof(T) == 16 || V * sizeof(T) == 8, "an access is 8 or 16 bytes");
   static_assert(!(kLast && kByChannel), "channels-last samples are cut by positions");
@@ -30,7 +31,9 @@ template <class T_, int kVector_, Layout kLayout_, Split kSplit_> struct Traits 
 
 #if CBAM_HAS_CLUSTERS
 
-template <class A> struct Pair { A maximum, mean; };
+template <class A> struct alignas(2 * sizeof(A)) Pair {
+  A maximum, mean;
+};
 
 struct Range {
   int begin, end;
@@ -195,6 +198,19 @@ __device__ __forceinline__ void store_vector(typename Tr::T* p, const typename T
   }
 }
 
+// V values of shared memory, a multiple of 4 from a multiple of 4 on.
+template <int V> __device__ __forceinline__ void load_factors(const float* from, float (&v)[V]) {
+  static_assert(V % 4 == 0);
+#pragma unroll
+  for (int j = 0; j < V; j += 4) {
+    const float4 w = *reinterpret_cast<const float4*>(from + j);
+    v[j] = w.x;
+    v[j + 1] = w.y;
+    v[j + 2] = w.z;
+    v[j + 3] = w.w;
+  }
+}
+
 // ---- Walks.
 
 template <bool kValue> struct Flag { static constexpr bool value = kValue; };
@@ -203,7 +219,7 @@ template <bool kValue> struct Flag { static constexpr bool value = kValue; };
 template <class Tr> struct Strip {
   int index, group;      // strip, and which of the groups that share it
   int vector;            // within the row, of a vector that is there
-  int first, step;
+  int down, first, step; // the lane's row of the first kDown
   bool inside;           // false: this lane repeats another one's vector
 
   __device__ __forceinline__ Strip(const Block<Tr>& b, int item, int groups) {
@@ -213,7 +229,14 @@ template <class Tr> struct Strip {
     vector = index * Tr::kAcross + b.lane % Tr::kAcross;
     inside = vector < b.vectors;
     vector = min(vector, b.vectors - 1);
-    first = group * Tr::kDown + b.lane / Tr::kAcross;
+    down = b.lane / Tr::kAcross;
+    if constexpr (Tr::kAcross == 4) {
+      // Lanes 0..7 read two rows at a time, which are in different banks where the distance of these rows is
+      // half of 128 bytes off a multiple of it: 4, 2 or 1 rows apart.
+      if (b.vectors % 2) down = down / 2 + down % 2 * 4;
+      else if (b.vectors % 4) down = down % 2 * 2 + down / 2 % 2 + down / 4 * 4;
+    }
+    first = group * Tr::kDown + down;
     step = groups * Tr::kDown;
   }
   static __device__ __forceinline__ int items(const Block<Tr>& b, int groups) {
@@ -279,19 +302,23 @@ __device__ __forceinline__ void reduce_rows(const Block<Tr>& b, Landed& landed, 
       acc.peak.value = peak;
       if (lane < b.vectors) {
         A v[V];
-        if (peak != peak) {  // `best` went on moving: back to the first vector with a NaN
+        if (peak == peak) {
+          value(row, best, v);
+#pragma unroll
+          for (int j = V - 1; j >= 0; --j) {
+            if (v[j] == peak) acc.peak.mark = best * V + j;
+          }
+        } else {  // `best` went on moving: back to the first vector with a NaN
           best = lane;
           value(row, best, v);
           while (largest_of(v) == largest_of(v)) {
             best += kTeam;
             value(row, best, v);
           }
-        } else {
-          value(row, best, v);
-        }
 #pragma unroll
-        for (int j = V - 1; j >= 0; --j) {
-          if (v[j] == peak || (v[j] != v[j] && peak != peak)) acc.peak.mark = best * V + j;
+          for (int j = V - 1; j >= 0; --j) {
+            if (v[j] != v[j]) acc.peak.mark = best * V + j;
+          }
         }
       }
     } else {
