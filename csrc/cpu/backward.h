@@ -6,12 +6,12 @@
 template <class T, bool kChannelsLast>
 struct Backward : Block<T, kChannelsLast> {
   using Base = Block<T, kChannelsLast>;
+  using Base::Base;
+  using Base::call, Base::dy, Base::element, Base::L, Base::load_gate, Base::mlp_hidden, Base::out, Base::p,
+      Base::pad, Base::passes, Base::place_maps, Base::pools_count, Base::streams, Base::tile,
+      Base::tile_dgate, Base::tile_end, Base::tiles, Base::x, Base::in_parts;
   using typename Base::A;
   using typename Base::Int;
-  using Base::call, Base::dy, Base::element, Base::L, Base::load_gate, Base::mlp_hidden, Base::out, Base::p, Base::pad,
-      Base::passes, Base::place_maps, Base::pools_count, Base::streams, Base::tile, Base::tile_dgate, Base::tile_end,
-      Base::tiles, Base::x, Base::in_parts;
-  using Base::Base;
 
   // Brings what forward saved for sample n next to the kernels.
   void load_saved(int64_t n, Sample<A>& s, Stage stage) const {
@@ -23,7 +23,8 @@ struct Backward : Block<T, kChannelsLast> {
     std::copy_n(q, p.P, s.q_max);
     std::copy_n(q + p.P, p.P, s.q_mean);
     place_maps(0, p.P, s);
-    for (int64_t i = 0; i < p.P; ++i) s.q_index[i] = Int(index_at(p.spatial_index, p.wide_spatial_index, n * p.P + i));
+    for (int64_t i = 0; i < p.P; ++i)
+      s.q_index[i] = Int(index_at(p.spatial_index, p.wide_spatial_index, n * p.P + i));
   }
 
   // ds of tile t, and the tile's part of sum_p dy x s.
@@ -87,10 +88,12 @@ struct Backward : Block<T, kChannelsLast> {
       std::fill_n(w.sum, slots.size() * L, A(0));
       if (split) {
         sum_columns(x(s.n), p.C, p0, p1, slots, w.sum, [&](Vec<A> v, int64_t r, int64_t l) {
-          return v * share_of(v * load(s.gate + l), splat<A>(s.q_max[r]), splat<A>(s.dq_max[r]), splat<A>(s.dq_mean[r]));
+          return v * share_of(v * load(s.gate + l), splat<A>(s.q_max[r]), splat<A>(s.dq_max[r]),
+                              splat<A>(s.dq_mean[r]));
         });
       } else {
-        sum_columns(x(s.n), p.C, p0, p1, slots, w.sum, [&](Vec<A> v, int64_t r, int64_t) { return v * s.dq_mean[r]; });
+        sum_columns(x(s.n), p.C, p0, p1, slots, w.sum,
+                    [&](Vec<A> v, int64_t r, int64_t) { return v * s.dq_mean[r]; });
       }
       unslot(slots, w.sum, w.max);
       for (int64_t c = 0; c < p.C; ++c) dgate[c] += w.max[c];
@@ -98,7 +101,8 @@ struct Backward : Block<T, kChannelsLast> {
       auto slots = make_slots<A>(p1 - p0, p0);
       if (split) {
         sum_rows(x(s.n) + p0, p.P, 0, p.C, slots, dgate, [&](Vec<A> v, int64_t r, int64_t l) {
-          return v * share_of(v * s.gate[r], load(s.q_max + p0 + l), load(s.dq_max + p0 + l), load(s.dq_mean + p0 + l));
+          return v * share_of(v * s.gate[r], load(s.q_max + p0 + l), load(s.dq_max + p0 + l),
+                              load(s.dq_mean + p0 + l));
         });
       } else {
         sum_rows(x(s.n) + p0, p.P, 0, p.C, slots, dgate,
@@ -161,7 +165,8 @@ struct Backward : Block<T, kChannelsLast> {
       matvec_transposed(static_cast<const A*>(p.w2), C, C, call.dlogits + n0 * C, C, int(n1 - n0),
                         call.dpooled + n0 * M * C, M * C);
       for (int64_t n = n0; n < n1; ++n) {
-        for (int64_t k = 1; k < M; ++k) std::copy_n(call.dpooled + n * M * C, C, call.dpooled + (n * M + k) * C);
+        for (int64_t k = 1; k < M; ++k)
+          std::copy_n(call.dpooled + n * M * C, C, call.dpooled + (n * M + k) * C);
       }
       return;
     }
@@ -249,7 +254,8 @@ struct Backward : Block<T, kChannelsLast> {
     T* to = out(s.n);
     // A last slot that was moved left has written the end of the tile before anew.
     const Slots<A> slots = make_slots<A>(p1 - p0, p0);
-    const int64_t first = !kChannelsLast && slots.tail_count ? p0 + std::min<int64_t>(0, slots.tail_start) : p0;
+    const int64_t first =
+        !kChannelsLast && slots.tail_count ? p0 + std::min<int64_t>(0, slots.tail_start) : p0;
     for (int64_t c = 0; c < p.C; ++c) {
       const int64_t pos = s.p_index[c];
       if (pos < first || pos >= p1) continue;
@@ -268,8 +274,8 @@ struct Backward : Block<T, kChannelsLast> {
     const int pools = p.pools;
     const Vec<A> zero{};
     auto value = [=](Vec<A> d, Vec<A> v, Vec<A> gate, Vec<A> sp, Vec<A> mean, Vec<A> dmax, Vec<A> qmax,
-                     VecInt<A> q_hit, Vec<A> da, Vec<A> dm, Vec<A> peak, VecInt<A> p_hit, Vec<A> dlp, Vec<A> dlse,
-                     Vec<A> lse) CBAM_INLINE_LAMBDA {
+                     VecInt<A> q_hit, Vec<A> da, Vec<A> dm, Vec<A> peak, VecInt<A> p_hit, Vec<A> dlp,
+                     Vec<A> dlse, Vec<A> lse) CBAM_INLINE_LAMBDA {
       Vec<A> inner = d * sp;
       if (spatial) inner += split ? share_of(v * gate, qmax, dmax, mean) : mean + (q_hit ? dmax : zero);
       Vec<A> r = gate * inner;
@@ -285,10 +291,12 @@ struct Backward : Block<T, kChannelsLast> {
     if constexpr (kChannelsLast) {
       const T* xs = x(s.n);
       map_rows<Write::kCached>(
-          dy(s.n), out(s.n), p.C, p0, p1, make_slots<A>(p.C, 0), [&](Vec<A> d, int64_t r, int64_t l, auto tag) {
-            return value(d, load(xs + r * p.C + l, tag), load(s.gate + l), splat<A>(s.s[r]), splat<A>(s.dq_mean[r]),
-                         splat<A>(s.dq_max[r]), pick(q_max, r), iota<A>() + splat_int<A>(l) == splat_int<A>(s.q_index[r]),
-                         lanes(s.da, l), lanes(s.dm, l), lanes(s.peak, l), load(s.p_index + l) == splat_int<A>(r),
+          dy(s.n), out(s.n), p.C, p0, p1, make_slots<A>(p.C, 0),
+          [&](Vec<A> d, int64_t r, int64_t l, auto tag) {
+            return value(d, load(xs + r * p.C + l, tag), load(s.gate + l), splat<A>(s.s[r]),
+                         splat<A>(s.dq_mean[r]), splat<A>(s.dq_max[r]), pick(q_max, r),
+                         iota<A>() + splat_int<A>(l) == splat_int<A>(s.q_index[r]), lanes(s.da, l),
+                         lanes(s.dm, l), lanes(s.peak, l), load(s.p_index + l) == splat_int<A>(r),
                          lanes(s.dlp, l), lanes(s.dlse, l), lanes(s.partition, l));
           });
     } else {
@@ -298,9 +306,9 @@ struct Backward : Block<T, kChannelsLast> {
           [&](Vec<A> d, int64_t r, int64_t l, auto tag) {
             return value(d, load(xs + r * p.P + l, tag), splat<A>(s.gate[r]), load(s.s + p0 + l),
                          load(s.dq_mean + p0 + l), load(s.dq_max + p0 + l), lanes(q_max, p0 + l),
-                         load(s.q_index + p0 + l) == splat_int<A>(r), pick(s.da, r), pick(s.dm, r), pick(s.peak, r),
-                         iota<A>() + splat_int<A>(p0 + l) == splat_int<A>(s.p_index[r]), pick(s.dlp, r),
-                         pick(s.dlse, r), pick(s.partition, r));
+                         load(s.q_index + p0 + l) == splat_int<A>(r), pick(s.da, r), pick(s.dm, r),
+                         pick(s.peak, r), iota<A>() + splat_int<A>(p0 + l) == splat_int<A>(s.p_index[r]),
+                         pick(s.dlp, r), pick(s.dlse, r), pick(s.partition, r));
           });
     }
   }

@@ -29,32 +29,32 @@ struct Worker {
 // a whole vector past the end.
 template <class A>
 struct Sample {
-  A* gate;                            // (C)[L]
-  A* s;                               // (P)[L]  spatial gate
-  A *q_max, *q_mean;                  // (P)[L]
-  A* maps[2];                         // padded q_max and q_mean
-  A* dz;                              // padded
-  A *ds, *dq_max, *dq_mean;           // (P)[L]; dq_max by ties, dq_mean over C
-  A* dgate;                           // (tiles, C)[L]
-  A *peak, *power, *partition;        // (C)[L]: max, lp and lse pools
-  A *da, *dm, *dlp, *dlse;            // (C)[L]: gradients of the pools, in the terms of dx
-  typename Lanes<A>::Int* q_index;    // (P)[L]
-  typename Lanes<A>::Int* p_index;    // (C)[L]
+  A* gate;                          // (C)[L]
+  A* s;                             // (P)[L]  spatial gate
+  A *q_max, *q_mean;                // (P)[L]
+  A* maps[2];                       // padded q_max and q_mean
+  A* dz;                            // padded
+  A *ds, *dq_max, *dq_mean;         // (P)[L]; dq_max by ties, dq_mean over C
+  A* dgate;                         // (tiles, C)[L]
+  A *peak, *power, *partition;      // (C)[L]: max, lp and lse pools
+  A *da, *dm, *dlp, *dlse;          // (C)[L]: gradients of the pools, in the terms of dx
+  typename Lanes<A>::Int* q_index;  // (P)[L]
+  typename Lanes<A>::Int* p_index;  // (C)[L]
   int64_t n;
 };
 
 // Arrays of the whole call.
 template <class A>
 struct Call {
-  A *pooled, *gate;                   // (N, K, C), (N, C)
-  A *blend;                           // (N, C): the pool that a blended MLP reads
-  A *hidden, *hidden_sum;             // (N, M, h) before ReLU, (N, h) after ReLU over the M passes
-  A *logits, *dlogits;                // (N, C)
-  A *dhidden, *dpooled;               // (N, M, h), (N, M, C)
-  A *dplanes;                         // (N, 2 taps)
-  double* dnorm;                      // (N, 2)
+  A *pooled, *gate;        // (N, K, C), (N, C)
+  A* blend;                // (N, C): the pool that a blended MLP reads
+  A *hidden, *hidden_sum;  // (N, M, h) before ReLU, (N, h) after ReLU over the M passes
+  A *logits, *dlogits;     // (N, C)
+  A *dhidden, *dpooled;    // (N, M, h), (N, M, C)
+  A* dplanes;              // (N, 2 taps)
+  double* dnorm;           // (N, 2)
   std::vector<Worker<A>> workers;
-  std::vector<Sample<A>> samples;     // `group` for each worker, then the shared one
+  std::vector<Sample<A>> samples;  // `group` for each worker, then the shared one
 };
 
 template <class U>
@@ -90,11 +90,12 @@ struct Block {
 
   static int count_pools(int pools) { return __builtin_popcount(pools & 15); }
 
-  // Positions whose x (and dy) take a quarter of a 1 MiB second-level cache; not so many that a sum
-  // over a tile, one value after the other, loses more than the sum over tiles.
+  // Positions whose x (and dy) take half of a 1 MiB second-level cache (measured: a quarter is slower,
+  // all of it no faster); not so many that a sum over a tile, one value after the other, loses more
+  // than the sum over tiles.
   static int64_t tile_positions(const Problem& p, bool backward) {
     int64_t bytes = p.C * int64_t(sizeof(T)) * (backward ? 2 : 1);
-    int64_t positions = std::max<int64_t>((int64_t(256) << 10) / bytes / L * L, 64);
+    int64_t positions = std::max<int64_t>((int64_t(512) << 10) / bytes / L * L, 64);
     return std::min({positions, int64_t(2048), p.P});
   }
 
@@ -269,7 +270,8 @@ struct Block {
                               // From c0 on: what lies before belongs to another thread, which may have put
                               // the number of its ties in place of the index.
                               for (int i = int(std::max<int64_t>(0, -l)); i < L && c0 + l + i < c1; ++i) {
-                                done(c0 + l + i, Extremum<A>{w.sum[k * L + i], w.max[k * L + i], w.index[k * L + i]});
+                                done(c0 + l + i,
+                                     Extremum<A>{w.sum[k * L + i], w.max[k * L + i], w.index[k * L + i]});
                               }
                             });
     } else {
@@ -308,7 +310,8 @@ struct Block {
     }
     if (p.pools & kLse) {
       A* origin = s.partition;  // what is subtracted before exp
-      for (int64_t c = c0; c < c1; ++c) origin[c] = std::isfinite(s.peak[c]) || s.peak[c] != s.peak[c] ? s.peak[c] : A(0);
+      for (int64_t c = c0; c < c1; ++c)
+        origin[c] = std::isfinite(s.peak[c]) || s.peak[c] != s.peak[c] ? s.peak[c] : A(0);
       sum_positions(n, c0, c1, w, origin, [](Vec<A> v, Vec<A> m) { return exp(v - m); });
       for (int64_t c = c0; c < c1; ++c) row[c] = origin[c] + std::log(w.sum[c - c0]);
     }
@@ -316,7 +319,8 @@ struct Block {
 
   void count_positions(int64_t n, int64_t c0, int64_t c1, Worker<A>& w, Sample<A>& s) const {
     sum_positions(n, c0, c1, w, s.peak, [](Vec<A> v, Vec<A> m) { return v == m ? splat<A>(1) : Vec<A>{}; });
-    for (int64_t c = c0; c < c1; ++c) put_index(p.pool_index, p.wide_pool_index, n * p.C + c, int64_t(w.sum[c - c0]));
+    for (int64_t c = c0; c < c1; ++c)
+      put_index(p.pool_index, p.wide_pool_index, n * p.C + c, int64_t(w.sum[c - c0]));
   }
 
   // What the MLP reads in each pass for the samples [n0, n1): (n, M, C) from `stride` on.
@@ -339,7 +343,8 @@ struct Block {
     const A* in = mlp_input(n0, n1);
     if (!h) return;
     const A* b1 = static_cast<const A*>(p.b1);
-    matvec(static_cast<const A*>(p.w1), h, p.C, in + n0 * M * p.C, p.C, int((n1 - n0) * M), call.hidden + n0 * M * h, h);
+    matvec(static_cast<const A*>(p.w1), h, p.C, in + n0 * M * p.C, p.C, int((n1 - n0) * M),
+           call.hidden + n0 * M * h, h);
     for (int64_t n = n0; n < n1; ++n) {
       for (int64_t j = 0; j < h; ++j) {
         A total = 0;
@@ -359,7 +364,8 @@ struct Block {
     const A* in = p.hidden ? call.hidden_sum : call.blend;
     const int64_t width = p.hidden ? p.hidden : p.C;
     const A* b2 = static_cast<const A*>(p.b2);
-    matvec(static_cast<const A*>(p.w2), p.C, width, in + n0 * width, width, int(n1 - n0), call.logits + n0 * p.C, p.C);
+    matvec(static_cast<const A*>(p.w2), p.C, width, in + n0 * width, width, int(n1 - n0),
+           call.logits + n0 * p.C, p.C);
     for (int64_t n = n0; n < n1; ++n) {
       A* l = call.logits + n * p.C;
       A* g = call.gate + n * p.C;
@@ -428,7 +434,8 @@ struct Block {
                            [&](int64_t l, int64_t k, auto tag) {
                              write<Write::kCached>(s.q_max + p0 + l, load(w.max + k * L), tag);
                              write<Write::kCached>(s.q_mean + p0 + l, load(w.sum + k * L) / A(p.C), tag);
-                             for (int i = 0; i < L && p0 + l + i < p1; ++i) s.q_index[p0 + l + i] = w.index[k * L + i];
+                             for (int i = 0; i < L && p0 + l + i < p1; ++i)
+                               s.q_index[p0 + l + i] = w.index[k * L + i];
                            });
     }
     place_maps(p0, p1, s);
@@ -455,9 +462,10 @@ struct Block {
     auto equal = [](Vec<A> v, Vec<A> m) { return v == m ? splat<A>(1) : Vec<A>{}; };
     if constexpr (kChannelsLast) {
       std::fill_n(w.sum, p1 - p0, A(0));
-      sum_rows(x(s.n) + p0 * p.C, p.C, 0, p1 - p0, make_slots<A>(p.C, 0), w.sum, [&](Vec<A> v, int64_t r, int64_t l) {
-        return equal(v * load(s.gate + l), splat<A>(s.q_max[p0 + r]));
-      });
+      sum_rows(x(s.n) + p0 * p.C, p.C, 0, p1 - p0, make_slots<A>(p.C, 0), w.sum,
+               [&](Vec<A> v, int64_t r, int64_t l) {
+                 return equal(v * load(s.gate + l), splat<A>(s.q_max[p0 + r]));
+               });
     } else {
       auto slots = make_slots<A>(p1 - p0, p0);
       std::fill_n(w.max, slots.size() * L, A(0));
@@ -505,7 +513,8 @@ struct Block {
     auto plain = [=](Vec<A> v, int64_t r, int64_t l, auto) CBAM_INLINE_LAMBDA {
       return kChannelsLast ? v * load(gate + l) * sp[r] : v * gate[r] * load(sp + l);
     };
-    auto residual = [=](Vec<A> v, int64_t r, int64_t l, auto tag) CBAM_INLINE_LAMBDA { return plain(v, r, l, tag) + v; };
+    auto residual = [=](Vec<A> v, int64_t r, int64_t l, auto tag)
+                        CBAM_INLINE_LAMBDA { return plain(v, r, l, tag) + v; };
     if (streams) {
       p.residual ? g(WriteAs<Write::kStreamed>{}, residual) : g(WriteAs<Write::kStreamed>{}, plain);
     } else {
@@ -520,9 +529,8 @@ struct Block {
         map_rows<kWrite>(x(s.n), out(s.n), p.C, p0, p1, make_slots<A>(p.C, 0), f);
       } else {
         map_rows<kWrite>(x(s.n) + p0, out(s.n) + p0, p.P, 0, p.C, make_slots<A>(p1 - p0, p0),
-                         [=](Vec<A> v, int64_t r, int64_t l, auto tag) CBAM_INLINE_LAMBDA {
-                           return f(v, r, p0 + l, tag);
-                         });
+                         [=](Vec<A> v, int64_t r, int64_t l, auto tag)
+                             CBAM_INLINE_LAMBDA { return f(v, r, p0 + l, tag); });
       }
     });
   }

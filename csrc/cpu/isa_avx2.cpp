@@ -28,7 +28,9 @@ namespace {
 #include "schedule.h"
 }  // namespace
 }  // namespace avx2
-const Kernels* kernels_avx2() { return &avx2::kKernels; }
+const Kernels* kernels_avx2() {
+  return &avx2::kKernels;
+}
 }  // namespace cbam_fused
 
 #if defined(__clang__)

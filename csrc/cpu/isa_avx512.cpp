@@ -5,7 +5,9 @@
 // The attributes cover this file's kernels but nothing of the standard library, which the linker
 // might share with code for older machines.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi,bmi2"))), apply_to = function)
+#pragma clang attribute push(                                                             \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi,bmi2"))), \
+    apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi,bmi2")
@@ -28,7 +30,9 @@ namespace {
 #include "schedule.h"
 }  // namespace
 }  // namespace avx512
-const Kernels* kernels_avx512() { return &avx512::kKernels; }
+const Kernels* kernels_avx512() {
+  return &avx512::kKernels;
+}
 }  // namespace cbam_fused
 
 #if defined(__clang__)

@@ -18,5 +18,7 @@ namespace {
 #include "schedule.h"
 }  // namespace
 }  // namespace baseline
-const Kernels* kernels_baseline() { return &baseline::kKernels; }
+const Kernels* kernels_baseline() {
+  return &baseline::kKernels;
+}
 }  // namespace cbam_fused

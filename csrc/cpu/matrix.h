@@ -144,7 +144,8 @@ struct RowState {
   VecInt<A> index;
 
   // Written out, since an implicit constructor would not be compiled for this instruction set.
-  CBAM_INLINE RowState() : sum(Vec<A>{}), max(splat<A>(-std::numeric_limits<A>::infinity())), index(VecInt<A>{}) {}
+  CBAM_INLINE RowState()
+      : sum(Vec<A>{}), max(splat<A>(-std::numeric_limits<A>::infinity())), index(VecInt<A>{}) {}
   template <class Tag>
   CBAM_INLINE void take(Vec<A> v, int64_t l, Tag tag) {
     sum += only_fresh(v, tag, Vec<A>{});
@@ -246,8 +247,9 @@ void fold(const Slots<A>& slots, A* part, A* total) {
 // slots.size() vectors, `part` among them as scratch. kScaled multiplies row r by row_scale[r] first.
 // also(row, first lane, tag, rows) follows each block of rows and slot.
 template <bool kScaled, class T, class A, class Also = Nothing>
-void reduce_columns(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots, const A* row_scale,
-                    A* part, A* sum, A* max, typename Lanes<A>::Int* index, Also also = {}) {
+void reduce_columns(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots,
+                    const A* row_scale, A* part, A* sum, A* max, typename Lanes<A>::Int* index,
+                    Also also = {}) {
   constexpr int L = kLanes<A>;
   for (int64_t k = 0; k < slots.size(); ++k) {
     store(part + k * L, Vec<A>{});
@@ -288,8 +290,8 @@ void reduce_columns(const T* x, int64_t stride, int64_t r0, int64_t r1, const Sl
 
 // Settles the NaN lanes of a reduce_columns and hands over each slot: done(first lane, slot, tag).
 template <bool kScaled, class T, class A, class Done>
-void finish_columns(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots, const A* row_scale,
-                    A* sum, A* max, typename Lanes<A>::Int* index, Done done) {
+void finish_columns(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots,
+                    const A* row_scale, A* sum, A* max, typename Lanes<A>::Int* index, Done done) {
   constexpr int L = kLanes<A>;
   for_slots(slots, [&](int64_t l, int64_t k, auto tag) {
     Vec<A> s = load(sum + k * L);
@@ -330,7 +332,8 @@ void weigh_product(const T* x, const T* dy, int64_t stride, int64_t r0, int64_t 
         prefetch_next<T, R>(dy + offset + l, stride);
         Vec<A> lane = load(lane_weight + l), product[R];
         for (int u = 0; u < R; ++u) {
-          Vec<A> t = load(x + offset + u * stride + l, tag) * load(dy + offset + u * stride + l, tag);  // [R, lanes]
+          Vec<A> t =
+              load(x + offset + u * stride + l, tag) * load(dy + offset + u * stride + l, tag);  // [R, lanes]
           acc[u] += only_fresh(t * lane, tag, Vec<A>{});
           product[u] = t * weight[u];
         }
@@ -344,7 +347,8 @@ void weigh_product(const T* x, const T* dy, int64_t stride, int64_t r0, int64_t 
 
 // row_out[r] += sum over lanes of f(x, row, first lane, u) for the rows [r0, r1).
 template <class T, class A, class F>
-CBAM_INLINE void sum_rows(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots, A* row_out, F f) {
+CBAM_INLINE void sum_rows(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots,
+                          A* row_out, F f) {
   for_blocks(r0, r1, [&](int64_t r, auto rows) {
     constexpr int R = decltype(rows)::value;
     const T* row = x + r * stride;
@@ -362,8 +366,8 @@ CBAM_INLINE void sum_rows(const T* x, int64_t stride, int64_t r0, int64_t r1, co
 
 // Per slot, lane_out += sum over the rows [r0, r1) of f(x, row, first lane).
 template <class T, class A, class F>
-CBAM_INLINE void sum_columns(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots, A* lane_out,
-                             F f) {
+CBAM_INLINE void sum_columns(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots,
+                             A* lane_out, F f) {
   constexpr int L = kLanes<A>;
   for_blocks(r0, r1, [&](int64_t r, auto rows) {
     constexpr int R = decltype(rows)::value;
@@ -388,7 +392,8 @@ CBAM_INLINE void map_block(const T* in, T* out, int64_t stride, int64_t r, int64
 
 // The same over the rows [r0, r1).
 template <Write kWrite, class T, class A, class F>
-CBAM_INLINE void map_rows(const T* in, T* out, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots, F f) {
+CBAM_INLINE void map_rows(const T* in, T* out, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots,
+                          F f) {
   for_blocks(r0, r1, [&](int64_t r, auto rows) {
     for_slots(slots, [&](int64_t l, int64_t, auto tag) {
       prefetch_next<T, decltype(rows)::value>(in + r * stride + l, stride);

@@ -3,7 +3,8 @@
 // y[i][r] = sum_c w[r][c] * v[i][c] for i < count; v rows are v_stride apart, y rows y_stride.
 // Four vectors share each load of w.
 template <class A>
-void matvec(const A* w, int64_t rows, int64_t cols, const A* v, int64_t v_stride, int count, A* y, int64_t y_stride) {
+void matvec(const A* w, int64_t rows, int64_t cols, const A* v, int64_t v_stride, int count, A* y,
+            int64_t y_stride) {
   constexpr int L = kLanes<A>;
   auto run = [&](int first, auto vectors) {
     constexpr int M = decltype(vectors)::value;
@@ -67,8 +68,8 @@ void matvec_transposed(const A* w, int64_t rows, int64_t cols, const A* v, int64
 
 // dw[r][c] = sum_i a[i][r] * b[i][c], i in order, for rows [r0, r1): the outer products of a batch.
 template <class A>
-void outer_products(int64_t r0, int64_t r1, int64_t cols, int64_t count, const A* a, int64_t a_stride, const A* b,
-                    int64_t b_stride, A* dw) {
+void outer_products(int64_t r0, int64_t r1, int64_t cols, int64_t count, const A* a, int64_t a_stride,
+                    const A* b, int64_t b_stride, A* dw) {
   constexpr int L = kLanes<A>;
   for_blocks(r0, r1, [&](int64_t r, auto block) {
     constexpr int R = decltype(block)::value;

@@ -123,7 +123,8 @@ void read_as(const Tensor& t, To* to) {
 
 double read_scalar(const Optional& t, double missing) {
   if (!t) return missing;
-  STD_TORCH_CHECK(t->numel() == 1, "cbam_fused: the spatial gate's norm and bias must have one element, got ", t->numel());
+  STD_TORCH_CHECK(t->numel() == 1, "cbam_fused: the spatial gate's norm and bias must have one element, got ",
+                  t->numel());
   double value;
   read_as(*t, &value);
   return value;
@@ -197,7 +198,9 @@ class Call {
     return t.data_ptr();
   }
 
-  Tensor empty(std::vector<int64_t> size, ScalarType type) const { return torch::stable::new_empty(x_, size, type); }
+  Tensor empty(std::vector<int64_t> size, ScalarType type) const {
+    return torch::stable::new_empty(x_, size, type);
+  }
   Tensor nothing() const { return empty({0}, accumulate); }
   Tensor nothing(ScalarType type) const { return empty({0}, type); }
   Tensor per_channel() const { return empty({p.N, p.C}, accumulate); }
@@ -207,7 +210,9 @@ class Call {
     for (int64_t d = 2; d < x_.dim(); ++d) size.push_back(x_.size(d));
     return size;
   }
-  static ScalarType index_type(int64_t extent) { return extent < (1 << 15) ? ScalarType::Short : ScalarType::Int; }
+  static ScalarType index_type(int64_t extent) {
+    return extent < (1 << 15) ? ScalarType::Short : ScalarType::Int;
+  }
 
   void take_weights(const Weights& w) {
     if (p.pools) {
@@ -300,7 +305,8 @@ class Call {
   size_t element() const { return accumulate == ScalarType::Double ? 8 : 4; }
 
   const void* weight(const Tensor& t, int64_t count, const char* name) {
-    STD_TORCH_CHECK(t.numel() == count, "cbam_fused: ", name, " must have ", count, " elements, got ", t.numel());
+    STD_TORCH_CHECK(t.numel() == count, "cbam_fused: ", name, " must have ", count, " elements, got ",
+                    t.numel());
     if (t.scalar_type() == accumulate && t.is_contiguous()) return t.data_ptr();
     Tensor copy = empty({count}, accumulate);
     accumulate == ScalarType::Double ? read_as(t, static_cast<double*>(copy.data_ptr()))
@@ -364,10 +370,12 @@ Saved make_saved(Call& call, bool save, bool gate) {
   Problem& p = call.p;
   const int64_t pools = __builtin_popcount(p.pools & 15);
   Saved s{save && pools ? call.empty({p.N, pools, p.C}, call.accumulate) : call.nothing(),
-          save && p.pools & kMax ? call.empty({p.N, p.C}, Call::index_type(p.P)) : call.nothing(Call::index_type(p.P)),
+          save && p.pools & kMax ? call.empty({p.N, p.C}, Call::index_type(p.P))
+                                 : call.nothing(Call::index_type(p.P)),
           gate && p.pools ? call.per_channel() : call.nothing(),
           save && p.spatial ? call.empty(call.map_size(2), call.accumulate) : call.nothing(),
-          save && p.spatial ? call.empty(call.map_size(0), Call::index_type(p.C)) : call.nothing(Call::index_type(p.C))};
+          save && p.spatial ? call.empty(call.map_size(0), Call::index_type(p.C))
+                            : call.nothing(Call::index_type(p.C))};
   auto pointer = [](const Tensor& t) { return t.numel() ? t.data_ptr() : nullptr; };
   p.pooled = pointer(s.pooled);
   p.pool_index = pointer(s.pool_index);
@@ -397,9 +405,9 @@ void take_saved(Call& call, const Tensor& pooled, const Tensor& pool_index, cons
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_forward(
     const Tensor& x, const Optional& w1, const Optional& b1, const Optional& w2, const Optional& b2,
-    const Optional& conv_weight, const Optional& conv_bias, const Optional& bn_weight, const Optional& bn_bias,
-    const Optional& bn_mean, const Optional& bn_var, double bn_eps, int64_t pools, int64_t spatial, int64_t ties,
-    bool residual, bool save) {
+    const Optional& conv_weight, const Optional& conv_bias, const Optional& bn_weight,
+    const Optional& bn_bias, const Optional& bn_mean, const Optional& bn_var, double bn_eps, int64_t pools,
+    int64_t spatial, int64_t ties, bool residual, bool save) {
   Call call(x, {pools, spatial, ties, residual});
   call.take_weights({w1, b1, w2, b2, conv_weight, conv_bias});
   if (call.p.spatial) call.take_norm(conv_bias, {bn_weight, bn_bias, bn_mean, bn_var, bn_eps});
@@ -414,7 +422,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_forward(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward(
     const Tensor& x, const Optional& w1, const Optional& b1, const Optional& w2, const Optional& b2,
-    const Optional& conv_weight, const Optional& conv_bias, int64_t pools, int64_t spatial, int64_t ties, bool save) {
+    const Optional& conv_weight, const Optional& conv_bias, int64_t pools, int64_t spatial, int64_t ties,
+    bool save) {
   Call call(x, {pools, spatial, ties});
   call.take_weights({w1, b1, w2, b2, conv_weight, conv_bias});
   if (call.p.spatial) call.take_norm(conv_bias, kNoNorm);
@@ -425,7 +434,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward(
   return {z, saved.pooled, saved.pool_index, saved.channel_gate, saved.spatial_pool, saved.spatial_index};
 }
 
-std::tuple<Tensor, Tensor> scale_forward(const Tensor& x, const Tensor& channel_gate, const Tensor& z, bool residual) {
+std::tuple<Tensor, Tensor> scale_forward(const Tensor& x, const Tensor& channel_gate, const Tensor& z,
+                                         bool residual) {
   Call call(x, {channel_gate.numel() ? kAvg : 0, 1, kFirst, residual});
   Problem& p = call.p;
   if (p.pools) p.channel_gate = call.saved(channel_gate, p.N * p.C, call.accumulate, "channel_gate");
@@ -439,11 +449,12 @@ std::tuple<Tensor, Tensor> scale_forward(const Tensor& x, const Tensor& channel_
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_backward(
-    const Tensor& dy, const Tensor& x, const Optional& w1, const Optional& b1, const Optional& w2, const Optional& b2,
-    const Optional& conv_weight, const Optional& conv_bias, const Optional& bn_weight, const Optional& bn_bias,
-    const Optional& bn_mean, const Optional& bn_var, double bn_eps, const Tensor& pooled, const Tensor& pool_index,
-    const Tensor& channel_gate, const Tensor& spatial_pool, const Tensor& spatial_index, const Tensor& spatial_gate,
-    int64_t pools, int64_t spatial, int64_t ties, bool residual) {
+    const Tensor& dy, const Tensor& x, const Optional& w1, const Optional& b1, const Optional& w2,
+    const Optional& b2, const Optional& conv_weight, const Optional& conv_bias, const Optional& bn_weight,
+    const Optional& bn_bias, const Optional& bn_mean, const Optional& bn_var, double bn_eps,
+    const Tensor& pooled, const Tensor& pool_index, const Tensor& channel_gate, const Tensor& spatial_pool,
+    const Tensor& spatial_index, const Tensor& spatial_gate, int64_t pools, int64_t spatial, int64_t ties,
+    bool residual) {
   Call call(x, {pools, spatial, ties, residual});
   Problem& p = call.p;
   call.take_weights({w1, b1, w2, b2, conv_weight, conv_bias});
@@ -469,10 +480,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
-    const Tensor& dy, const Tensor& x, const Optional& w1, const Optional& b1, const Optional& w2, const Optional& b2,
-    const Optional& conv_weight, const Optional& conv_bias, const Tensor& pooled, const Tensor& pool_index,
-    const Tensor& channel_gate, const Tensor& spatial_pool, const Tensor& spatial_index, const Tensor& spatial_gate,
-    const Tensor& dz, const Tensor& dchannel_gate, int64_t pools, int64_t spatial, int64_t ties, bool residual) {
+    const Tensor& dy, const Tensor& x, const Optional& w1, const Optional& b1, const Optional& w2,
+    const Optional& b2, const Optional& conv_weight, const Optional& conv_bias, const Tensor& pooled,
+    const Tensor& pool_index, const Tensor& channel_gate, const Tensor& spatial_pool,
+    const Tensor& spatial_index, const Tensor& spatial_gate, const Tensor& dz, const Tensor& dchannel_gate,
+    int64_t pools, int64_t spatial, int64_t ties, bool residual) {
   Call call(x, {pools, spatial, ties, residual});
   Problem& p = call.p;
   call.take_weights({w1, b1, w2, b2, conv_weight, conv_bias});

@@ -16,48 +16,48 @@ using Parallel = void (*)(int64_t count, ParallelBody body, void* context);
 
 // "A" below is the accumulation type: double for double x, else float.
 struct Problem {
-  int64_t N = 0, C = 0, P = 0;           // samples, channels, positions; P = D * H * W
-  int64_t D = 1, H = 1, W = 1;           // spatial sizes, leading ones for 1-D and 2-D
-  int64_t kD = 1, kH = 1, kW = 1;        // kernel of the spatial gate, odd
-  int64_t hidden = 0;                    // width of the MLP, 0 for a single layer
-  int pools = 0;                         // 0: no channel gate
+  int64_t N = 0, C = 0, P = 0;     // samples, channels, positions; P = D * H * W
+  int64_t D = 1, H = 1, W = 1;     // spatial sizes, leading ones for 1-D and 2-D
+  int64_t kD = 1, kH = 1, kW = 1;  // kernel of the spatial gate, odd
+  int64_t hidden = 0;              // width of the MLP, 0 for a single layer
+  int pools = 0;                   // 0: no channel gate
   bool spatial = false;
   int ties = kFirst;
   bool residual = false;
   bool channels_last = false;
 
-  const void* x = nullptr;               // (N, C, P) or (N, P, C), the call's dtype
-  const void* dy = nullptr;              // as x
-  void* out = nullptr;                   // y or dx, as x
+  const void* x = nullptr;   // (N, C, P) or (N, P, C), the call's dtype
+  const void* dy = nullptr;  // as x
+  void* out = nullptr;       // y or dx, as x
 
-  const void* w1 = nullptr;              // (hidden, C)  A
-  const void* b1 = nullptr;              // (hidden)     A or null
-  const void* w2 = nullptr;              // (C, hidden)  A; (C, C) for a single layer
-  const void* b2 = nullptr;              // (C)          A or null
-  const void* planes = nullptr;          // (2, kD, kH, kW)  A: weights on the max map, then the mean map
-  double scale = 1.0, shift = 0.0;       // spatial logits = scale * conv + shift
+  const void* w1 = nullptr;         // (hidden, C)  A
+  const void* b1 = nullptr;         // (hidden)     A or null
+  const void* w2 = nullptr;         // (C, hidden)  A; (C, C) for a single layer
+  const void* b2 = nullptr;         // (C)          A or null
+  const void* planes = nullptr;     // (2, kD, kH, kW)  A: weights on the max map, then the mean map
+  double scale = 1.0, shift = 0.0;  // spatial logits = scale * conv + shift
 
-  void* pooled = nullptr;                // (N, K, C)    A
-  void* pool_index = nullptr;            // (N, C)       int16 or int32
-  void* channel_gate = nullptr;          // (N, C)       A
-  void* spatial_pool = nullptr;          // (N, 2, P)    A
-  void* spatial_index = nullptr;         // (N, P)       int16 or int32
-  void* spatial_gate = nullptr;          // (N, P)       A
-  void* z = nullptr;                     // (N, P)       A: logits, where the call is cut there
+  void* pooled = nullptr;         // (N, K, C)    A
+  void* pool_index = nullptr;     // (N, C)       int16 or int32
+  void* channel_gate = nullptr;   // (N, C)       A
+  void* spatial_pool = nullptr;   // (N, 2, P)    A
+  void* spatial_index = nullptr;  // (N, P)       int16 or int32
+  void* spatial_gate = nullptr;   // (N, P)       A
+  void* z = nullptr;              // (N, P)       A: logits, where the call is cut there
   bool wide_pool_index = false, wide_spatial_index = false;  // int32
 
-  void* dgate = nullptr;                 // (N, C)       A: sum_p dy x s, where the call is cut there
-  void* dz = nullptr;                    // (N, P)       A
-  void* dw1 = nullptr;                   // gradients of the parameters, A, shaped as they are
+  void* dgate = nullptr;  // (N, C)       A: sum_p dy x s, where the call is cut there
+  void* dz = nullptr;     // (N, P)       A
+  void* dw1 = nullptr;    // gradients of the parameters, A, shaped as they are
   void* db1 = nullptr;
   void* dw2 = nullptr;
   void* db2 = nullptr;
-  void* dplanes = nullptr;               // (2, kD, kH, kW)  A
-  double* dnorm = nullptr;               // (2): sum of dlogits, sum of dlogits * conv
+  void* dplanes = nullptr;  // (2, kD, kH, kW)  A
+  double* dnorm = nullptr;  // (2): sum of dlogits, sum of dlogits * conv
 
-  char* scratch = nullptr;               // scratch_bytes(problem) bytes, aligned to 64
+  char* scratch = nullptr;  // scratch_bytes(problem) bytes, aligned to 64
   int threads = 1;
-  int64_t cache_bytes = 0;               // last-level cache; outputs past an eighth of it bypass it
+  int64_t cache_bytes = 0;  // last-level cache; outputs past an eighth of it bypass it
   Parallel parallel = nullptr;
 };
 

@@ -7,13 +7,14 @@
 template <class T, bool kChannelsLast>
 struct Schedule : Backward<T, kChannelsLast> {
   using Base = Backward<T, kChannelsLast>;
-  using typename Base::A;
-  using Base::apply, Base::call,  Base::dx, Base::gate_logits_gradient, Base::group, Base::in_parts, Base::L,
-      Base::load_gate, Base::load_pool_gradients, Base::load_saved, Base::logits_gradient, Base::maps_gradient,
-      Base::mlp, Base::mlp_backward, Base::norm_gradient, Base::p, Base::pad, Base::planes_gradient, Base::pool,
-      Base::prepare, Base::products, Base::rest_of_gate_gradient, Base::run_parallel, Base::spatial_gate,
-      Base::spatial_pool, Base::tile_dgate, Base::tile_end, Base::tiles, Base::weight_gradients;
+  using Base::apply, Base::call, Base::dx, Base::gate_logits_gradient, Base::group, Base::in_parts, Base::L,
+      Base::load_gate, Base::load_pool_gradients, Base::load_saved, Base::logits_gradient,
+      Base::maps_gradient, Base::mlp, Base::mlp_backward, Base::norm_gradient, Base::p, Base::pad,
+      Base::planes_gradient, Base::pool, Base::prepare, Base::products, Base::rest_of_gate_gradient,
+      Base::run_parallel, Base::spatial_gate, Base::spatial_pool, Base::tile_dgate, Base::tile_end,
+      Base::tiles, Base::weight_gradients;
   using Base::Base;
+  using typename Base::A;
 
   // Runs first(t) over the tiles, and second(t) as soon as first has passed t by a halo.
   template <class First, class Second>
@@ -92,7 +93,8 @@ struct Schedule : Backward<T, kChannelsLast> {
             mlp(n, n + 1);
           }
           load_gate(n, s);
-          if (p.spatial && logits_needed) each_tile([&](int64_t t, Worker<A>& w) { spatial_pool(t, -1, w, s); });
+          if (p.spatial && logits_needed)
+            each_tile([&](int64_t t, Worker<A>& w) { spatial_pool(t, -1, w, s); });
           if (p.spatial || stage != Stage::kAttention) {
             each_tile([&](int64_t t, Worker<A>& w) {
               if (p.spatial) spatial_gate(t, w, s, stage);

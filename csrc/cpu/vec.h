@@ -151,31 +151,53 @@ CBAM_INLINE VecU16 to_half(VecF f) {
   return __builtin_convertvector(h | sign, VecU16);
 #endif
 }
-CBAM_INLINE void store(float* p, VecF v) { store_bytes(p, v); }
-CBAM_INLINE void store(double* p, VecD v) { store_bytes(p, v); }
-CBAM_INLINE void store(int32_t* p, VecFI v) { store_bytes(p, v); }
-CBAM_INLINE void store(int64_t* p, VecDI v) { store_bytes(p, v); }
-CBAM_INLINE void store(bf16* p, VecF v) { store_bytes(p, to_bf16(v)); }
-CBAM_INLINE void store(half* p, VecF v) { store_bytes(p, to_half(v)); }
+CBAM_INLINE void store(float* p, VecF v) {
+  store_bytes(p, v);
+}
+CBAM_INLINE void store(double* p, VecD v) {
+  store_bytes(p, v);
+}
+CBAM_INLINE void store(int32_t* p, VecFI v) {
+  store_bytes(p, v);
+}
+CBAM_INLINE void store(int64_t* p, VecDI v) {
+  store_bytes(p, v);
+}
+CBAM_INLINE void store(bf16* p, VecF v) {
+  store_bytes(p, to_bf16(v));
+}
+CBAM_INLINE void store(half* p, VecF v) {
+  store_bytes(p, to_half(v));
+}
 
 // Bypasses the caches; p is aligned to the stored width.
 template <class V, class T>
 CBAM_INLINE void stream_bytes(T* p, const V& v) {
 #if CBAM_VECTOR_BYTES == 64
-  if constexpr (sizeof(V) == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_cast<__m512i>(v));
+  if constexpr (sizeof(V) == 64)
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_cast<__m512i>(v));
 #endif
 #if CBAM_VECTOR_BYTES >= 32
-  if constexpr (sizeof(V) == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_cast<__m256i>(v));
+  if constexpr (sizeof(V) == 32)
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_cast<__m256i>(v));
 #endif
 #if defined(__SSE2__)
   if constexpr (sizeof(V) == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), bit_cast<__m128i>(v));
 #endif
   store_bytes(p, v);
 }
-CBAM_INLINE void stream(float* p, VecF v) { stream_bytes(p, v); }
-CBAM_INLINE void stream(double* p, VecD v) { stream_bytes(p, v); }
-CBAM_INLINE void stream(bf16* p, VecF v) { stream_bytes(p, to_bf16(v)); }
-CBAM_INLINE void stream(half* p, VecF v) { stream_bytes(p, to_half(v)); }
+CBAM_INLINE void stream(float* p, VecF v) {
+  stream_bytes(p, v);
+}
+CBAM_INLINE void stream(double* p, VecD v) {
+  stream_bytes(p, v);
+}
+CBAM_INLINE void stream(bf16* p, VecF v) {
+  stream_bytes(p, to_bf16(v));
+}
+CBAM_INLINE void stream(half* p, VecF v) {
+  stream_bytes(p, to_half(v));
+}
 CBAM_INLINE void stream_fence() {
 #if defined(__SSE2__)
   _mm_sfence();
@@ -195,9 +217,15 @@ CBAM_INLINE void store_first(T* p, Vec<Acc<T>> v, int count) {
   __builtin_memcpy(p, buffer, size_t(count) * sizeof(T));
 }
 
-CBAM_INLINE float load_one(const float* p) { return *p; }
-CBAM_INLINE double load_one(const double* p) { return *p; }
-CBAM_INLINE float load_one(const bf16* p) { return bit_cast<float>(uint32_t(p->bits) << 16); }
+CBAM_INLINE float load_one(const float* p) {
+  return *p;
+}
+CBAM_INLINE double load_one(const double* p) {
+  return *p;
+}
+CBAM_INLINE float load_one(const bf16* p) {
+  return bit_cast<float>(uint32_t(p->bits) << 16);
+}
 CBAM_INLINE float load_one(const half* p) {
 #if CBAM_VECTOR_BYTES >= 32
   return _cvtsh_ss(p->bits);
