@@ -50,6 +50,7 @@ struct Resident {
   Problem p;
   SharedMap at;
   int32_t operation, split, cluster, threads;
+  int32_t shared_limit;             // most shared memory that the device gives a block
   int32_t vector;                   // elements of one access
   int32_t channel_unit;             // own channels come in multiples of this many
   int32_t position_unit;
@@ -148,6 +149,7 @@ inline bool plan(Resident& k, const Machine& m, int cluster, Split split) {
   const int64_t element = element_bytes(p.dtype), a = accumulate_bytes(p.dtype);
   const int64_t pools = pool_count(p.pools);
   k.cluster = cluster;
+  k.shared_limit = m.shared_bytes;
   k.vector = vector_of(p);
   k.inputs = p.pools & kBlend ? 1 : static_cast<int32_t>(pools);
   k.save = p.spatial ? p.spatial_index != nullptr : !(p.pools & kMax) || p.pool_index != nullptr;

@@ -25,7 +25,7 @@ template <class Tr> __device__ __forceinline__ void cross_rows(const Streamed& k
   using T = typename Tr::T;
   using A = typename Tr::A;
   constexpr int V = Tr::V;
-  constexpr int kAhead = V > 4 ? 2 : kUnroll;  // two streams of 8 elements a load: 128 registers hold two
+  constexpr int kAhead = V > 4 || Tr::kFold ? 2 : kUnroll;  // two streams of 8 elements a load: 128 registers hold two
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.reduce;
@@ -217,7 +217,7 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
   using T = typename Tr::T;
   using A = typename Tr::A;
   constexpr int V = Tr::V;
-  constexpr int kAhead = V <= 4 ? kUnroll : kSplit && Tr::kFold ? 1 : 2;
+  constexpr int kAhead = kSplit && Tr::kFold ? 1 : V > 4 || Tr::kFold ? 2 : kUnroll;
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.map;
@@ -291,7 +291,7 @@ __device__ __forceinline__ void gate_grad_columns(const Streamed& k, const Item&
   using T = typename Tr::T;
   using A = typename Tr::A;
   constexpr int V = Tr::V;
-  constexpr int kAhead = V > 4 ? 2 : kUnroll;
+  constexpr int kAhead = V <= 4 ? kUnroll : 1;
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.map;
