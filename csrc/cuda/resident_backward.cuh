@@ -35,17 +35,19 @@ template <class Tr, bool kNeedsX, bool kResidual> __device__ __forceinline__ voi
     PositionTerms<A> of_place[V];
     if constexpr (Tr::kLast) {
 #pragma unroll
-      for (int j = 0; j < V; ++j) of_channel[j] = channels[column + j];
+      for (int j = 0; j < V; ++j) of_channel[j] = kNeedsX ? channels[column + j] : with_average(channels[column + j]);
     } else {
       places.read(column, of_place);
+#pragma unroll
+      for (int j = 0; j < V; ++j) of_place[j] = kNeedsX ? of_place[j] : with_mean(of_place[j]);
     }
 #pragma unroll 2
     for (int r = s.first; r < b.rows; r += s.step) {
       A d[V], v[V];
       load_shared<Tr>(dy + r * pitch + column, d);
       if constexpr (kNeedsX) load_shared<Tr>(x + r * pitch + column, v);
-      if constexpr (Tr::kLast) of_place[0] = places[r];
-      else of_channel[0] = channels[r];
+      if constexpr (Tr::kLast) of_place[0] = kNeedsX ? places[r] : with_mean(places[r]);
+      else of_channel[0] = kNeedsX ? channels[r] : with_average(channels[r]);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         const int c = Tr::kLast ? column + j : r, at = Tr::kLast ? r : column + j;
@@ -54,7 +56,9 @@ template <class Tr, bool kNeedsX, bool kResidual> __device__ __forceinline__ voi
         if constexpr (kNeedsX) {
           d[j] = input_grad_of_x(p, channel, rare[c], place, split ? tops[at] : A(0), d[j], v[j], c0 + c, p0 + at);
         } else {
-          d[j] = input_grad(channel, place, d[j], c0 + c, p0 + at, kResidual);
+          const A inner = inner_grad<A, false>(place, d[j], A(1), A(0), A(0), c0 + c);
+          const A grad = channel.gate * inner + (channel.mark == p0 + at ? channel.maximum : channel.average);
+          d[j] = kResidual ? grad + d[j] : grad;
         }
       }
       store_vector<Tr>(dx + r * stride + column, d);  // [V]

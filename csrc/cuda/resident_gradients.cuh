@@ -250,11 +250,18 @@ template <class Tr> __device__ __forceinline__ void conv_grads(const Block<Tr>& 
 
 // ---- dg = sum_p x (dy s + dq_mean / C + dq_max [c is the argmax]) of the tile's channels.
 
+// dx' of one element. Without shared ties `maximum` already holds the mean's share too: see with_mean.
 template <class A, bool kSplit>
 __device__ __forceinline__ A inner_grad(const PositionTerms<A>& q, A dy, A gate, A x, A top, int channel) {
-  const A base = dy * q.spatial + q.mean;
-  if constexpr (kSplit) return base + even_share(q.maximum, gate * x == top, q.mark);
-  else return base + first_share(q.maximum, q.mark == channel);
+  if constexpr (kSplit) return dy * q.spatial + q.mean + even_share(q.maximum, gate * x == top, q.mark);
+  else return dy * q.spatial + (q.mark == channel ? q.maximum : q.mean);
+}
+// One selection an element, in place of a selection and an addition.
+template <class A> __device__ __forceinline__ PositionTerms<A> with_mean(const PositionTerms<A>& q) {
+  return {q.spatial, q.mean, q.maximum + q.mean, q.mark};
+}
+template <class A> __device__ __forceinline__ ChannelTerms<A> with_average(const ChannelTerms<A>& c) {
+  return {c.gate, c.average, c.maximum + c.average, c.mark};
 }
 
 template <class Tr, bool kSplit> __device__ __forceinline__ void gate_grads(const Block<Tr>& b, Landed& landed) {
@@ -276,7 +283,7 @@ template <class Tr, bool kSplit> __device__ __forceinline__ void gate_grads(cons
           A d[V];
           load_shared<Tr>(x + r * pitch + s.vector * V, v);
           load_shared<Tr>(dy + r * pitch + s.vector * V, d);
-          const PositionTerms<A> q = places[r];
+          const PositionTerms<A> q = kSplit ? places[r] : with_mean(places[r]);
           const A highest = kSplit ? top[r] : A(0);
 #pragma unroll
           for (int j = 0; j < V; ++j) {
@@ -295,7 +302,10 @@ template <class Tr, bool kSplit> __device__ __forceinline__ void gate_grads(cons
       A highest[V];
       places.read(s.vector * V, q);
 #pragma unroll
-      for (int j = 0; j < V; ++j) highest[j] = kSplit ? top[s.vector * V + j] : A(0);
+      for (int j = 0; j < V; ++j) {
+        highest[j] = kSplit ? top[s.vector * V + j] : A(0);
+        if (!kSplit) q[j] = with_mean(q[j]);
+      }
       // All lanes of a warp take part in every sum, whether their row is there or not.
 #pragma unroll 2
       for (int base = s.group * Tr::kDown; base < b.rows; base += s.step) {
