@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 
@@ -63,6 +63,7 @@ class PtxMachine(cr.ResidentMachine):
     """An H100 as ptxcpu models it; `results` holds what it returned, by direction."""
 
     results: Dict[str, Any] = field(default_factory=dict)
+    small_bytes: Dict[str, int] = field(default_factory=dict)  # of all tensors but x, dy, y and dx
 
     def execute(self, call: cs._Call, arrays: List[Optional[build.Array]]) -> None:
         assert call.usual, "compiled without the rarer options"
@@ -101,6 +102,7 @@ class PtxMachine(cr.ResidentMachine):
             smem=self.report["shared"], cluster=(cluster,), coop=True, maxres=call.x.shape[0] * cluster, seed=self.seed,
             l2=self.l2, nsm=self.multiprocessors, extra=[*buffers.values(), counters, scratch],
         )  # fmt: skip
+        self.small_bytes[direction] = sum(v.nbytes for k, v in buffers.items() if k not in ("x", "dy", "y", "dx"))
         assert not counters.any(), "the counters must be zero again"
         for name, a in zip(cs.ORDER, arrays):
             if a is not None and a.unwritten:
@@ -120,6 +122,50 @@ class PtxMachine(cr.ResidentMachine):
         return dict(cuda_ptx._ptxcpu().estimate(self.results[direction], "H100", regs=128))
 
 
-def copy_seconds(call_bytes: int, bandwidth: Tuple[float, float] = (3350e9, 2.5e-6)) -> float:
-    """What ptxcpu's estimate gives for a copy on an H100 that moves so many bytes: bandwidth and launch."""
-    return call_bytes / bandwidth[0] + bandwidth[1]
+# ptxcpu's H100: bytes a microsecond, microseconds of a launch, multiprocessors.
+_BANDWIDTH, _LAUNCH, _MULTIPROCESSORS = 3350e3, 2.5, 132
+
+
+def time_over_copy(machine: PtxMachine, direction: str, samples: int, floor: int, batch: int = 16) -> float:
+    """ptxcpu's estimate for `batch` samples over that of a copy which moves as many bytes.
+
+    A launch of `samples` was executed, whose blocks all run at once; of a batch, as many as there are
+    multiprocessors. What a sample costs is the same in both.
+    """
+    blocks = int(machine.results[direction].grid[0])
+    parallel = min(_MULTIPROCESSORS, blocks), min(_MULTIPROCESSORS, blocks * batch // samples)
+    times = {k: v for k, v in machine.estimate(direction).items() if k.startswith("us_")}
+    for k, v in times.items():
+        shared = k in ("us_dram", "us_l2")  # by all multiprocessors
+        times[k] = v * batch / samples * (1.0 if shared else parallel[0] / parallel[1])
+    return (max(times.values()) + _LAUNCH) / (floor * batch / samples / _BANDWIDTH + _LAUNCH)
+
+
+# What the closing note of the tier lists: the usual networks' shapes.
+SHAPES = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (64, 56, 56), (128, 28, 28), (256, 28, 28))
+
+
+def main() -> None:
+    """Prints modelled DRAM traffic over the floor and time over a copy's, bf16, a batch of 16."""
+    import oracle
+    import pytest
+    import torch
+
+    samples = 4
+    print("shape, direction, cluster, traffic / floor, time / copy")
+    with pytest.MonkeyPatch.context() as patch:
+        for shape in SHAPES:
+            problem = oracle.make_problem((samples, *shape), oracle.Options(hidden=shape[0] // 16), torch.bfloat16)
+            machine = PtxMachine()
+            cs.HostOps(machine).installed(patch)
+            oracle.run_problem(problem, "cuda")
+            size = problem.x.numel() * problem.x.element_size()
+            for direction, floor in (("forward", 2 * size), ("backward", 3 * size)):
+                traffic = (machine.dram(direction) - machine.small_bytes[direction]) / floor
+                time = time_over_copy(machine, direction, samples, floor)
+                cluster = int(machine.results[direction].grid[0]) // samples
+                print(f"{shape}, {direction}, {cluster}, {traffic:.3f}, {time:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

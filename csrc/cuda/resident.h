@@ -123,8 +123,11 @@ inline int groups_for(int64_t strips, int64_t lane_rows, int warps, int setup, i
   return best;
 }
 
-// Bytes of a row that a warp reads at a time, by accesses of so many.
-constexpr int strip_bytes(int layout, int access) { return layout == kContiguous && access == 16 ? 64 : 128; }
+// Bytes of a row that a warp reads at a time, by accesses of so many. Where rows are short and many, 64 waste
+// less of a row's end; else 128 leave less to merge.
+constexpr int strip_bytes(int layout, int split, int access) {
+  return layout == kContiguous && split == kByPositions && access == 16 ? 64 : 128;
+}
 
 struct MapBuilder {
   int64_t used = 0;
@@ -167,7 +170,7 @@ inline bool plan(Resident& k, const Machine& m, int cluster, Split split) {
   k.threads = tile * (backward ? 2 : 1) < kSmallTile ? kMaxThreads / 2 : kMaxThreads;
 
   const int64_t columns = last ? tc : tp;  // of the tile
-  const int64_t across = strip_bytes(p.layout, static_cast<int>(k.vector * element)) / (k.vector * element);
+  const int64_t across = strip_bytes(p.layout, split, static_cast<int>(k.vector * element)) / (k.vector * element);
   const int64_t strips = ceil_div(columns, k.vector * across);
   const int warps = k.threads / 32;
   const int64_t lane_rows = ceil_div(last ? tp : tc, 32 / across);

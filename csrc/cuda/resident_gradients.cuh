@@ -136,6 +136,21 @@ template <class Tr> __device__ __forceinline__ void spatial_grads(const Block<Tr
 
 constexpr int kTaps = 8;  // taps of a kernel row whose gradients a lane sums at a time
 
+// Sums each of 2 kTaps values over the warp: lane l ends with the sum of value l / 2. Half of the values
+// change places at every step, so that all sums take as many exchanges as there are values.
+template <class A> __device__ __forceinline__ A sum_each(A (&v)[2 * kTaps], int lane) {
+#pragma unroll
+  for (int half = kTaps, bit = 16; half; half /= 2, bit /= 2) {
+    const bool upper = lane & bit;
+#pragma unroll
+    for (int j = 0; j < half; ++j) {
+      const A given = upper ? v[j] : v[j + half], kept = upper ? v[j + half] : v[j];
+      v[j] = kept + __shfl_xor_sync(kAllLanes, given, bit);
+    }
+  }
+  return v[0] + __shfl_xor_sync(kAllLanes, v[0], 1);
+}
+
 // This block's part of the kernel's gradient, before the norm's slope: each warp sums one row of the kernel
 // over some of the positions, and the parts are added in a fixed order.
 template <class Tr>
@@ -161,7 +176,7 @@ __device__ __forceinline__ void kernel_grads(const Block<Tr>& b, const Window& w
     const int line = job % lines, piece = job / lines;
     const int kd = line / p.kernel_h - p.kernel_d / 2, kh = line % p.kernel_h - p.kernel_h / 2;
     for (int first = 0; first < p.kernel_w; first += kTaps) {
-      A of_max[kTaps] = {}, of_mean[kTaps] = {};
+      A sums[2 * kTaps] = {};  // of the maximum's plane, then of the mean's
       for (int i = b.own_positions.begin + piece * 32 + b.lane; i < b.own_positions.end; i += pieces * 32) {
         const Coordinates at = coordinates(p, i);
         const int d = at.d + kd, h = at.h + kh;
@@ -172,21 +187,14 @@ __device__ __forceinline__ void kernel_grads(const Block<Tr>& b, const Window& w
         for (int j = 0; j < kTaps; ++j) {
           if (first + j < p.kernel_w) {
             const Pair<A> q = pools[start + j];
-            of_max[j] += v * q.maximum;
-            of_mean[j] += v * q.mean;
+            sums[j] += v * q.maximum;
+            sums[kTaps + j] += v * q.mean;
           }
         }
       }
-#pragma unroll
-      for (int j = 0; j < kTaps; ++j) {
-        if (first + j >= p.kernel_w) break;
-        const A maximum = warp_sum(of_max[j]), mean = warp_sum(of_mean[j]);
-        const int tap = line * p.kernel_w + first + j;
-        if (b.lane == 0) {
-          parts[(piece * 2) * count + tap] = maximum;
-          parts[(piece * 2 + 1) * count + tap] = mean;
-        }
-      }
+      const A sum = sum_each(sums, b.lane);
+      const int plane = b.lane / (2 * kTaps), j = first + b.lane / 2 % kTaps;
+      if (b.lane % 2 == 0 && j < p.kernel_w) parts[(piece * 2 + plane) * count + line * p.kernel_w + j] = sum;
     }
   }
   __syncthreads();

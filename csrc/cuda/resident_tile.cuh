@@ -20,11 +20,11 @@ template <class T_, int kVector_, Layout kLayout_, Split kSplit_> struct Traits 
   static constexpr int V = kVector_;
   static constexpr bool kLast = kLayout_ == kChannelsLast;
   static constexpr bool kByChannel = kSplit_ == kByChannels;
-  // A warp's strip: part of a row, in several rows. 64 bytes waste less of a row's end than 128, and need rows
-  // whose distances keep two of them in different banks: those of contiguous maps.
-  static constexpr int kAcross = strip_bytes(kLayout_, V * static_cast<int>(sizeof(T))) / (V * static_cast<int>(sizeof(T)));
+  // A warp's strip: kAcross vectors of a row, in kDown rows.
+  static constexpr int kAccess = V * static_cast<int>(sizeof(T));
+  static constexpr int kAcross = strip_bytes(kLayout_, kSplit_, kAccess) / kAccess;
   static constexpr int kDown = 32 / kAcross;
-  static_assert(V * sizeof(T) == 16 || V * sizeof(T) == 8, "an access is 8 or 16 bytes");
+  static_assert(kAccess == 16 || kAccess == 8, "an access is 8 or 16 bytes");
   static_assert(!(kLast && kByChannel), "channels-last samples are cut by positions");
   static_assert(kAcross * kDown == 32);
 };

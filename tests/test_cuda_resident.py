@@ -1,0 +1,225 @@
+"""The resident CUDA kernels, executed on the host: outputs and every gradient against fp64, schedules, bytes."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from oracle import OPTIONS, Options, check, make_problem, run_problem
+
+if shutil.which("g++") is None:
+    pytest.skip("there is no g++ to compile the kernels for the host", allow_module_level=True)
+
+import cuda_ptx
+import cuda_resident as cr
+import cuda_resident_ptx as crp
+import cuda_streamed as cs
+
+from cbam_fused.functional import run
+
+LAYOUTS = ("contiguous", "channels_last")
+# BatchNorm in training needs the whole batch between two launches: the streamed tier's.
+CASES = tuple(name for name, o in OPTIONS.items() if o.norm != "train")
+# Splits by channels with 8-byte accesses, and by positions, in fp32 and bf16.
+SPLITS = {
+    "channels": ((2, 16, 14, 16), torch.float32, "contiguous", cr.BY_CHANNELS),
+    "channels-narrow": ((2, 24, 14, 14), torch.bfloat16, "contiguous", cr.BY_CHANNELS),
+    "positions": ((2, 8, 24, 24), torch.float32, "contiguous", cr.BY_POSITIONS),
+    "positions-last": ((2, 24, 15, 16), torch.bfloat16, "channels_last", cr.BY_POSITIONS),
+}
+
+
+def _install(monkeypatch, **options):
+    return cs.HostOps(cr.ResidentMachine(**options)).installed(monkeypatch)
+
+
+def _check(monkeypatch, problem, **options):
+    ops = _install(monkeypatch, **options)
+    check(problem, "cuda", ties=problem.c.ties == 1)
+    return ops
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_options(monkeypatch, name):
+    """Every point of the option grid, by channels, by positions and channels-last."""
+    for shape, layout in (((2, 16, 14, 14), "contiguous"), ((1, 6, 24, 24), "contiguous"), ((2, 8, 14, 15), "channels_last")):
+        ops = _check(monkeypatch, make_problem(shape, OPTIONS[name], layout=layout))
+        split = cr.BY_CHANNELS if shape == (2, 16, 14, 14) else cr.BY_POSITIONS
+        assert {r["split"] for r in ops.reports.values()} == {split}
+
+
+@pytest.mark.parametrize("shape, dtype, layout, split", SPLITS.values(), ids=SPLITS)
+def test_bitwise_equal_under_every_schedule(monkeypatch, shape, dtype, layout, split):
+    """Order of threads and blocks, how many clusters run together, and a second launch on the same counters."""
+    problem = make_problem((3, *shape[1:]), Options(kernel=3, norm="eval"), dtype, layout=layout, wide=dtype != torch.float32)
+    ops = _check(monkeypatch, problem, seed=3, resident=24)
+    assert ops.reports["cbam_backward"]["split"] == split
+    results = []
+    for seed, resident, launches in ((0, 24, 1), (1, 8, 1), (2, 16, 2)):
+        _install(monkeypatch, seed=seed, resident=resident, launches=launches)
+        results.append(run_problem(problem, "cuda"))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("float16", "bfloat16"))
+def test_dtypes(monkeypatch, dtype):
+    for name in ("norm-eval", "all-pools-split"):
+        for shape, layout in (((1, 16, 14, 14), "contiguous"), ((1, 8, 32, 32), "contiguous"), ((1, 16, 14, 14), "channels_last")):
+            _check(monkeypatch, make_problem(shape, OPTIONS[name], dtype, layout=layout))
+
+
+SHAPES = {
+    "1-D": (2, 8, 512),
+    "3-D": (2, 8, 6, 7, 8),
+    "fewer-channels-than-blocks": (2, 3, 14, 16),
+    "fewer-vectors-than-blocks": (1, 4, 1, 200),
+    "wide-rows": (1, 8, 4, 160),
+    "one-row": (1, 5, 1, 196),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_shapes(monkeypatch, shape):
+    _check(monkeypatch, make_problem(shape, Options(kernel=3, norm="eval")))
+    _check(monkeypatch, make_problem(shape, Options(kernel=3)), cluster=16)
+    last = (shape[0], 8, *shape[2:])
+    _check(monkeypatch, make_problem(last, Options(kernel=3), layout="channels_last"), cluster=16)
+
+
+@pytest.mark.parametrize("ties", ("first", "split"))
+@pytest.mark.parametrize("shape, dtype, layout, split", SPLITS.values(), ids=SPLITS)
+def test_ties(monkeypatch, shape, dtype, layout, split, ties):
+    problem = make_problem(shape, Options(ties=ties), dtype, layout=layout)
+    problem.x = (problem.x * 2).round() / 2
+    problem.x[0, :2] = -0.0
+    _install(monkeypatch)
+    check(problem, "cuda", ties=True)
+
+
+@pytest.mark.parametrize("ties", ("first", "split"))
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf")))
+@pytest.mark.parametrize("pools", (("avg", "max"), None), ids=("both", "spatial-only"))
+def test_nan_and_infinity_go_where_the_reference_sends_them(monkeypatch, value, ties, pools):
+    _install(monkeypatch)
+    for shape, layout in (((3, 8, 14, 16), "contiguous"), ((3, 4, 24, 24), "contiguous"), ((3, 8, 14, 16), "channels_last")):
+        problem = make_problem(shape, Options(ties=ties, kernel=3, pools=pools), layout=layout)
+        problem.x[0, 3, 2, 5] = value
+        problem.x[0, 2, 9, 13] = value
+        problem.x[1, 3] = value
+        expected, got = run_problem(problem, "reference"), run_problem(problem, "cuda")
+        for name, e, g in zip(problem.names(), expected, got):
+            assert torch.equal(torch.isnan(e), torch.isnan(g)), name
+            torch.testing.assert_close(g, e, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_saved_tensors_are_the_streamed_tiers(monkeypatch, layout):
+    """Maxima and where they are, bit by bit, NaN and equal values included; sums within rounding."""
+    problem = make_problem((2, 16, 14, 16), Options(), layout=layout)
+    problem.x = (problem.x * 4).round() / 4
+    problem.x[1, 5, 3, 3] = problem.x[1, 5, 9, 2] = problem.x[1, 7, 9, 2] = float("nan")
+    arguments = (problem.x, problem.p, problem.c)
+    resident = cs.cbam_forward(*arguments, machine=cr.ResidentMachine())
+    streamed = cs.cbam_forward(*arguments, machine=cs.Machine())
+    assert torch.equal(resident["pool_index"], streamed["pool_index"])
+    assert torch.equal(resident["spatial_index"][1], streamed["spatial_index"][1])
+    for name, value in resident.items():
+        torch.testing.assert_close(value, streamed[name], equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape, dtype, layout, split", SPLITS.values(), ids=SPLITS)
+def test_bytes(monkeypatch, shape, dtype, layout, split):
+    """Exactly 2 S forward and 3 S backward; forward without saving writes y and nothing else."""
+    if cs.build.default_flavor() != "checked":
+        pytest.skip("only the checked flavour counts bytes")
+    problem = make_problem(shape, Options(kernel=3), dtype, layout=layout)
+    ops = _install(monkeypatch)
+    expected = run_problem(problem, "cuda")[0]
+    size = problem.x.numel() * problem.x.element_size()
+    for op, tensors in (("cbam_forward", ("x", "y")), ("cbam_backward", ("x", "dy", "dx"))):
+        assert {name: ops.traffic[op][name] for name in tensors} == dict.fromkeys(tensors, size)
+    with torch.no_grad():
+        got = run(problem.x, problem.p, problem.c, None, "cuda")
+    assert torch.equal(got, expected)
+    saved = ("pooled", "channel_gate", "spatial_pool", "spatial_gate", "scratch")
+    assert not any(ops.traffic["cbam_forward"].get(name, 0) for name in saved)
+
+
+# Every shape of the usual networks: the cluster that holds a sample, forward and backward, or 0.
+FITS = {
+    torch.bfloat16: {
+        (64, 112, 112): (16, 0), (64, 56, 56): (8, 8), (128, 56, 56): (8, 8), (256, 56, 56): (8, 16),
+        (128, 28, 28): (8, 8), (256, 28, 28): (8, 8), (512, 28, 28): (8, 8), (256, 14, 14): (8, 8),
+        (512, 14, 14): (8, 8), (1024, 14, 14): (8, 8), (512, 7, 7): (0, 0), (2048, 7, 7): (0, 0),
+        (16, 320, 320): (0, 0), (32, 160, 160): (16, 0), (64, 80, 80): (8, 16), (128, 80, 80): (8, 16),
+        (128, 40, 40): (8, 8), (256, 40, 40): (8, 8), (256, 20, 20): (8, 8), (512, 20, 20): (8, 8),
+        (256, 200, 336): (0, 0), (512, 100, 168): (0, 0), (1024, 50, 84): (0, 0), (2048, 25, 42): (0, 0),
+    },
+    torch.float32: {
+        (64, 56, 56): (8, 8), (128, 56, 56): (8, 16), (256, 56, 56): (16, 0), (512, 28, 28): (8, 16),
+        (1024, 14, 14): (8, 8), (512, 14, 14): (8, 8), (256, 40, 40): (8, 16), (128, 80, 80): (16, 0),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", FITS, ids=("bfloat16", "float32"))
+def test_what_fits(dtype):
+    lib = cr.library(dtype)
+    found = {}
+    for channels, height, width in FITS[dtype]:
+        problem = make_problem((1, channels, 2, 2), Options(hidden=max(channels // 16, 1)), dtype)
+        x = problem.x.new_empty(1, channels, height, width)
+        clusters = []
+        for operation in ("cbam_forward", "cbam_backward"):
+            report = cr.plan(lib, cs._Call(operation, x, problem.p, problem.c, cs.NO_NORM, cr.ResidentMachine()).sizes)
+            clusters.append(report["cluster"] if report["fits"] else 0)
+        found[channels, height, width] = tuple(clusters)
+    assert found == FITS[dtype]
+
+
+def test_what_is_not_covered():
+    """Goes to the streamed tier: other ops, fp64, addresses off 16 bytes, rows that no access of 8 bytes fits."""
+
+    def covered(operation, shape, dtype=torch.float32, layout="contiguous", offset=0, shared=227 << 10):
+        problem = make_problem(shape, Options(), dtype, layout=layout)
+        machine = cr.ResidentMachine(offset=offset, shared=shared)
+        call = cs._Call(operation, problem.x, problem.p, problem.c, cs.NO_NORM, machine)
+        report = cr.plan(cr.library(torch.float32), call.sizes)
+        return bool(report["covered"]), bool(report["fits"])
+
+    assert covered("cbam_forward", (1, 8, 14, 14)) == (True, True)
+    assert covered("cbam_forward", (1, 8, 14, 14), shared=2 << 10) == (True, False)
+    assert not any(covered("attention_forward", (1, 8, 14, 14)))
+    assert not any(covered("scale_backward", (1, 8, 14, 14)))
+    assert not any(covered("cbam_forward", (1, 8, 14, 14), torch.float64))
+    assert not any(covered("cbam_forward", (1, 8, 14, 14), offset=4))
+    assert not any(covered("cbam_forward", (1, 8, 15, 15)))
+    assert not any(covered("cbam_forward", (1, 6, 14, 15), layout="channels_last"))
+    assert not any(covered("cbam_backward", (1, 8, 12, 12)))
+
+
+# Modelled on an H100 with ptxcpu: DRAM traffic over the floor, without what the weights and the saved tensors
+# take, and the estimated time over a copy's that moves 2 S or 3 S.
+TRAFFIC = 1.03
+MODELLED = {
+    "positions": ((4, 256, 56, 56), 1.15, 1.1),
+    "channels-narrow": ((4, 1024, 14, 14), None, None),
+}
+
+
+@pytest.mark.skipif(cuda_ptx.unavailable() is not None, reason=str(cuda_ptx.unavailable()))
+@pytest.mark.parametrize("shape, forward, backward", MODELLED.values(), ids=MODELLED)
+def test_compiled_kernels(monkeypatch, shape, forward, backward):
+    """The PTX that nvcc emits: results against fp64, traffic and time as modelled."""
+    problem = make_problem(shape, Options(hidden=shape[1] // 16), torch.bfloat16)
+    machine = crp.PtxMachine()
+    cs.HostOps(machine).installed(monkeypatch)
+    check(problem, "cuda")
+    size = problem.x.numel() * problem.x.element_size()
+    for direction, floor, limit in (("forward", 2 * size, forward), ("backward", 3 * size, backward)):
+        small = machine.small_bytes[direction]
+        assert machine.dram(direction) - small <= TRAFFIC * floor, direction
+        if limit is not None:
+            assert crp.time_over_copy(machine, direction, shape[0], floor) <= limit, direction
