@@ -9,6 +9,13 @@ namespace resident {
 
 #if CBAM_HAS_CLUSTERS
 
+// Lanes that share a dot product of this length, a power of two: few sums over lanes, all lanes at work.
+__device__ __forceinline__ int dot_lanes(int length) {
+  int lanes = 4;
+  while (lanes < 32 && lanes * 16 <= length) lanes *= 2;
+  return lanes;
+}
+
 // part[j][i] = sum over this block's channels of w1[i][c] input[j][c]; without w1, the inputs' sum at the
 // block's own channels and 0 elsewhere.
 template <class Tr>
@@ -26,22 +33,26 @@ __device__ __forceinline__ void hidden_part(const Block<Tr>& b, const typename T
     }
     return;
   }
-  for (int i = b.warp; i < hidden; i += b.warps) {
+  const int lanes = dot_lanes(own), lane = b.lane & (lanes - 1), teams = b.threads / lanes;
+  for (int base = 0; base < hidden; base += teams) {
+    const int i = base + b.thread / lanes;
     A acc[kMaxInputs] = {};
-    const int64_t row = int64_t{i} * p.channels + b.own_channels.begin;
+    if (i < hidden) {
+      const int64_t row = int64_t{i} * p.channels + b.own_channels.begin;
 #pragma unroll 4
-    for (int c = b.lane; c < own; c += 32) {
-      const A w = load_weight<T>(p.w1, row + c);  // [1]
+      for (int c = lane; c < own; c += lanes) {
+        const A w = load_weight<T>(p.w1, row + c);  // [1]
 #pragma unroll
-      for (int j = 0; j < kMaxInputs; ++j) {
-        if (j < inputs) acc[j] += w * input[j * own + c];
+        for (int j = 0; j < kMaxInputs; ++j) {
+          if (j < inputs) acc[j] += w * input[j * own + c];
+        }
       }
     }
 #pragma unroll
     for (int j = 0; j < kMaxInputs; ++j) {
       if (j >= inputs) break;
-      const A sum = warp_sum(acc[j]);
-      if (b.lane == 0) part[j * hidden + i] = sum;
+      const A sum = lanes_sum(acc[j], lanes);
+      if (lane == 0 && i < hidden) part[j * hidden + i] = sum;
     }
   }
 }
@@ -117,18 +128,25 @@ template <class Tr> __device__ __forceinline__ void channel_gate(const Block<Tr>
     summed[i] = sum;
   }
   __syncthreads();
-  for (int c = b.own_channels.begin + b.warp; c < b.own_channels.end; c += b.warps) {
+  const int lanes = dot_lanes(hidden), lane = b.lane & (lanes - 1), teams = b.threads / lanes;
+  for (int base = b.own_channels.begin; base < b.own_channels.end; base += teams) {
+    const int c = base + b.thread / lanes;
+    const bool inside = c < b.own_channels.end;
     A dot = 0;
-    const int64_t row = int64_t{c} * hidden;
+    if (inside) {
+      const int64_t row = int64_t{c} * hidden;
 #pragma unroll 4
-    for (int i = b.lane; i < hidden; i += 32) dot += load_weight<T>(p.w2, row + i) * summed[i];  // [1]
-    const A value = sigmoid(warp_sum(dot) + A(inputs) * bias<T>(p.b2, c));
-    if constexpr (Tr::kByChannel) {
-      if (b.lane == 0) gate[c - b.own_channels.begin] = value;
-    } else if (b.lane < b.blocks) {
-      *b.remote(gate + c, b.lane) = value;
+      for (int i = lane; i < hidden; i += lanes) dot += load_weight<T>(p.w2, row + i) * summed[i];  // [1]
     }
-    if (k.save && b.lane == 0) put(p.channel_gate, b.n * p.channels + c, value);
+    dot = lanes_sum(dot, lanes);
+    if (!inside) continue;
+    const A value = sigmoid(dot + A(inputs) * bias<T>(p.b2, c));
+    if constexpr (Tr::kByChannel) {
+      if (lane == 0) gate[c - b.own_channels.begin] = value;
+    } else {
+      for (int r = lane; r < b.blocks; r += lanes) *b.remote(gate + c, r) = value;
+    }
+    if (k.save && lane == 0) put(p.channel_gate, b.n * p.channels + c, value);
   }
   if constexpr (Tr::kByChannel) __syncthreads();
   else ptx::cluster_sync();
