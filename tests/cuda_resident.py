@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, List, Optional
 
+import cuda_streamed as cs
 import numpy as np
 import torch
-
-import cuda_streamed as cs
 from simt import build
 
 DRIVER = Path(__file__).with_name("cuda_resident_driver.cpp")

@@ -13,18 +13,25 @@ inline bool plan_resident(const int64_t* sizes, int64_t cluster, resident::Resid
   const resident::Machine machine{90, int32_t(sizes[kMultiprocessorsAt]), int32_t(sizes[kSharedBytesAt])};
   const bool covered = resident::covers(k.p, Operation(k.operation), machine, sizes[kAlignedAt]);
   const bool fits = covered && resident::choose_cluster(k, machine, [&](const resident::Resident& plan) {
-    return !cluster || plan.cluster == cluster;
-  });
+                      return !cluster || plan.cluster == cluster;
+                    });
   if (report) {
-    const int64_t values[] = {covered, fits, k.cluster, k.split, k.vector, k.threads, k.at.total,
-                              fits ? resident::lay_out(k, nullptr) : 0, resident::kCounterWords};
+    const int64_t values[] = {covered,
+                              fits,
+                              k.cluster,
+                              k.split,
+                              k.vector,
+                              k.threads,
+                              k.at.total,
+                              fits ? resident::lay_out(k, nullptr) : 0,
+                              resident::kCounterWords};
     for (int i = 0; i < int(sizeof(values) / sizeof(values[0])); ++i) report[i] = values[i];
   }
   return fits;
 }
 
-inline void make_resident(const int64_t* sizes, double eps, void* const* pointers, uint32_t* counters, char* scratch,
-                          int64_t cluster, resident::Resident& k) {
+inline void make_resident(const int64_t* sizes, double eps, void* const* pointers, uint32_t* counters,
+                          char* scratch, int64_t cluster, resident::Resident& k) {
   Streamed call{};
   make_call(sizes, eps, pointers, nullptr, nullptr, call);
   k.p = call.p;

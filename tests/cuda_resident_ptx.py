@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-import numpy as np
-
 import cuda_ptx
 import cuda_resident as cr
 import cuda_streamed as cs
+import numpy as np
 from simt import build
 
 SPLITS = ("cbam::resident::kByPositions", "cbam::resident::kByChannels")
@@ -52,7 +51,13 @@ def _module(direction: str, traits: str) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cu"
         path.write_text(source)
-        flags = ["-O3", "-std=c++17", f"-arch={cuda_ptx.TARGET}", f"-I{cuda_ptx.SOURCES}", "-DCBAM_USUAL_OPTIONS"]
+        flags = [
+            "-O3",
+            "-std=c++17",
+            f"-arch={cuda_ptx.TARGET}",
+            f"-I{cuda_ptx.SOURCES}",
+            "-DCBAM_USUAL_OPTIONS",
+        ]
         compiled = str(path.with_suffix(".ptx"))
         subprocess.run([str(cuda_ptx.nvcc()), *flags, "-ptx", str(path), "-o", compiled], check=True)
         return cuda_ptx._ptxcpu().PtxModule(compiled, opt=TRANSLATE)
@@ -102,7 +107,9 @@ class PtxMachine(cr.ResidentMachine):
             smem=self.report["shared"], cluster=(cluster,), coop=True, maxres=call.x.shape[0] * cluster, seed=self.seed,
             l2=self.l2, nsm=self.multiprocessors, extra=[*buffers.values(), counters, scratch],
         )  # fmt: skip
-        self.small_bytes[direction] = sum(v.nbytes for k, v in buffers.items() if k not in ("x", "dy", "y", "dx"))
+        self.small_bytes[direction] = sum(
+            v.nbytes for k, v in buffers.items() if k not in ("x", "dy", "y", "dx")
+        )
         assert not counters.any(), "the counters must be zero again"
         for name, a in zip(cs.ORDER, arrays):
             if a is not None and a.unwritten:
@@ -155,7 +162,9 @@ def main() -> None:
     print("shape, direction, cluster, traffic / floor, time / copy")
     with pytest.MonkeyPatch.context() as patch:
         for shape in SHAPES:
-            problem = oracle.make_problem((samples, *shape), oracle.Options(hidden=shape[0] // 16), torch.bfloat16)
+            problem = oracle.make_problem(
+                (samples, *shape), oracle.Options(hidden=shape[0] // 16), torch.bfloat16
+            )
             machine = PtxMachine()
             cs.HostOps(machine).installed(patch)
             oracle.run_problem(problem, "cuda")

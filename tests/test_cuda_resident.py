@@ -43,7 +43,11 @@ def _check(monkeypatch, problem, **options):
 @pytest.mark.parametrize("name", CASES)
 def test_options(monkeypatch, name):
     """Every point of the option grid, by channels, by positions and channels-last."""
-    for shape, layout in (((2, 16, 14, 14), "contiguous"), ((1, 6, 24, 24), "contiguous"), ((2, 8, 14, 15), "channels_last")):
+    for shape, layout in (
+        ((2, 16, 14, 14), "contiguous"),
+        ((1, 6, 24, 24), "contiguous"),
+        ((2, 8, 14, 15), "channels_last"),
+    ):
         ops = _check(monkeypatch, make_problem(shape, OPTIONS[name], layout=layout))
         split = cr.BY_CHANNELS if shape == (2, 16, 14, 14) else cr.BY_POSITIONS
         assert {r["split"] for r in ops.reports.values()} == {split}
@@ -52,7 +56,9 @@ def test_options(monkeypatch, name):
 @pytest.mark.parametrize("shape, dtype, layout, split", SPLITS.values(), ids=SPLITS)
 def test_bitwise_equal_under_every_schedule(monkeypatch, shape, dtype, layout, split):
     """Order of threads and blocks, how many clusters run together, and a second launch on the same counters."""
-    problem = make_problem((3, *shape[1:]), Options(kernel=3, norm="eval"), dtype, layout=layout, wide=dtype != torch.float32)
+    problem = make_problem(
+        (3, *shape[1:]), Options(kernel=3, norm="eval"), dtype, layout=layout, wide=dtype != torch.float32
+    )
     ops = _check(monkeypatch, problem, seed=3, resident=24)
     assert ops.reports["cbam_backward"]["split"] == split
     results = []
@@ -66,7 +72,11 @@ def test_bitwise_equal_under_every_schedule(monkeypatch, shape, dtype, layout, s
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("float16", "bfloat16"))
 def test_dtypes(monkeypatch, dtype):
     for name in ("norm-eval", "all-pools-split"):
-        for shape, layout in (((1, 16, 14, 14), "contiguous"), ((1, 8, 32, 32), "contiguous"), ((1, 16, 14, 14), "channels_last")):
+        for shape, layout in (
+            ((1, 16, 14, 14), "contiguous"),
+            ((1, 8, 32, 32), "contiguous"),
+            ((1, 16, 14, 14), "channels_last"),
+        ):
             _check(monkeypatch, make_problem(shape, OPTIONS[name], dtype, layout=layout))
 
 
@@ -103,7 +113,11 @@ def test_ties(monkeypatch, shape, dtype, layout, split, ties):
 @pytest.mark.parametrize("pools", (("avg", "max"), None), ids=("both", "spatial-only"))
 def test_nan_and_infinity_go_where_the_reference_sends_them(monkeypatch, value, ties, pools):
     _install(monkeypatch)
-    for shape, layout in (((3, 8, 14, 16), "contiguous"), ((3, 4, 24, 24), "contiguous"), ((3, 8, 14, 16), "channels_last")):
+    for shape, layout in (
+        ((3, 8, 14, 16), "contiguous"),
+        ((3, 4, 24, 24), "contiguous"),
+        ((3, 8, 14, 16), "channels_last"),
+    ):
         problem = make_problem(shape, Options(ties=ties, kernel=3, pools=pools), layout=layout)
         problem.x[0, 3, 2, 5] = value
         problem.x[0, 2, 9, 13] = value
@@ -173,7 +187,9 @@ def test_what_fits(dtype):
         x = problem.x.new_empty(1, channels, height, width)
         clusters = []
         for operation in ("cbam_forward", "cbam_backward"):
-            report = cr.plan(lib, cs._Call(operation, x, problem.p, problem.c, cs.NO_NORM, cr.ResidentMachine()).sizes)
+            report = cr.plan(
+                lib, cs._Call(operation, x, problem.p, problem.c, cs.NO_NORM, cr.ResidentMachine()).sizes
+            )
             clusters.append(report["cluster"] if report["fits"] else 0)
         found[channels, height, width] = tuple(clusters)
     assert found == FITS[dtype]

@@ -29,7 +29,15 @@ def _compile(folder: Path, direction: str, traits: str, arch: str):
         "(const __grid_constant__ Resident);\n"
     )
     cubin = folder / "kernel.cubin"
-    command = [streamed.NVCC, "-std=c++17", "-O3", f"-arch={arch}", f"-I{streamed.SOURCES}", "--ptxas-options=-v", "-cubin"]
+    command = [
+        streamed.NVCC,
+        "-std=c++17",
+        "-O3",
+        f"-arch={arch}",
+        f"-I{streamed.SOURCES}",
+        "--ptxas-options=-v",
+        "-cubin",
+    ]
     run = subprocess.run([*command, "-o", cubin, source], capture_output=True, text=True)
     if "Unsupported gpu architecture" in run.stderr or "not defined for option" in run.stderr:
         pytest.skip(f"this nvcc does not know {arch}")

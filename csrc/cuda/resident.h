@@ -15,33 +15,33 @@ namespace resident {
 // by positions, with the same reason.
 enum Split : int32_t { kByPositions, kByChannels };
 
-constexpr int kLoads = 8;          // mbarriers of a tile: its rows can be used in as many steps
-constexpr int kMaxThreads = 512;   // a block: 128 registers a thread
-constexpr int kMaxInputs = 4;      // vectors that the MLP sees
+constexpr int kLoads = 8;         // mbarriers of a tile: its rows can be used in as many steps
+constexpr int kMaxThreads = 512;  // a block: 128 registers a thread
+constexpr int kMaxInputs = 4;     // vectors that the MLP sees
 
 // Offsets into a block's shared memory, the same in every block of a cluster: blocks read each other's.
 struct SharedMap {
-  int32_t tile, tile_dy;   // T rows x pitch
-  int32_t barriers;        // kLoads mbarriers
-  int32_t item;            // backward: the weight item drawn
-  int32_t gate;            // A [tile channels]
-  int32_t spatial;         // A [tile positions]
+  int32_t tile, tile_dy;                // T rows x pitch
+  int32_t barriers;                     // kLoads mbarriers
+  int32_t item;                         // backward: the weight item drawn
+  int32_t gate;                         // A [tile channels]
+  int32_t spatial;                      // A [tile positions]
   int32_t base, squares, exponentials;  // forward, statistics of [tile channels]
-  int32_t input;           // A [inputs][own channels]
-  int32_t hidden_part;     // A [inputs (+ 1 backward)][h], this block's share of sums over channels
-  int32_t hidden;          // A [inputs][h]; forward: [h]
-  int32_t pooled;          // forward: the spatial pools of [tile positions]; backward: ds, or dz
+  int32_t input;                        // A [inputs][own channels]
+  int32_t hidden_part;  // A [inputs (+ 1 backward)][h], this block's share of sums over channels
+  int32_t hidden;       // A [inputs][h]; forward: [h]
+  int32_t pooled;       // forward: the spatial pools of [tile positions]; backward: ds, or dz
   int32_t place_mean, place_maximum;  // backward: A [tile positions], dq; the mean's divided by C
-  int32_t place_mark;      // backward: int [tile positions], the maximum's channel or how many equal it
-  int32_t top;             // A [tile positions], with shared ties
-  int32_t kernel_grad;     // A [pieces][2][taps]; then [2 taps + 1], the batch's
-  int32_t gate_grad;       // A [tile channels]
-  int32_t logit_grad;      // A [own channels]
-  int32_t terms, rare;     // ChannelTerms, RareTerms [tile channels]
-  int32_t kernel;          // (A, A) [taps]
-  int32_t window;          // (A, A) [window]; backward: the pools'
-  int32_t window_grad;     // A [window], backward
-  int32_t scratch;         // partial results of one pass; shares memory with the windows
+  int32_t place_mark;   // backward: int [tile positions], the maximum's channel or how many equal it
+  int32_t top;          // A [tile positions], with shared ties
+  int32_t kernel_grad;  // A [pieces][2][taps]; then [2 taps + 1], the batch's
+  int32_t gate_grad;    // A [tile channels]
+  int32_t logit_grad;   // A [own channels]
+  int32_t terms, rare;  // ChannelTerms, RareTerms [tile channels]
+  int32_t kernel;       // (A, A) [taps]
+  int32_t window;       // (A, A) [window]; backward: the pools'
+  int32_t window_grad;  // A [window], backward
+  int32_t scratch;      // partial results of one pass; shares memory with the windows
   int32_t total;
 };
 
@@ -50,16 +50,16 @@ struct Resident {
   Problem p;
   SharedMap at;
   int32_t operation, split, cluster, threads;
-  int32_t shared_limit;             // most shared memory that the device gives a block
-  int32_t vector;                   // elements of one access
-  int32_t channel_unit;             // own channels come in multiples of this many
+  int32_t shared_limit;  // most shared memory that the device gives a block
+  int32_t vector;        // elements of one access
+  int32_t channel_unit;  // own channels come in multiples of this many
   int32_t position_unit;
   int32_t own_channels, own_positions;    // most that a block has
   int32_t tile_channels, tile_positions;  // most that a tile has
   int32_t column_groups, map_groups;      // groups of rows that warps share a strip of columns in
   int32_t window_width, window_rows;
-  int32_t kernel_pieces;            // parts of the positions whose kernel gradients are summed apart
-  int32_t inputs;                   // vectors that the MLP sees, after blending
+  int32_t kernel_pieces;  // parts of the positions whose kernel gradients are summed apart
+  int32_t inputs;         // vectors that the MLP sees, after blending
   int32_t save;
   // Backward: sums over the batch, in global memory; see ResidentScratch in resident_weights.cuh.
   uint32_t* counters;
@@ -71,18 +71,18 @@ struct Resident {
 constexpr int kStarted = 0, kReady = 1, kTicket = 2, kEnded = 3, kCounterWords = 4;
 
 struct Machine {
-  int32_t capability;     // 90 for compute capability 9.0
+  int32_t capability;  // 90 for compute capability 9.0
   int32_t multiprocessors;
-  int32_t shared_bytes;   // most dynamic shared memory that a block may ask for
+  int32_t shared_bytes;  // most dynamic shared memory that a block may ask for
 };
 
 // ---- Policy, as data.
 
-constexpr int64_t kRowBytes = 256;         // least part of a contiguous row that a block takes by choice
-constexpr int64_t kSmallTile = 100 << 10;  // below, two blocks of half the threads share a multiprocessor
-constexpr int64_t kLeastPositions = 196;   // below, the weights outweigh x, and the streamed tier batches
+constexpr int64_t kRowBytes = 256;            // least part of a contiguous row that a block takes by choice
+constexpr int64_t kSmallTile = 100 << 10;     // below, two blocks of half the threads share a multiprocessor
+constexpr int64_t kLeastPositions = 196;      // below, the weights outweigh x, and the streamed tier batches
 constexpr int kMergeRows = 6, kTermRows = 2;  // what merging a strip, or reading its terms, costs in rows
-constexpr int kClusters[] = {8, 16};       // portable first
+constexpr int kClusters[] = {8, 16};          // portable first
 // Blocks against places on the device, over the waves that they run in: a wave that is mostly empty costs
 // as much as a full one. Modelled, to be measured.
 constexpr double kLeastOccupancy = 0.6;
@@ -170,7 +170,8 @@ inline bool plan(Resident& k, const Machine& m, int cluster, Split split) {
   k.threads = tile * (backward ? 2 : 1) < kSmallTile ? kMaxThreads / 2 : kMaxThreads;
 
   const int64_t columns = last ? tc : tp;  // of the tile
-  const int64_t across = strip_bytes(p.layout, split, static_cast<int>(k.vector * element)) / (k.vector * element);
+  const int64_t across =
+      strip_bytes(p.layout, split, static_cast<int>(k.vector * element)) / (k.vector * element);
   const int64_t strips = ceil_div(columns, k.vector * across);
   const int warps = k.threads / 32;
   const int64_t lane_rows = ceil_div(last ? tp : tc, 32 / across);
@@ -180,7 +181,8 @@ inline bool plan(Resident& k, const Machine& m, int cluster, Split split) {
   const int64_t height = int64_t{p.depth} * p.height;
   const int64_t halo = int64_t{p.kernel_d / 2} * p.height + p.kernel_h / 2;
   k.window_width = p.width + p.kernel_w - 1;
-  k.window_rows = static_cast<int32_t>(std::min(height, (k.own_positions + p.width - 2) / p.width + 1 + 2 * halo));
+  k.window_rows =
+      static_cast<int32_t>(std::min(height, (k.own_positions + p.width - 2) / p.width + 1 + 2 * halo));
   const int64_t window = p.spatial ? int64_t{k.window_width} * k.window_rows : 0;
   if (window > (int64_t{1} << 20)) return false;
 
@@ -229,7 +231,8 @@ inline bool plan(Resident& k, const Machine& m, int cluster, Split split) {
 }
 
 // The smallest cluster that holds a sample and that `allowed(k)`, the device, can run; false without one.
-template <class Allowed> bool choose_cluster(Resident& k, const Machine& m, Allowed allowed) {
+template <class Allowed>
+bool choose_cluster(Resident& k, const Machine& m, Allowed allowed) {
   for (int cluster : kClusters) {
     const bool long_rows = k.p.positions * element_bytes(k.p.dtype) >= kRowBytes * cluster;
     for (Split split : {long_rows ? kByPositions : kByChannels, long_rows ? kByChannels : kByPositions}) {
@@ -240,7 +243,8 @@ template <class Allowed> bool choose_cluster(Resident& k, const Machine& m, Allo
 }
 
 // Calls f(Traits of the instantiation that runs k), which takes an element type and k's choices.
-template <class T, template <class, int, Layout, Split> class Of, class F> auto with_traits(const Resident& k, F f) {
+template <class T, template <class, int, Layout, Split> class Of, class F>
+auto with_traits(const Resident& k, F f) {
   constexpr int kFull = 16 / static_cast<int>(sizeof(T));
   if (k.p.layout == kChannelsLast) return f(Of<T, kFull, kChannelsLast, kByPositions>{});
   if (k.split == kByPositions) return f(Of<T, kFull, kContiguous, kByPositions>{});

@@ -10,7 +10,8 @@ namespace resident {
 
 // dx of the tile. kNeedsX: shared ties, the p = 2 norm and log-sum-exp look at x again, and the residual is
 // asked for there.
-template <class Tr, bool kNeedsX, bool kResidual> __device__ __forceinline__ void input_grads(const Block<Tr>& b, Landed& landed) {
+template <class Tr, bool kNeedsX, bool kResidual>
+__device__ __forceinline__ void input_grads(const Block<Tr>& b, Landed& landed) {
   using T = typename Tr::T;
   using A = typename Tr::A;
   constexpr int V = Tr::V;
@@ -35,7 +36,8 @@ template <class Tr, bool kNeedsX, bool kResidual> __device__ __forceinline__ voi
     PositionTerms<A> of_place[V];
     if constexpr (Tr::kLast) {
 #pragma unroll
-      for (int j = 0; j < V; ++j) of_channel[j] = kNeedsX ? channels[column + j] : with_average(channels[column + j]);
+      for (int j = 0; j < V; ++j)
+        of_channel[j] = kNeedsX ? channels[column + j] : with_average(channels[column + j]);
     } else {
       places.read(column, of_place);
 #pragma unroll
@@ -46,15 +48,18 @@ template <class Tr, bool kNeedsX, bool kResidual> __device__ __forceinline__ voi
       A d[V], v[V];
       load_shared<Tr>(dy + r * pitch + column, d);
       if constexpr (kNeedsX) load_shared<Tr>(x + r * pitch + column, v);
-      if constexpr (Tr::kLast) of_place[0] = kNeedsX ? places[r] : with_mean(places[r]);
-      else of_channel[0] = kNeedsX ? channels[r] : with_average(channels[r]);
+      if constexpr (Tr::kLast)
+        of_place[0] = kNeedsX ? places[r] : with_mean(places[r]);
+      else
+        of_channel[0] = kNeedsX ? channels[r] : with_average(channels[r]);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         const int c = Tr::kLast ? column + j : r, at = Tr::kLast ? r : column + j;
         const ChannelTerms<A>& channel = of_channel[Tr::kLast ? j : 0];
         const PositionTerms<A>& place = of_place[Tr::kLast ? 0 : j];
         if constexpr (kNeedsX) {
-          d[j] = input_grad_of_x(p, channel, rare[c], place, split ? tops[at] : A(0), d[j], v[j], c0 + c, p0 + at);
+          d[j] = input_grad_of_x(p, channel, rare[c], place, split ? tops[at] : A(0), d[j], v[j], c0 + c,
+                                 p0 + at);
         } else {
           const A inner = inner_grad<A, false>(place, d[j], A(1), A(0), A(0), c0 + c);
           const A grad = channel.gate * inner + (channel.mark == p0 + at ? channel.maximum : channel.average);
@@ -66,7 +71,8 @@ template <class Tr, bool kNeedsX, bool kResidual> __device__ __forceinline__ voi
   }
 }
 
-template <class Tr> __device__ __forceinline__ void backward(const Resident& k, unsigned char* memory) {
+template <class Tr>
+__device__ __forceinline__ void backward(const Resident& k, unsigned char* memory) {
   const Block<Tr> b(k, memory);
   const Problem& p = k.p;
   cluster_started(k, b.rank);
@@ -83,15 +89,20 @@ template <class Tr> __device__ __forceinline__ void backward(const Resident& k, 
     conv_grads(b);
   }
   if (p.pools) {
-    if (kRareOptions && p.ties == kTiesSplit) gate_grads<Tr, true>(b, landed);
-    else gate_grads<Tr, false>(b, landed);
+    if (kRareOptions && p.ties == kTiesSplit)
+      gate_grads<Tr, true>(b, landed);
+    else
+      gate_grads<Tr, false>(b, landed);
     pool_grads(b);
   }
   __syncthreads();
   weights_ready(k);
-  if (input_grad_needs_x(p)) input_grads<Tr, true, false>(b, landed);
-  else if (p.residual) input_grads<Tr, false, true>(b, landed);
-  else input_grads<Tr, false, false>(b, landed);
+  if (input_grad_needs_x(p))
+    input_grads<Tr, true, false>(b, landed);
+  else if (p.residual)
+    input_grads<Tr, false, true>(b, landed);
+  else
+    input_grads<Tr, false, false>(b, landed);
   if (Tr::kByChannel && p.pools) ptx::cluster_wait();
   __syncthreads();
   finish_weights(b);
@@ -100,7 +111,8 @@ template <class Tr> __device__ __forceinline__ void backward(const Resident& k, 
 #endif  // CBAM_HAS_CLUSTERS
 
 template <class Tr>
-__global__ void __launch_bounds__(kMaxThreads, 1) resident_backward_kernel(const __grid_constant__ Resident k) {
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    resident_backward_kernel(const __grid_constant__ Resident k) {
 #if CBAM_HAS_CLUSTERS
   CBAM_DYNAMIC_SHARED(memory);
   backward<Tr>(k, memory);

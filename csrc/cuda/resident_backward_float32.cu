@@ -5,7 +5,8 @@
 namespace cbam {
 namespace resident {
 
-template <class Tr> struct BackwardKernel {
+template <class Tr>
+struct BackwardKernel {
   static auto get() { return resident_backward_kernel<Tr>; }
 };
 

@@ -1,7 +1,7 @@
 // The spatial gate's convolution in a cluster: windows of a map around a block's own positions.
 #pragma once
 
-#include "resident_tile.cuh"
+#include "resident_walk.cuh"
 #include "streamed_conv.cuh"
 
 namespace cbam {
@@ -12,8 +12,8 @@ namespace resident {
 // Rows of the map (of all depths) that the convolution of positions [begin, end) reaches, in shared
 // memory with zeros at both sides, so that only rows need a check.
 struct Window {
-  int first, rows;      // rows of the map
-  int width, margin;    // of a row in the window; zeros at each side
+  int first, rows;    // rows of the map
+  int width, margin;  // of a row in the window; zeros at each side
 
   __device__ __forceinline__ Window(const Resident& k, Range own) {
     const Problem& p = k.p;
@@ -25,7 +25,8 @@ struct Window {
     rows = own.size() > 0 ? last - first : 0;
   }
   // store(index in the window, position or -1) for every element.
-  template <class Tr, class Store> __device__ __forceinline__ void fill(const Block<Tr>& b, Store store) const {
+  template <class Tr, class Store>
+  __device__ __forceinline__ void fill(const Block<Tr>& b, Store store) const {
     const int map_width = b.k.p.width;
     for (int i = b.thread; i < rows * width; i += b.threads) {
       const int row = i / width, w = i - row * width - margin;
@@ -37,7 +38,8 @@ struct Window {
 // Calls f(tap, index in the window) for the taps of the position whose row and column are given; sign -1
 // turns the kernel around. kWidth is the kernel's width, or 0 for any.
 template <int kWidth, class F>
-__device__ __forceinline__ void window_taps(const Problem& p, const Window& window, int position, int sign, F f) {
+__device__ __forceinline__ void window_taps(const Problem& p, const Window& window, int position, int sign,
+                                            F f) {
   const Coordinates at = coordinates(p, position);
   const int width = kWidth ? kWidth : p.kernel_w;
   int tap = 0;
@@ -48,7 +50,8 @@ __device__ __forceinline__ void window_taps(const Problem& p, const Window& wind
     for (int kh = 0; kh < p.kernel_h; ++kh, tap += width) {
       const int h = at.h + sign * (kh - p.kernel_h / 2);
       if (d < 0 || d >= p.depth || h < 0 || h >= p.height) continue;
-      const int start = (d * p.height + h - window.first) * window.width + at.w + window.margin - sign * (width / 2);
+      const int start =
+          (d * p.height + h - window.first) * window.width + at.w + window.margin - sign * (width / 2);
       if constexpr (kWidth > 0) {
 #pragma unroll
         for (int kw = 0; kw < kWidth; ++kw) f(tap + kw, start + sign * kw);
@@ -59,12 +62,16 @@ __device__ __forceinline__ void window_taps(const Problem& p, const Window& wind
   }
 }
 template <class F>
-__device__ __forceinline__ void for_window(const Problem& p, const Window& window, int position, int sign, F f) {
-  if (p.kernel_w == 7) window_taps<7>(p, window, position, sign, f);
-  else window_taps<0>(p, window, position, sign, f);
+__device__ __forceinline__ void for_window(const Problem& p, const Window& window, int position, int sign,
+                                           F f) {
+  if (p.kernel_w == 7)
+    window_taps<7>(p, window, position, sign, f);
+  else
+    window_taps<0>(p, window, position, sign, f);
 }
 
-template <class Tr> __device__ __forceinline__ void stage_kernel(const Block<Tr>& b) {
+template <class Tr>
+__device__ __forceinline__ void stage_kernel(const Block<Tr>& b) {
   using A = typename Tr::A;
   const Problem& p = b.k.p;
   if (!p.spatial) return;

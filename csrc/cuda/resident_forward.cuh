@@ -20,7 +20,9 @@ __device__ __forceinline__ void channel_statistic(const Block<Tr>& b, Landed& la
   if constexpr (Tr::kLast) {
     reduce_columns<S>(
         b, landed, b.template at<S>(b.k.at.scratch),
-        [&](const Strip<Tr>& s, int r, A(&v)[Tr::V]) { load_shared<Tr>(tile + r * pitch + s.vector * Tr::V, v); },
+        [&](const Strip<Tr>& s, int r, A(&v)[Tr::V]) {
+          load_shared<Tr>(tile + r * pitch + s.vector * Tr::V, v);
+        },
         [&](int c, const S& total) { out[c] = total; });
     __syncthreads();
   } else {
@@ -30,17 +32,21 @@ __device__ __forceinline__ void channel_statistic(const Block<Tr>& b, Landed& la
   }
 }
 
-template <class Tr> __device__ __forceinline__ void channel_statistics(const Block<Tr>& b, Landed& landed) {
+template <class Tr>
+__device__ __forceinline__ void channel_statistics(const Block<Tr>& b, Landed& landed) {
   using A = typename Tr::A;
   const Resident& k = b.k;
   const int pools = k.p.pools;
   const bool split = kRareOptions && k.p.ties == kTiesSplit;
   if (pools & (kAvg | kMax)) {
-    if (split) channel_statistic(b, landed, b.template at<MeanMax<A, true>>(k.at.base));
-    else channel_statistic(b, landed, b.template at<MeanMax<A, false>>(k.at.base));
+    if (split)
+      channel_statistic(b, landed, b.template at<MeanMax<A, true>>(k.at.base));
+    else
+      channel_statistic(b, landed, b.template at<MeanMax<A, false>>(k.at.base));
   }
   if (kRareOptions && pools & kLp) channel_statistic(b, landed, b.template at<Squares<A>>(k.at.squares));
-  if (kRareOptions && pools & kLse) channel_statistic(b, landed, b.template at<Exponentials<A>>(k.at.exponentials));
+  if (kRareOptions && pools & kLse)
+    channel_statistic(b, landed, b.template at<Exponentials<A>>(k.at.exponentials));
 }
 
 // A statistic of one of the block's own channels over the whole sample.
@@ -60,7 +66,8 @@ __device__ __forceinline__ S whole_statistic(const Block<Tr>& b, S* mine, int ch
   }
 }
 
-template <class Tr, bool kSplit> __device__ __forceinline__ void own_mean_max(const Block<Tr>& b, int c, int i) {
+template <class Tr, bool kSplit>
+__device__ __forceinline__ void own_mean_max(const Block<Tr>& b, int c, int i) {
   using A = typename Tr::A;
   using S = MeanMax<A, kSplit>;
   const Problem& p = b.k.p;
@@ -77,8 +84,10 @@ template <class Tr, bool kSplit> __device__ __forceinline__ void own_mean_max(co
   }
   if (p.pools & kMax) {
     const int row = pool_row(p.pools, kMax);
-    if (blend) input[i] = A(0.5) * mean + A(0.5) * v.peak.value;
-    else input[row * own + i] = v.peak.value;
+    if (blend)
+      input[i] = A(0.5) * mean + A(0.5) * v.peak.value;
+    else
+      input[row * own + i] = v.peak.value;
     if (b.k.save) {
       put(p.pooled, (b.n * count + row) * p.channels + c, v.peak.value);
       store_index(p.pool_index, b.n * p.channels + c, is_short_extent(p.positions), v.peak.mark);
@@ -87,7 +96,8 @@ template <class Tr, bool kSplit> __device__ __forceinline__ void own_mean_max(co
 }
 
 // The pools of this block's own channels: what the MLP reads, and what is saved.
-template <class Tr> __device__ __forceinline__ void own_pools(const Block<Tr>& b) {
+template <class Tr>
+__device__ __forceinline__ void own_pools(const Block<Tr>& b) {
   using A = typename Tr::A;
   const Resident& k = b.k;
   const Problem& p = k.p;
@@ -102,15 +112,18 @@ template <class Tr> __device__ __forceinline__ void own_pools(const Block<Tr>& b
   for (int i = b.thread; i < own; i += b.threads) {
     const int c = b.own_channels.begin + i;
     if (p.pools & (kAvg | kMax)) {
-      if (kRareOptions && p.ties == kTiesSplit) own_mean_max<Tr, true>(b, c, i);
-      else own_mean_max<Tr, false>(b, c, i);
+      if (kRareOptions && p.ties == kTiesSplit)
+        own_mean_max<Tr, true>(b, c, i);
+      else
+        own_mean_max<Tr, false>(b, c, i);
     }
     if (kRareOptions && p.pools & kLp) {
       put_pool(kLp, i, square_root(whole_statistic(b, b.template at<Squares<A>>(k.at.squares), c, keep).sum));
     }
     if (kRareOptions && p.pools & kLse) {
       put_pool(kLse, i,
-               log_sum_value(whole_statistic(b, b.template at<Exponentials<A>>(k.at.exponentials), c, keep).log_sum));
+               log_sum_value(
+                   whole_statistic(b, b.template at<Exponentials<A>>(k.at.exponentials), c, keep).log_sum));
     }
   }
 }
@@ -118,7 +131,8 @@ template <class Tr> __device__ __forceinline__ void own_pools(const Block<Tr>& b
 // ---- Spatial pools: maximum and mean of gated x over channels, for each of the tile's positions.
 
 template <class A, bool kSplit>
-__device__ __forceinline__ void save_position(const Resident& k, int64_t n, int position, const MeanMax<A, kSplit>& v) {
+__device__ __forceinline__ void save_position(const Resident& k, int64_t n, int position,
+                                              const MeanMax<A, kSplit>& v) {
   const Problem& p = k.p;
   put(p.spatial_pool, n * 2 * p.positions + position, v.peak.value);
   put(p.spatial_pool, (n * 2 + 1) * p.positions + position, v.sum / A(p.channels));
@@ -126,7 +140,8 @@ __device__ __forceinline__ void save_position(const Resident& k, int64_t n, int 
 }
 
 // By positions a position's pools are final, as Pairs; by channels each block has a MeanMax of its own.
-template <class Tr, bool kSplit> __device__ __forceinline__ void spatial_pools(const Block<Tr>& b, Landed& landed) {
+template <class Tr, bool kSplit>
+__device__ __forceinline__ void spatial_pools(const Block<Tr>& b, Landed& landed) {
   using T = typename Tr::T;
   using A = typename Tr::A;
   using S = MeanMax<A, kSplit>;
@@ -192,7 +207,8 @@ __device__ __forceinline__ Pair<typename Tr::A> pooled_at(const Block<Tr>& b, in
 
 // The spatial gate of the tile's positions, from the pools of the whole cluster. Leaves the cluster
 // between arrival and wait where blocks only read each other's pools: see finish.
-template <class Tr> __device__ __forceinline__ void spatial_gate(const Block<Tr>& b) {
+template <class Tr>
+__device__ __forceinline__ void spatial_gate(const Block<Tr>& b) {
   using A = typename Tr::A;
   const Resident& k = b.k;
   const Problem& p = k.p;
@@ -223,13 +239,16 @@ template <class Tr> __device__ __forceinline__ void spatial_gate(const Block<Tr>
     share_position(b, spatial, i, s);
     if (k.save) put(p.spatial_gate, b.n * p.positions + i, s);
   }
-  if constexpr (Tr::kByChannel) ptx::cluster_sync();
-  else __syncthreads();
+  if constexpr (Tr::kByChannel)
+    ptx::cluster_sync();
+  else
+    __syncthreads();
 }
 
 // ---- y = x g s (+ x).
 
-template <class Tr, bool kResidual> __device__ __forceinline__ void output(const Block<Tr>& b) {
+template <class Tr, bool kResidual>
+__device__ __forceinline__ void output(const Block<Tr>& b) {
   using T = typename Tr::T;
   using A = typename Tr::A;
   constexpr int V = Tr::V;
@@ -262,7 +281,8 @@ template <class Tr, bool kResidual> __device__ __forceinline__ void output(const
   }
 }
 
-template <class Tr> __device__ __forceinline__ void forward(const Resident& k, unsigned char* memory) {
+template <class Tr>
+__device__ __forceinline__ void forward(const Resident& k, unsigned char* memory) {
   using A = typename Tr::A;
   const Block<Tr> b(k, memory);
   const Problem& p = k.p;
@@ -280,8 +300,10 @@ template <class Tr> __device__ __forceinline__ void forward(const Resident& k, u
   Landed landed(b);
   if (p.pools) {
     channel_statistics(b, landed);
-    if constexpr (Tr::kByChannel) __syncthreads();
-    else ptx::cluster_sync();
+    if constexpr (Tr::kByChannel)
+      __syncthreads();
+    else
+      ptx::cluster_sync();
     own_pools(b);
     __syncthreads();
     channel_gate(b);
@@ -289,13 +311,17 @@ template <class Tr> __device__ __forceinline__ void forward(const Resident& k, u
     __syncthreads();
   }
   if (p.spatial) {
-    if (kRareOptions && p.ties == kTiesSplit) spatial_pools<Tr, true>(b, landed);
-    else spatial_pools<Tr, false>(b, landed);
+    if (kRareOptions && p.ties == kTiesSplit)
+      spatial_pools<Tr, true>(b, landed);
+    else
+      spatial_pools<Tr, false>(b, landed);
     ptx::cluster_sync();
     spatial_gate(b);
   }
-  if (p.residual) output<Tr, true>(b);
-  else output<Tr, false>(b);
+  if (p.residual)
+    output<Tr, true>(b);
+  else
+    output<Tr, false>(b);
   // No block may leave while another reads its pools, or its share of the hidden layer.
   if (!Tr::kByChannel && p.spatial) ptx::cluster_wait();
   if (Tr::kByChannel && !p.spatial) ptx::cluster_sync();
@@ -304,7 +330,8 @@ template <class Tr> __device__ __forceinline__ void forward(const Resident& k, u
 #endif  // CBAM_HAS_CLUSTERS
 
 template <class Tr>
-__global__ void __launch_bounds__(kMaxThreads, 1) resident_forward_kernel(const __grid_constant__ Resident k) {
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    resident_forward_kernel(const __grid_constant__ Resident k) {
 #if CBAM_HAS_CLUSTERS
   CBAM_DYNAMIC_SHARED(memory);
   forward<Tr>(k, memory);

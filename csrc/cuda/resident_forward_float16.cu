@@ -5,7 +5,8 @@
 namespace cbam {
 namespace resident {
 
-template <class Tr> struct ForwardKernel {
+template <class Tr>
+struct ForwardKernel {
   static auto get() { return resident_forward_kernel<Tr>; }
 };
 

@@ -7,10 +7,12 @@
 namespace cbam {
 namespace resident {
 
-inline cudaError_t launch_kernel(void (*kernel)(const Resident), const Resident& k, cudaStream_t stream, int* clusters) {
+inline cudaError_t launch_kernel(void (*kernel)(const Resident), const Resident& k, cudaStream_t stream,
+                                 int* clusters) {
   const void* entry = reinterpret_cast<const void*>(kernel);
   // The device's limit, not this call's need: another thread may be launching a larger plan.
-  cudaError_t error = cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, k.shared_limit);
+  cudaError_t error =
+      cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, k.shared_limit);
   if (error != cudaSuccess) return error;
   constexpr int kPortable = 8;
   if (k.cluster > kPortable) {

@@ -1,7 +1,7 @@
 // The channel gate's MLP in a cluster: each block with its own columns of w1 and its own rows of w2.
 #pragma once
 
-#include "resident_tile.cuh"
+#include "resident_walk.cuh"
 #include "streamed_mlp.cuh"
 
 namespace cbam {
@@ -19,7 +19,8 @@ __device__ __forceinline__ int dot_lanes(int length) {
 // part[j][i] = sum over this block's channels of w1[i][c] input[j][c]; without w1, the inputs' sum at the
 // block's own channels and 0 elsewhere.
 template <class Tr>
-__device__ __forceinline__ void hidden_part(const Block<Tr>& b, const typename Tr::A* input, typename Tr::A* part) {
+__device__ __forceinline__ void hidden_part(const Block<Tr>& b, const typename Tr::A* input,
+                                            typename Tr::A* part) {
   using A = typename Tr::A;
   using T = typename Tr::T;
   const Problem& p = b.k.p;
@@ -58,7 +59,8 @@ __device__ __forceinline__ void hidden_part(const Block<Tr>& b, const typename T
 }
 
 // A value that every block holds a share of, summed in the order of the ranks.
-template <class Tr, class A> __device__ __forceinline__ A cluster_sum(const Block<Tr>& b, A* mine) {
+template <class Tr, class A>
+__device__ __forceinline__ A cluster_sum(const Block<Tr>& b, A* mine) {
   A sum = *b.remote(mine, 0);
 #pragma unroll 1
   for (int r = 1; r < b.blocks; ++r) sum += *b.remote(mine, r);
@@ -68,8 +70,9 @@ template <class Tr, class A> __device__ __forceinline__ A cluster_sum(const Bloc
 // sum_r m[r][c] vector(v, r) for rows and columns of a matrix with `stride` columns; out(c, v, sum).
 // `parts` holds kMaxInputs values a thread. Entered and left after a barrier.
 template <class Tr, class Vector, class Out>
-__device__ __forceinline__ void columns_dot(const Block<Tr>& b, const Weight& m, Range rows, Range columns, int64_t stride,
-                                            int count, typename Tr::A* parts, Vector vector, Out out) {
+__device__ __forceinline__ void columns_dot(const Block<Tr>& b, const Weight& m, Range rows, Range columns,
+                                            int64_t stride, int count, typename Tr::A* parts, Vector vector,
+                                            Out out) {
   using A = typename Tr::A;
   using T = typename Tr::T;
   int lanes = 1;
@@ -105,7 +108,8 @@ __device__ __forceinline__ void columns_dot(const Block<Tr>& b, const Weight& m,
 }
 
 // The gate of this block's channels from its inputs: into `gate` of every block whose tile has them.
-template <class Tr> __device__ __forceinline__ void channel_gate(const Block<Tr>& b) {
+template <class Tr>
+__device__ __forceinline__ void channel_gate(const Block<Tr>& b) {
   using A = typename Tr::A;
   using T = typename Tr::T;
   const Resident& k = b.k;
@@ -148,8 +152,10 @@ template <class Tr> __device__ __forceinline__ void channel_gate(const Block<Tr>
     }
     if (k.save && lane == 0) put(p.channel_gate, b.n * p.channels + c, value);
   }
-  if constexpr (Tr::kByChannel) __syncthreads();
-  else ptx::cluster_sync();
+  if constexpr (Tr::kByChannel)
+    __syncthreads();
+  else
+    ptx::cluster_sync();
 }
 
 #endif  // CBAM_HAS_CLUSTERS

@@ -32,17 +32,18 @@ class Known {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = machines_.find(device);
     if (found != machines_.end()) return found->second;
-    const Machine m{
-        attribute(cudaDevAttrComputeCapabilityMajor, device) * 10 + attribute(cudaDevAttrComputeCapabilityMinor, device),
-        attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
+    const Machine m{attribute(cudaDevAttrComputeCapabilityMajor, device) * 10 +
+                        attribute(cudaDevAttrComputeCapabilityMinor, device),
+                    attribute(cudaDevAttrMultiProcessorCount, device),
+                    attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
     machines_.emplace(device, m);
     return m;
   }
   // Clusters of this plan that the device runs at a time.
   int clusters(int device, const Resident& k) {
     const bool backward = is_backward(k.operation);
-    const auto key = std::make_tuple(device, backward, k.p.dtype, k.p.layout, k.split, k.vector, k.cluster, k.threads,
-                                     k.at.total);
+    const auto key = std::make_tuple(device, backward, k.p.dtype, k.p.layout, k.split, k.vector, k.cluster,
+                                     k.threads, k.at.total);
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = clusters_.find(key);
     if (found != clusters_.end()) return found->second;
@@ -58,7 +59,8 @@ class Known {
  private:
   std::mutex mutex_;
   std::map<int, Machine> machines_;
-  std::map<std::tuple<int, bool, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t>, int> clusters_;
+  std::map<std::tuple<int, bool, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t>, int>
+      clusters_;
 };
 
 }  // namespace
@@ -87,8 +89,8 @@ bool launch(const Problem& p, Operation operation, bool aligned, const Tensor& x
   }
   const cudaError_t error = kLaunchers[is_backward(operation)][p.dtype](k, stream, nullptr);
   STD_TORCH_CHECK(error == cudaSuccess, "cbam_fused: the resident kernel of ",
-                  is_backward(operation) ? "cbam_backward" : "cbam_forward", " did not launch: ",
-                  cudaGetErrorString(error));
+                  is_backward(operation) ? "cbam_backward" : "cbam_forward",
+                  " did not launch: ", cudaGetErrorString(error));
   return true;
 }
 

@@ -17,8 +17,8 @@ namespace resident {
 
 // tile[r][c] = sum_i left(i, r) right(i, c), `tile` counting kWeightRows x kWeightColumns pieces.
 template <class A, class Left, class Right, class Out>
-__device__ __forceinline__ void outer_sum(int tile, int rows, int columns, int64_t count, A* parts, Left left, Right right,
-                                          Out out) {
+__device__ __forceinline__ void outer_sum(int tile, int rows, int columns, int64_t count, A* parts, Left left,
+                                          Right right, Out out) {
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
   const int tiles = (columns + kWeightColumns - 1) / kWeightColumns, groups = threads / kWeightColumns;
   const int r0 = tile / tiles * kWeightRows, c = tile % tiles * kWeightColumns + thread % kWeightColumns;
@@ -47,7 +47,8 @@ __device__ __forceinline__ void outer_sum(int tile, int rows, int columns, int64
 
 // total[c] = sum_i value(i, c) for one tile of columns.
 template <class A, class Value, class Out>
-__device__ __forceinline__ void column_sum(int tile, int columns, int64_t count, A* parts, Value value, Out out) {
+__device__ __forceinline__ void column_sum(int tile, int columns, int64_t count, A* parts, Value value,
+                                           Out out) {
   const int thread = static_cast<int>(threadIdx.x), groups = static_cast<int>(blockDim.x) / kWeightColumns;
   const int c = tile * kWeightColumns + thread % kWeightColumns, group = thread / kWeightColumns;
   A sum = 0;
@@ -65,7 +66,8 @@ __device__ __forceinline__ void column_sum(int tile, int columns, int64_t count,
 }
 
 // The gradients of the convolution and of the norm in eval mode. `parts`: one value a thread.
-template <class T, class A> __device__ __forceinline__ void conv_weights(const Resident& k, A* parts, A* totals) {
+template <class T, class A>
+__device__ __forceinline__ void conv_weights(const Resident& k, A* parts, A* totals) {
   const Problem& p = k.p;
   const int count = static_cast<int>(taps(p)), entries = 2 * count + 1;
   const int64_t rows = p.samples * k.cluster;
@@ -99,7 +101,8 @@ template <class T, class A> __device__ __forceinline__ void conv_weights(const R
 }
 
 // Item `index` of weight_item_count(p).
-template <class T, class A> __device__ __forceinline__ void weight_item(const Resident& k, int index, A* parts, A* totals) {
+template <class T, class A>
+__device__ __forceinline__ void weight_item(const Resident& k, int index, A* parts, A* totals) {
   const Problem& p = k.p;
   const int channels = static_cast<int>(p.channels), hidden = static_cast<int>(p.hidden), inputs = k.inputs;
   const auto tiles = [](int rows, int columns) {
@@ -158,7 +161,8 @@ __device__ __forceinline__ void weights_ready(const Resident& k) {
 
 // Blocks that see all clusters started draw items: whom they wait for is running, so that it will end. The
 // cluster that started last always does. Leaves all counters zero.
-template <class Tr> __device__ __forceinline__ void finish_weights(const Block<Tr>& b) {
+template <class Tr>
+__device__ __forceinline__ void finish_weights(const Block<Tr>& b) {
   using A = typename Tr::A;
   const Resident& k = b.k;
   A* parts = b.template at<A>(k.at.tile);

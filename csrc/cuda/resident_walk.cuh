@@ -1,0 +1,234 @@
+// How warps walk a resident tile: statistics of its rows and of its columns.
+#pragma once
+
+#include "resident_tile.cuh"
+
+namespace cbam {
+namespace resident {
+
+#if CBAM_HAS_CLUSTERS
+
+// V values of shared memory, a multiple of 4 from a multiple of 4 on.
+template <int V>
+__device__ __forceinline__ void load_factors(const float* from, float (&v)[V]) {
+  static_assert(V % 4 == 0);
+#pragma unroll
+  for (int j = 0; j < V; j += 4) {
+    const float4 w = *reinterpret_cast<const float4*>(from + j);
+    v[j] = w.x;
+    v[j + 1] = w.y;
+    v[j + 2] = w.z;
+    v[j + 3] = w.w;
+  }
+}
+
+// ---- Walks.
+
+template <bool kValue>
+struct Flag {
+  static constexpr bool value = kValue;
+};
+
+// A warp's share of a strip of columns: lane (down, across) takes rows first, first + step, ... of one
+// vector.
+template <class Tr>
+struct Strip {
+  int index, group;       // strip, and which of the groups that share it
+  int vector;             // within the row, of a vector that is there
+  int down, first, step;  // the lane's row of the first kDown
+  bool inside;            // false: this lane repeats another one's vector
+
+  __device__ __forceinline__ Strip(const Block<Tr>& b, int item, int groups) {
+    const int strips = (b.vectors + Tr::kAcross - 1) / Tr::kAcross;
+    index = item % strips;
+    group = item / strips;
+    vector = index * Tr::kAcross + b.lane % Tr::kAcross;
+    inside = vector < b.vectors;
+    vector = min(vector, b.vectors - 1);
+    down = b.lane / Tr::kAcross;
+    if constexpr (Tr::kAcross == 4) {
+      // Lanes 0..7 read two rows at a time, which are in different banks where the distance of these rows is
+      // half of 128 bytes off a multiple of it: 4, 2 or 1 rows apart.
+      if (b.vectors % 2)
+        down = down / 2 + down % 2 * 4;
+      else if (b.vectors % 4)
+        down = down % 2 * 2 + down / 2 % 2 + down / 4 * 4;
+    }
+    first = group * Tr::kDown + down;
+    step = groups * Tr::kDown;
+  }
+  static __device__ __forceinline__ int items(const Block<Tr>& b, int groups) {
+    return (b.vectors + Tr::kAcross - 1) / Tr::kAcross * groups;
+  }
+};
+
+// Merges a strip's rows over its lanes; the lanes `down == 0` have the result.
+template <class Tr, class S>
+__device__ __forceinline__ void merge_down(S& s) {
+  merge_lanes(s, Tr::kAcross, 32);
+}
+
+// The maximum and sum of a vector, the usual pools: the index of the maximum is found later.
+template <class A, int V>
+__device__ __forceinline__ A largest_of(const A (&v)[V]) {
+  A m = v[0];
+#pragma unroll
+  for (int j = 1; j < V; ++j) m = ptx::max_nan(m, v[j]);
+  return m;
+}
+template <class A, int V>
+__device__ __forceinline__ A sum_of(const A (&v)[V]) {
+  A s[V];
+#pragma unroll
+  for (int j = 0; j < V; ++j) s[j] = v[j];
+#pragma unroll
+  for (int half = V / 2; half; half /= 2) {
+#pragma unroll
+    for (int j = 0; j < half; ++j) s[j] += s[j + half];
+  }
+  return s[0];
+}
+
+template <class S>
+struct IsUsual : Flag<false> {};
+template <>
+struct IsUsual<MeanMax<float, false>> : Flag<true> {};
+
+// Where a running maximum moves: also once it is NaN, which is put right at the end of a walk. One
+// comparison an element instead of three.
+template <class A>
+__device__ __forceinline__ bool moves(A v, A peak) {
+  return !(v <= peak);
+}
+
+// One statistic for each row of the tile: value(row, vector, v) brings V elements, whose indices begin at
+// vector * V; out(row, S) is called in one lane. `landed` is waited on where a tile may still be loading.
+template <class S, class Tr, class Value, class Out>
+__device__ __forceinline__ void reduce_rows(const Block<Tr>& b, Landed& landed, Value value, Out out) {
+  using A = typename Tr::A;
+  constexpr int V = Tr::V;
+  constexpr int kTeam = 8;  // lanes a row
+  const int lane = b.lane % kTeam, team = b.lane / kTeam;
+  for (int base = b.warp * (32 / kTeam); base < b.rows; base += b.warps * (32 / kTeam)) {
+    const bool inside = base + team < b.rows;
+    const int row = inside ? base + team : b.rows - 1;
+    landed.wait(row);
+    S acc = S::empty(lane < b.vectors ? lane * V : kNoIndex);
+    if constexpr (IsUsual<S>::value) {
+      A sum = 0, peak = acc.peak.value;
+      int best = min(lane, b.vectors - 1);
+#pragma unroll 2
+      for (int j = lane; j < b.vectors; j += kTeam) {
+        A v[V];
+        value(row, j, v);
+        const A m = largest_of(v);
+        sum += sum_of(v);
+        if (moves(m, peak)) best = j;
+        peak = ptx::max_nan(peak, m);
+      }
+      acc.sum = sum;
+      acc.peak.value = peak;
+      if (lane < b.vectors) {
+        A v[V];
+        if (peak == peak) {
+          value(row, best, v);
+#pragma unroll
+          for (int j = V - 1; j >= 0; --j) {
+            if (v[j] == peak) acc.peak.mark = best * V + j;
+          }
+        } else {  // `best` went on moving: back to the first vector with a NaN
+          best = lane;
+          value(row, best, v);
+          while (largest_of(v) == largest_of(v)) {
+            best += kTeam;
+            value(row, best, v);
+          }
+#pragma unroll
+          for (int j = V - 1; j >= 0; --j) {
+            if (v[j] != v[j]) acc.peak.mark = best * V + j;
+          }
+        }
+      }
+    } else {
+      for (int j = lane; j < b.vectors; j += kTeam) {
+        A v[V];
+        value(row, j, v);
+#pragma unroll
+        for (int u = 0; u < V; ++u) acc.add(v[u], j * V + u);
+      }
+    }
+    merge_lanes(acc, 1, kTeam);
+    if (inside && lane == 0) out(row, acc);
+  }
+}
+
+// One statistic for each column: value(strip, row, v) brings V elements of index `row`; out(column, S) once
+// each, after a barrier. `parts` holds column_groups x columns of them.
+template <class S, class Tr, class Value, class Out>
+__device__ __forceinline__ void reduce_columns(const Block<Tr>& b, Landed& landed, S* parts, Value value,
+                                               Out out) {
+  using A = typename Tr::A;
+  constexpr int V = Tr::V;
+  const int groups = b.k.column_groups, columns = b.vectors * V;
+  for (int item = b.warp; item < Strip<Tr>::items(b, groups); item += b.warps) {
+    const Strip<Tr> strip(b, item, groups);
+    S acc[V];
+#pragma unroll
+    for (int j = 0; j < V; ++j) acc[j] = S::empty(strip.first < b.rows ? strip.first : kNoIndex);
+    const auto walk = [&](auto wait_too) {
+#pragma unroll 4
+      for (int r = strip.first; r < b.rows; r += strip.step) {
+        if constexpr (decltype(wait_too)::value) landed.wait(r);
+        A v[V];
+        value(strip, r, v);
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+          if constexpr (IsUsual<S>::value) {
+            acc[j].sum += v[j];
+            if (moves(v[j], acc[j].peak.value)) acc[j].peak.mark = r;
+            acc[j].peak.value = ptx::max_nan(acc[j].peak.value, v[j]);
+          } else {
+            acc[j].add(v[j], r);
+          }
+        }
+      }
+    };
+    if (landed.rows < b.rows)
+      walk(Flag<true>{});
+    else
+      walk(Flag<false>{});
+    if constexpr (IsUsual<S>::value) {
+      A top = acc[0].peak.value;
+#pragma unroll
+      for (int j = 1; j < V; ++j) top = ptx::max_nan(top, acc[j].peak.value);
+      if (top != top) {  // marks of NaN went on moving: back to the first
+#pragma unroll 1
+        for (int r = b.rows - 1 - (b.rows - 1 - strip.first) % strip.step; r >= strip.first;
+             r -= strip.step) {
+          A v[V];
+          value(strip, r, v);
+#pragma unroll
+          for (int j = 0; j < V; ++j) {
+            if (v[j] != v[j]) acc[j].peak.mark = r;
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      merge_down<Tr>(acc[j]);
+      if (b.lane < Tr::kAcross && strip.inside) parts[strip.group * columns + strip.vector * V + j] = acc[j];
+    }
+  }
+  __syncthreads();
+  for (int i = b.thread; i < columns; i += b.threads) {
+    S total = parts[i];
+    for (int g = 1; g < groups; ++g) total.merge(parts[g * columns + i]);
+    out(i, total);
+  }
+}
+
+#endif  // CBAM_HAS_CLUSTERS
+
+}  // namespace resident
+}  // namespace cbam
