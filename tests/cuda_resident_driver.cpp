@@ -12,6 +12,12 @@ extern "C" SIMT_API void plan(const int64_t* sizes, int64_t cluster, int64_t* re
   plan_resident(sizes, cluster, k, report);
 }
 
+extern "C" SIMT_API void preferred(int64_t samples, int64_t active, int64_t* answer) {
+  Problem p{};
+  p.samples = samples;
+  *answer = resident::preferred(p, active);
+}
+
 // One argument a tensor, so that each is registered and checked by its name.
 extern "C" SIMT_API void run(const int64_t* sizes, double eps, void* p0, void* p1, void* p2, void* p3,
                              void* p4, void* p5, void* p6, void* p7, void* p8, void* p9, void* p10, void* p11,

@@ -216,6 +216,20 @@ def test_what_is_not_covered():
     assert not any(covered("cbam_backward", (1, 8, 12, 12)))
 
 
+def test_a_last_wave_that_is_mostly_empty_goes_to_the_streamed_tier():
+    lib = cr.library(torch.float32)
+
+    def preferred(samples, active):
+        answer = torch.zeros(1, dtype=torch.int64).numpy()
+        lib.run("preferred", samples, active, answer)
+        return bool(answer[0])
+
+    assert [preferred(n, 16) for n in (1, 9, 10, 16, 17, 20, 32, 256)] == [
+        False, False, True, True, False, True, True, True
+    ]  # fmt: skip
+    assert not preferred(16, 0)
+
+
 # Modelled on an H100 with ptxcpu: DRAM traffic over the floor, without what the weights and the saved tensors
 # take, and the estimated time over a copy's that moves 2 S or 3 S.
 TRAFFIC = 1.03

@@ -251,7 +251,7 @@ __device__ __forceinline__ void pool_grads(const Block<Tr>& b) {
   }
   __syncthreads();
   // [h] of w2^T dl, then for each input [h] of w1 u
-  columns_dot(
+  columns_dot<1>(
       b, p.w2, b.own_channels, Range{0, hidden}, hidden, 1, scratch,
       [&](int, int c) { return logit_grad[c - b.own_channels.begin]; },
       [&](int i, int, A sum) { part[i] = sum; });
@@ -279,10 +279,11 @@ __device__ __forceinline__ void pool_grads(const Block<Tr>& b) {
       if (b.rank == 0) put(k.hidden, b.n * hidden + i, sum);
     }
     __syncthreads();
-    columns_dot(
-        b, p.w1, Range{0, hidden}, b.own_channels, p.channels, inputs, scratch,
-        [&](int j, int i) { return layer[j * hidden + i]; },
-        [&](int c, int j, A sum) { take_pool_grad(b, c, j, sum); });
+    const auto vector = [&](int j, int i) { return layer[j * hidden + i]; };
+    const auto take = [&](int c, int j, A sum) { take_pool_grad(b, c, j, sum); };
+    const Range all = {0, hidden};
+    if (inputs <= 2) columns_dot<2>(b, p.w1, all, b.own_channels, p.channels, inputs, scratch, vector, take);
+    else columns_dot<kMaxInputs>(b, p.w1, all, b.own_channels, p.channels, inputs, scratch, vector, take);
   } else {
     for (int i = b.thread; i < own; i += b.threads) {
       const int c = b.own_channels.begin + i;

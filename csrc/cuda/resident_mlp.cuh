@@ -16,45 +16,56 @@ __device__ __forceinline__ int dot_lanes(int length) {
   return lanes;
 }
 
-// part[j][i] = sum over this block's channels of w1[i][c] input[j][c]; without w1, the inputs' sum at the
-// block's own channels and 0 elsewhere.
-template <class Tr>
-__device__ __forceinline__ void hidden_part(const Block<Tr>& b, const typename Tr::A* input,
+// part[j][i] = sum over this block's channels of w1[i][c] input[j][c]. kMost: room for so many inputs; with
+// the usual two, half the work of four.
+template <int kMost, class Tr>
+__device__ __forceinline__ void hidden_dots(const Block<Tr>& b, const typename Tr::A* input,
                                             typename Tr::A* part) {
   using A = typename Tr::A;
   using T = typename Tr::T;
   const Problem& p = b.k.p;
   const int inputs = b.k.inputs, own = b.own_channels.size(), hidden = static_cast<int>(p.hidden);
-  if (!p.w1.data) {
-    for (int i = b.thread; i < hidden; i += b.threads) {
-      const int c = i - b.own_channels.begin;
-      A sum = 0;
-      for (int j = 0; c >= 0 && c < own && j < inputs; ++j) sum += input[j * own + c];
-      part[i] = sum;
-    }
-    return;
-  }
   const int lanes = dot_lanes(own), lane = b.lane & (lanes - 1), teams = b.threads / lanes;
   for (int base = 0; base < hidden; base += teams) {
     const int i = base + b.thread / lanes;
-    A acc[kMaxInputs] = {};
+    A acc[kMost] = {};
     if (i < hidden) {
       const int64_t row = int64_t{i} * p.channels + b.own_channels.begin;
 #pragma unroll 4
       for (int c = lane; c < own; c += lanes) {
         const A w = load_weight<T>(p.w1, row + c);  // [1]
 #pragma unroll
-        for (int j = 0; j < kMaxInputs; ++j) {
+        for (int j = 0; j < kMost; ++j) {
           if (j < inputs) acc[j] += w * input[j * own + c];
         }
       }
     }
 #pragma unroll
-    for (int j = 0; j < kMaxInputs; ++j) {
+    for (int j = 0; j < kMost; ++j) {
       if (j >= inputs) break;
       const A sum = lanes_sum(acc[j], lanes);
       if (lane == 0 && i < hidden) part[j * hidden + i] = sum;
     }
+  }
+}
+
+// What the hidden layer sums over the cluster; without w1, the inputs' sum at the block's own channels and 0
+// elsewhere.
+template <class Tr>
+__device__ __forceinline__ void hidden_part(const Block<Tr>& b, const typename Tr::A* input,
+                                            typename Tr::A* part) {
+  const Problem& p = b.k.p;
+  const int inputs = b.k.inputs, own = b.own_channels.size();
+  if (p.w1.data) {
+    if (inputs <= 2) hidden_dots<2>(b, input, part);
+    else hidden_dots<kMaxInputs>(b, input, part);
+    return;
+  }
+  for (int i = b.thread; i < static_cast<int>(p.hidden); i += b.threads) {
+    const int c = i - b.own_channels.begin;
+    typename Tr::A sum = 0;
+    for (int j = 0; c >= 0 && c < own && j < inputs; ++j) sum += input[j * own + c];
+    part[i] = sum;
   }
 }
 
@@ -68,8 +79,8 @@ __device__ __forceinline__ A cluster_sum(const Block<Tr>& b, A* mine) {
 }
 
 // sum_r m[r][c] vector(v, r) for rows and columns of a matrix with `stride` columns; out(c, v, sum).
-// `parts` holds kMaxInputs values a thread. Entered and left after a barrier.
-template <class Tr, class Vector, class Out>
+// `parts` holds kMost values a thread, count is at most that. Entered and left after a barrier.
+template <int kMost, class Tr, class Vector, class Out>
 __device__ __forceinline__ void columns_dot(const Block<Tr>& b, const Weight& m, Range rows, Range columns,
                                             int64_t stride, int count, typename Tr::A* parts, Vector vector,
                                             Out out) {
@@ -80,19 +91,19 @@ __device__ __forceinline__ void columns_dot(const Block<Tr>& b, const Weight& m,
   const int lane = b.thread & (lanes - 1), group = b.thread / lanes, groups = b.threads / lanes;
   for (int base = columns.begin; base < columns.end; base += lanes) {
     const int c = base + lane;
-    A acc[kMaxInputs] = {};
+    A acc[kMost] = {};
     if (c < columns.end) {
 #pragma unroll 8
       for (int r = rows.begin + group; r < rows.end; r += groups) {
         const A w = load_weight<T>(m, r * stride + c);  // [1]
 #pragma unroll
-        for (int v = 0; v < kMaxInputs; ++v) {
+        for (int v = 0; v < kMost; ++v) {
           if (v < count) acc[v] += w * vector(v, r);
         }
       }
     }
 #pragma unroll
-    for (int v = 0; v < kMaxInputs; ++v) {
+    for (int v = 0; v < kMost; ++v) {
       if (v < count) parts[v * b.threads + b.thread] = acc[v];
     }
     __syncthreads();
