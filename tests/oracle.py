@@ -154,6 +154,22 @@ class Problem:
         p = {n: t.flip(flips.get(n, ())) for n, t in zip(Parameters._fields, self.p) if t is not None}
         return replace(self, x=self.x.flip(flips["x"]), dy=self.dy.flip(flips["x"]), p=Parameters(**p))
 
+    def shuffles(self, samples: Tensor, channels: Tensor) -> Dict[str, Dict[int, Tensor]]:
+        """For each tensor, the permutation of each dimension that samples or channels run along."""
+        single = self.p.w1 is None
+        return {
+            "x": {0: samples, 1: channels},
+            "w1": {1: channels},
+            "w2": {0: channels, 1: channels} if single else {0: channels},
+            "b2": {0: channels},
+        }
+
+    def shuffled(self, shuffles: Dict[str, Dict[int, Tensor]]) -> "Problem":
+        """The same problem with samples and channels permuted."""
+        p = {n: permute(t, shuffles.get(n, {})) for n, t in zip(Parameters._fields, self.p) if t is not None}
+        x, dy = (permute(t, shuffles["x"]) for t in (self.x, self.dy))
+        return replace(self, x=x, dy=dy, p=Parameters(**p))
+
     def names(self) -> Tuple[str, ...]:
         """What `run` returns, in order."""
         found = ["y", "dx", *(f"d{n}" for n, t in zip(Parameters._fields, self.p) if t is not None)]
@@ -161,6 +177,12 @@ class Problem:
             found += [f"dnorm.{n}" for n, _ in self.norm.named_parameters()]
             found += ["running_mean", "running_var"]
         return tuple(found)
+
+
+def permute(t: Tensor, permutations: Dict[int, Tensor]) -> Tensor:
+    for dim, order in permutations.items():
+        t = t.index_select(dim, order.to(t.device))
+    return t
 
 
 def make_problem(
@@ -257,6 +279,59 @@ def reference_in_other_orders(problem: Problem) -> Iterator[Tuple[Tensor, ...]]:
         yield tuple(t.flip(flips.get(name.removeprefix("d"), ())) for name, t in results)
 
 
+def reference_in_shuffled_orders(problem: Problem) -> Iterator[Tuple[Tensor, ...]]:
+    """The same with samples and channels in eight random orders, in both layouts: convolutions add differently."""
+    for seed in range(8):
+        g = torch.Generator().manual_seed(seed)
+        orders = [torch.randperm(n, generator=g) for n in problem.x.shape[:2]]
+        back = problem.shuffles(*(torch.argsort(o) for o in orders))
+        back["y"] = back["x"]
+        shuffled = problem.shuffled(problem.shuffles(*orders))
+        if seed % 2:
+            other = "channels_last" if problem.x.is_contiguous() else "contiguous"
+            shuffled = replace(shuffled, x=layout_of(shuffled.x, other), dy=layout_of(shuffled.dy, other))
+        results = run_problem(shuffled, "reference")
+        yield tuple(permute(t, back.get(n.removeprefix("d"), {})) for n, t in zip(problem.names(), results))
+
+
+def reference_of_rounded_inputs(problem: Problem, ties: bool) -> Iterator[Tuple[Tensor, ...]]:
+    """fp64 results with every input off by one epsilon of its dtype, up or down at random.
+
+    What a backward stable algorithm may be off where sums cancel (Higham, Accuracy and Stability of
+    Numerical Algorithms, 1.5): the exact result of a problem that rounding cannot tell from this one.
+    With ties x stays as it is, or its maxima would move.
+    """
+    for seed in range(4):
+        g = torch.Generator().manual_seed(seed)
+
+        def off(t: Optional[Tensor]) -> Optional[Tensor]:
+            if t is None:
+                return None
+            signs = torch.randint(0, 2, t.shape, generator=g).to(t.device) * 2 - 1
+            return t.double() * (1 + torch.finfo(t.dtype).eps * signs)
+
+        moved = replace(
+            problem.to(torch.float64),
+            x=problem.x.double() if ties else off(problem.x),
+            p=Parameters(*(off(t) for t in problem.p)),
+            dy=off(problem.dy),
+        )
+        yield run_problem(moved, None)
+
+
+def reference_errors_scaled(problem: Problem, exact: Sequence[Tensor]) -> Iterator[Tuple[Tensor, ...]]:
+    """fp64 results as far off as the reference's in fp32, times the ratio of both epsilons.
+
+    Nothing here computes more precisely than fp64, but the same sums lose the same number of places.
+    """
+    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    single = problem.to(torch.float32)
+    # Rounded inputs are another problem; its own fp64 values are what fp32 is compared with.
+    target = run_problem(single.to(torch.float64), None)
+    found = run_problem(single, "reference")
+    yield tuple(e + (f.double() - t) * ratio for e, f, t in zip(exact, found, target))
+
+
 def budget(exact: Tensor, low: Sequence[Tensor], dtype: torch.dtype) -> float:
     """2 * (error of the reference in this precision + eps * max|ref|): what an honest kernel may be off."""
     if exact.numel() == 0:
@@ -304,7 +379,8 @@ def check(problem: Problem, backend: str, dy: Optional[Tensor] = None, ties: boo
     """Runs the backend and checks the output and every gradient against the reference in fp64.
 
     ties: x has equal maxima, so that only one order of sums is the same problem. In fp64 there is no
-    higher precision to measure the reference's error with: there it is what other orders make of it.
+    higher precision to measure the reference's error with: there it is what other orders make of it,
+    and what fp32 makes of it in proportion.
     """
     if dy is not None:
         problem = replace(problem, dy=dy)
@@ -314,10 +390,13 @@ def check(problem: Problem, backend: str, dy: Optional[Tensor] = None, ties: boo
     try:
         _compare(problem, got, exact, low, families=False)
     except AssertionError:
-        if ties or problem.x.dtype not in (torch.float32, torch.float64):
-            raise
-        low += reference_in_other_orders(problem)
-        _compare(problem, got, exact, low, families=True)
+        low += reference_of_rounded_inputs(problem, ties)
+        if not ties and problem.x.dtype in (torch.float32, torch.float64):
+            low += reference_in_other_orders(problem)
+            low += reference_in_shuffled_orders(problem)
+        if problem.x.dtype == torch.float64:
+            low += reference_errors_scaled(problem, exact)
+        _compare(problem, got, exact, low, families=not ties)
 
 
 def _perturb(byte: int) -> None:

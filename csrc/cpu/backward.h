@@ -110,11 +110,14 @@ struct Backward : Block<T, kChannelsLast> {
       }
     }
     if (split) return;
+    // Term by term in no favourable order, so in double: with few channels these are long sums.
     const T* xs = x(s.n);
+    std::fill_n(w.gathered, p.C, 0.0);
     for (int64_t pos = p0; pos < p1; ++pos) {
       const int64_t c = s.q_index[pos];
-      dgate[c] += s.dq_max[pos] * load_one(xs + element(c, pos));
+      w.gathered[c] += double(s.dq_max[pos]) * double(load_one(xs + element(c, pos)));
     }
+    for (int64_t c = 0; c < p.C; ++c) dgate[c] += A(w.gathered[c]);
   }
 
   // dq of one element where the maximum's gradient is shared: its share where it equals the maximum.
@@ -147,10 +150,10 @@ struct Backward : Block<T, kChannelsLast> {
     if (!p.pools) return;
     const A* given = stage == Stage::kAttention ? static_cast<const A*>(p.dgate) + s.n * p.C : nullptr;
     A* to = (stage == Stage::kScale ? static_cast<A*>(p.dgate) : call.dlogits) + s.n * p.C;
-    for (int64_t c = 0; c < p.C; ++c) to[c] = given ? given[c] : A(0);
-    for (int64_t t = 0; t < tiles; ++t) {
-      const A* part = tile_dgate(s, t);
-      for (int64_t c = 0; c < p.C; ++c) to[c] += part[c];
+    for (int64_t c = 0; c < p.C; ++c) {
+      double sum = given ? double(given[c]) : 0.0;
+      for (int64_t t = 0; t < tiles; ++t) sum += double(tile_dgate(s, t)[c]);
+      to[c] = A(sum);
     }
     if (stage == Stage::kScale) return;
     const A* g = call.gate + s.n * p.C;

@@ -23,6 +23,7 @@ template <class A>
 struct Worker {
   A *part, *sum, *max, *flat;
   typename Lanes<A>::Int* index;
+  double* gathered;  // (C)
 };
 
 // Arrays of a sample at work: its thread's, or shared where threads share a sample. "[L]" is room for
@@ -160,6 +161,7 @@ struct Block {
       w.sum = c.take<A>(lanes);
       w.max = c.take<A>(lanes);
       w.index = c.take<Int>(lanes);
+      w.gathered = c.take<double>(backward ? C : 0);
       w.flat = c.take<A>(2 * padded);
       call.workers.push_back(w);
     }

@@ -223,9 +223,19 @@ void reduce_rows(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots
   });
 }
 
-// Rows whose sums are added up one block after the other before they join the total: a running sum
-// over all 2048 channels of a wide layer would lose more than the reference's.
-constexpr int64_t kChunk = 256;
+// Rows whose sums are added up one block after the other before they join the total: one running sum
+// over all channels would lose more than the reference's, which adds by halves.
+constexpr int64_t kChunk = 64;
+
+// Likewise along a row: every 32 slots, the sums of each row join their total.
+template <class V, int kRows>
+CBAM_INLINE void join_chain(int64_t slot, V (&acc)[kRows], V (&total)[kRows]) {
+  if (slot % 32 != 31) return;
+  for (int u = 0; u < kRows; ++u) {
+    total[u] += acc[u];
+    acc[u] = V{};
+  }
+}
 
 // f(r0, r1) for the chunks of [r0, r1).
 template <class F>
@@ -322,10 +332,10 @@ void weigh_product(const T* x, const T* dy, int64_t stride, int64_t r0, int64_t 
     for_blocks(c0, c1, [&](int64_t r, auto rows) {
       constexpr int R = decltype(rows)::value;
       const int64_t offset = r * stride;
-      Vec<A> weight[R], acc[R];
+      Vec<A> weight[R], acc[R], total[R];
       for (int u = 0; u < R; ++u) {
         weight[u] = splat<A>(row_weight[r + u]);
-        acc[u] = Vec<A>{};
+        acc[u] = total[u] = Vec<A>{};
       }
       for_slots(slots, [&](int64_t l, int64_t k, auto tag) {
         prefetch_next<T, R>(x + offset + l, stride);
@@ -338,8 +348,9 @@ void weigh_product(const T* x, const T* dy, int64_t stride, int64_t r0, int64_t 
           product[u] = t * weight[u];
         }
         store(part + k * L, load(part + k * L) + sum_block(product));
+        join_chain(k, acc, total);
       });
-      for (int u = 0; u < R; ++u) row_out[r + u] = sum_lanes<A>(acc[u]);
+      for (int u = 0; u < R; ++u) row_out[r + u] = sum_lanes<A>(total[u] + acc[u]);
     });
     fold(slots, part, lane_out);
   });
@@ -352,15 +363,16 @@ CBAM_INLINE void sum_rows(const T* x, int64_t stride, int64_t r0, int64_t r1, co
   for_blocks(r0, r1, [&](int64_t r, auto rows) {
     constexpr int R = decltype(rows)::value;
     const T* row = x + r * stride;
-    Vec<A> acc[R];
-    for (int u = 0; u < R; ++u) acc[u] = Vec<A>{};
-    for_slots(slots, [&](int64_t l, int64_t, auto tag) {
+    Vec<A> acc[R], total[R];
+    for (int u = 0; u < R; ++u) acc[u] = total[u] = Vec<A>{};
+    for_slots(slots, [&](int64_t l, int64_t k, auto tag) {
       for (int u = 0; u < R; ++u) {
         Vec<A> v = load(row + u * stride + l, tag);  // [R, lanes]
         acc[u] += only_fresh(f(v, r + u, l), tag, Vec<A>{});
       }
+      join_chain(k, acc, total);
     });
-    for (int u = 0; u < R; ++u) row_out[r + u] += sum_lanes<A>(acc[u]);
+    for (int u = 0; u < R; ++u) row_out[r + u] += sum_lanes<A>(total[u] + acc[u]);
   });
 }
 
