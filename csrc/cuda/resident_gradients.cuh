@@ -282,8 +282,10 @@ __device__ __forceinline__ void pool_grads(const Block<Tr>& b) {
     const auto vector = [&](int j, int i) { return layer[j * hidden + i]; };
     const auto take = [&](int c, int j, A sum) { take_pool_grad(b, c, j, sum); };
     const Range all = {0, hidden};
-    if (inputs <= 2) columns_dot<2>(b, p.w1, all, b.own_channels, p.channels, inputs, scratch, vector, take);
-    else columns_dot<kMaxInputs>(b, p.w1, all, b.own_channels, p.channels, inputs, scratch, vector, take);
+    if (inputs <= 2)
+      columns_dot<2>(b, p.w1, all, b.own_channels, p.channels, inputs, scratch, vector, take);
+    else
+      columns_dot<kMaxInputs>(b, p.w1, all, b.own_channels, p.channels, inputs, scratch, vector, take);
   } else {
     for (int i = b.thread; i < own; i += b.threads) {
       const int c = b.own_channels.begin + i;

@@ -57,8 +57,10 @@ __device__ __forceinline__ void hidden_part(const Block<Tr>& b, const typename T
   const Problem& p = b.k.p;
   const int inputs = b.k.inputs, own = b.own_channels.size();
   if (p.w1.data) {
-    if (inputs <= 2) hidden_dots<2>(b, input, part);
-    else hidden_dots<kMaxInputs>(b, input, part);
+    if (inputs <= 2)
+      hidden_dots<2>(b, input, part);
+    else
+      hidden_dots<kMaxInputs>(b, input, part);
     return;
   }
   for (int i = b.thread; i < static_cast<int>(p.hidden); i += b.threads) {
