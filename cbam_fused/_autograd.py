@@ -89,11 +89,10 @@ class _CBAM(torch.autograd.Function):
         if _double_backward():
 
             def f(x, *weights):
-                norm = None
-                if weights[8] is not None:
-                    norm = lambda z: F.batch_norm(
-                        z, weights[8], weights[9], weights[6], weights[7], False, 0.0, eps
-                    )  # noqa: E731
+                def normed(z: Tensor) -> Tensor:
+                    return F.batch_norm(z, weights[8], weights[9], weights[6], weights[7], False, 0.0, eps)
+
+                norm = None if weights[8] is None else normed
                 return (cbam_reference(x, Parameters(*weights[:6]), c, norm),)
 
             return (None, None, None, *_vjp(f, (x, *weights), ctx.needs_input_grad[3:], (dy,)))

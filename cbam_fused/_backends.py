@@ -49,12 +49,23 @@ def _load_cuda() -> Optional[str]:
     return reason
 
 
+def _triton_limits(x: Tensor, c: Config) -> Optional[str]:
+    return None
+
+
 def _load_triton() -> Optional[str]:
     try:
         kernels = importlib.import_module("cbam_fused.triton_kernels")
     except ImportError as error:
         return f"Triton does not import: {error}"
+    global _triton_limits
+    _triton_limits = kernels.covers
     return kernels.load()
+
+
+def _triton_covers(x: Tensor, c: Config) -> Optional[str]:
+    # Loaded by then; an import here would break torch.compile's graph.
+    return _triton_limits(x, c)
 
 
 def _triton_interprets() -> bool:
@@ -79,7 +90,7 @@ class Backend:
 # In the order in which "auto" tries them; the reference is what is left.
 TABLE: Tuple[Backend, ...] = (
     Backend("cuda", "cuda", _load_cuda),
-    Backend("triton", "cuda", _load_triton),
+    Backend("triton", "cuda", _load_triton, _triton_covers),
     Backend("cpu", "cpu", _load_native("_C", "reinstall with a C++ compiler (g++ or clang++) on the PATH")),
 )
 NAMES = ("auto", *(b.name for b in TABLE), "reference")

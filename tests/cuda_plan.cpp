@@ -5,7 +5,9 @@
 
 using namespace cbam;
 
-extern "C" int64_t parameter_bytes() { return sizeof(Streamed); }
+extern "C" int64_t parameter_bytes() {
+  return sizeof(Streamed);
+}
 
 extern "C" void plan(const int64_t* sizes, int64_t* report) {
   Streamed k{};
@@ -13,7 +15,8 @@ extern "C" void plan(const int64_t* sizes, int64_t* report) {
   plan_call(sizes, k, report);
 }
 
-extern "C" void fill(const int64_t* sizes, double eps, void* const* pointers, uint32_t* counters, char* scratch, char* out) {
+extern "C" void fill(const int64_t* sizes, double eps, void* const* pointers, uint32_t* counters,
+                     char* scratch, char* out) {
   Streamed k{};
   make_call(sizes, eps, pointers, counters, scratch, k);
   std::memcpy(out, &k, sizeof(k));

@@ -368,22 +368,28 @@ def _limits(rows: Dict[str, List], families: bool) -> Dict[str, float]:
     return limits
 
 
-def _compare(problem: Problem, got: Sequence, exact: Sequence, low: Sequence, families: bool) -> None:
+def _compare(
+    problem: Problem, got: Sequence, exact: Sequence, low: Sequence, families: bool, slack: float = 1.0
+) -> None:
     rows = {name: values for name, *values in zip(problem.names(), got, exact, zip(*low))}
     limits = _limits(rows, families)
     for name, values in rows.items():
-        assert_within(name, *values, limits[name])
+        assert_within(name, *values, slack * limits[name])
 
 
-def check(problem: Problem, backend: str, dy: Optional[Tensor] = None, ties: bool = False) -> None:
+def check(
+    problem: Problem, backend: str, dy: Optional[Tensor] = None, ties: bool = False, searched: bool = False
+) -> None:
     """Runs the backend and checks the output and every gradient against the reference in fp64.
 
     ties: x has equal maxima, so that only one order of sums is the same problem. In fp64 there is no
     higher precision to measure the reference's error with: there it is what other orders make of it,
     and what fp32 makes of it in proportion.
+    searched: the problem is one of hundreds that were drawn to find the worst; twice the budget.
     """
     if dy is not None:
         problem = replace(problem, dy=dy)
+    slack = 2.0 if searched else 1.0
     exact = run_problem(problem.to(torch.float64), None)
     got = run_problem(problem, backend)
     low = [run_problem(problem, "reference")]
@@ -396,7 +402,7 @@ def check(problem: Problem, backend: str, dy: Optional[Tensor] = None, ties: boo
             low += reference_in_shuffled_orders(problem)
         if problem.x.dtype == torch.float64:
             low += reference_errors_scaled(problem, exact)
-        _compare(problem, got, exact, low, families=not ties)
+        _compare(problem, got, exact, low, families=True, slack=slack)
 
 
 def _perturb(byte: int) -> None:

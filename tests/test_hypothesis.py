@@ -1,5 +1,7 @@
 """Properties over drawn shapes, strides, dtypes and options."""
 
+from dataclasses import replace
+
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -56,8 +58,10 @@ def problems(draw, dtypes=DTYPES):
     if options.pools is None and not options.spatial:
         options = Options(spatial=False)
     shape = draw(shapes())
-    if options.norm == "train" and shape[0] * torch.Size(shape[2:]).numel() == 1:
-        shape = (2, *shape[1:])
+    if options.norm == "train" and shape[0] * torch.Size(shape[2:]).numel() < 16:
+        # The gradient through a variance over a few values is a difference of nearly equal numbers, in
+        # which the rounding of the logits shows; test_gradcheck has those shapes in fp64.
+        shape = (16, *shape[1:])
     dtype = draw(st.sampled_from(dtypes))
     wide = dtype in (torch.bfloat16, torch.float16) and draw(st.booleans())
     return dict(
@@ -74,7 +78,7 @@ def problems(draw, dtypes=DTYPES):
 @settings(max_examples=250)
 def test_within_budget(arguments, at):
     target = (FUSED or TARGETS)[at % len(FUSED or TARGETS)]
-    check(make_problem(device=target.device, **arguments), target.backend)
+    check(make_problem(device=target.device, **arguments), target.backend, searched=True)
 
 
 @given(
@@ -84,6 +88,10 @@ def test_within_budget(arguments, at):
 def test_ties_of_drawn_values(arguments, at, value):
     """Values from a set of three, so that most maxima are attained more than once."""
     target = (FUSED or TARGETS)[at % len(FUSED or TARGETS)]
+    if arguments["options"].norm == "train":
+        # Few distinct logits have a variance near zero, through which rounding is magnified without
+        # bound; test_ties of test_forward_backward has ties under a norm in training.
+        arguments["options"] = replace(arguments["options"], norm="eval")
     problem = make_problem(device=target.device, **arguments)
     problem.x.copy_((problem.x * value).round().clamp(-1, 1))
     if problem.p.w2 is not None:
@@ -93,7 +101,7 @@ def test_ties_of_drawn_values(arguments, at, value):
             problem.p.b2.fill_(0.25)
     exact = run_problem(problem.to(torch.float64), None)
     if all(t.isfinite().all() for t in exact):
-        check(problem, target.backend, ties=True)
+        check(problem, target.backend, ties=True, searched=True)
 
 
 @given(arguments=problems(dtypes=(torch.float32, torch.bfloat16)), at=st.integers(0, 7))

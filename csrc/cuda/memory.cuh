@@ -7,72 +7,115 @@
 namespace cbam {
 
 // Storage of the 16-bit floating-point types; arithmetic is done in Accumulate<T>.
-struct Half { unsigned short bits; };
-struct BFloat16 { unsigned short bits; };
+struct Half {
+  unsigned short bits;
+};
+struct BFloat16 {
+  unsigned short bits;
+};
 
-template <class T> struct AccumulateOf { using type = float; };
-template <> struct AccumulateOf<double> { using type = double; };
-template <class T> using Accumulate = typename AccumulateOf<T>::type;
+template <class T>
+struct AccumulateOf {
+  using type = float;
+};
+template <>
+struct AccumulateOf<double> {
+  using type = double;
+};
+template <class T>
+using Accumulate = typename AccumulateOf<T>::type;
 
 // Elements of T in 16 bytes.
-template <class T> constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+template <class T>
+constexpr int kVector = 16 / static_cast<int>(sizeof(T));
 
 // How a load treats the caches; see the functions of ptx.cuh.
 enum class Cache { kReadOnly, kLastUse, kCoherent };
 
-template <Cache kCache, class W> __device__ __forceinline__ W load_word(const W* p) {
+template <Cache kCache, class W>
+__device__ __forceinline__ W load_word(const W* p) {
   if constexpr (kCache == Cache::kReadOnly) return ptx::load_read_only(p);
   if constexpr (kCache == Cache::kLastUse) return ptx::load_last_use(p);
   if constexpr (kCache == Cache::kCoherent) return ptx::load_coherent(p);
 }
-template <bool kStreaming, class W> __device__ __forceinline__ void store_word(W* p, W v) {
-  if constexpr (kStreaming) ptx::store_streaming(p, v);
-  else ptx::store(p, v);
+template <bool kStreaming, class W>
+__device__ __forceinline__ void store_word(W* p, W v) {
+  if constexpr (kStreaming)
+    ptx::store_streaming(p, v);
+  else
+    ptx::store(p, v);
 }
 
 // Words of 2, 4, 8 and 16 bytes.
-template <int kBytes> struct WordOf;
-template <> struct WordOf<2> { using type = unsigned short; };
-template <> struct WordOf<4> { using type = unsigned; };
-template <> struct WordOf<8> { using type = unsigned long long; };
-template <> struct WordOf<16> { using type = uint4; };
+template <int kBytes>
+struct WordOf;
+template <>
+struct WordOf<2> {
+  using type = unsigned short;
+};
+template <>
+struct WordOf<4> {
+  using type = unsigned;
+};
+template <>
+struct WordOf<8> {
+  using type = unsigned long long;
+};
+template <>
+struct WordOf<16> {
+  using type = uint4;
+};
 
-__device__ __forceinline__ float unpack(BFloat16 v) { return ptx::bits_to_float(unsigned(v.bits) << 16); }
-__device__ __forceinline__ float unpack(Half v) { return ptx::unpack_half(v.bits); }
-template <class T> __device__ __forceinline__ T pack(float v);
-template <> __device__ __forceinline__ BFloat16 pack<BFloat16>(float v) {
+__device__ __forceinline__ float unpack(BFloat16 v) {
+  return ptx::bits_to_float(unsigned(v.bits) << 16);
+}
+__device__ __forceinline__ float unpack(Half v) {
+  return ptx::unpack_half(v.bits);
+}
+template <class T>
+__device__ __forceinline__ T pack(float v);
+template <>
+__device__ __forceinline__ BFloat16 pack<BFloat16>(float v) {
   return {static_cast<unsigned short>(ptx::pack_bfloat16(v, 0.f))};
 }
-template <> __device__ __forceinline__ Half pack<Half>(float v) {
+template <>
+__device__ __forceinline__ Half pack<Half>(float v) {
   return {static_cast<unsigned short>(ptx::pack_half(v, 0.f))};
 }
-template <class T> __device__ __forceinline__ unsigned pack_pair(float low, float high);
-template <> __device__ __forceinline__ unsigned pack_pair<BFloat16>(float low, float high) {
+template <class T>
+__device__ __forceinline__ unsigned pack_pair(float low, float high);
+template <>
+__device__ __forceinline__ unsigned pack_pair<BFloat16>(float low, float high) {
   return ptx::pack_bfloat16(low, high);
 }
-template <> __device__ __forceinline__ unsigned pack_pair<Half>(float low, float high) {
+template <>
+__device__ __forceinline__ unsigned pack_pair<Half>(float low, float high) {
   return ptx::pack_half(low, high);
 }
 
 // One element of T as a word and back, in the accumulation type.
-template <class T> struct Element {  // the 16-bit types
+template <class T>
+struct Element {  // the 16-bit types
   using Word = unsigned short;
   static __device__ __forceinline__ float decode(Word w) { return unpack(T{w}); }
   static __device__ __forceinline__ Word encode(float v) { return pack<T>(v).bits; }
 };
-template <> struct Element<float> {
+template <>
+struct Element<float> {
   using Word = unsigned;
   static __device__ __forceinline__ float decode(Word w) { return ptx::bits_to_float(w); }
   static __device__ __forceinline__ Word encode(float v) { return ptx::float_to_bits(v); }
 };
-template <> struct Element<double> {
+template <>
+struct Element<double> {
   using Word = unsigned long long;
   static __device__ __forceinline__ double decode(Word w) { return ptx::bits_to_double(w); }
   static __device__ __forceinline__ Word encode(double v) { return ptx::double_to_bits(v); }
 };
 
 // 16 bytes as kVector<T> values of the accumulation type, and back.
-template <class T> __device__ __forceinline__ void unpack_vector(uint4 w, Accumulate<T> (&v)[kVector<T>]) {
+template <class T>
+__device__ __forceinline__ void unpack_vector(uint4 w, Accumulate<T> (&v)[kVector<T>]) {
   const unsigned words[4] = {w.x, w.y, w.z, w.w};
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
@@ -90,7 +133,8 @@ template <class T> __device__ __forceinline__ void unpack_vector(uint4 w, Accumu
     }
   }
 }
-template <class T> __device__ __forceinline__ uint4 pack_vector(const Accumulate<T> (&v)[kVector<T>]) {
+template <class T>
+__device__ __forceinline__ uint4 pack_vector(const Accumulate<T> (&v)[kVector<T>]) {
   unsigned words[4];
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
@@ -134,24 +178,29 @@ __device__ __forceinline__ void store_global(T* p, const Accumulate<T> (&v)[V]) 
 }
 
 // One element.
-template <Cache kCache, class T> __device__ __forceinline__ Accumulate<T> load_one(const T* p) {
+template <Cache kCache, class T>
+__device__ __forceinline__ Accumulate<T> load_one(const T* p) {
   using Word = typename Element<T>::Word;
   return Element<T>::decode(load_word<kCache>(reinterpret_cast<const Word*>(p)));
 }
-template <class T> __device__ __forceinline__ void store_one(T* p, Accumulate<T> v) {
+template <class T>
+__device__ __forceinline__ void store_one(T* p, Accumulate<T> v) {
   using Word = typename Element<T>::Word;
   ptx::store(reinterpret_cast<Word*>(p), Element<T>::encode(v));
 }
 
 // Element i of a learnt tensor of dtype T or float.
-template <class T> __device__ __forceinline__ Accumulate<T> load_weight(const Weight& w, int64_t i) {
+template <class T>
+__device__ __forceinline__ Accumulate<T> load_weight(const Weight& w, int64_t i) {
   if (sizeof(T) == 2 && w.wide) return load_one<Cache::kReadOnly>(static_cast<const float*>(w.data) + i);
   return load_one<Cache::kReadOnly>(static_cast<const T*>(w.data) + i);
 }
-template <class T> __device__ __forceinline__ void store_weight(const WeightGrad& w, int64_t i,
-                                                                Accumulate<T> v) {
-  if (sizeof(T) == 2 && w.wide) store_one(static_cast<float*>(w.data) + i, static_cast<float>(v));
-  else store_one(static_cast<T*>(w.data) + i, v);
+template <class T>
+__device__ __forceinline__ void store_weight(const WeightGrad& w, int64_t i, Accumulate<T> v) {
+  if (sizeof(T) == 2 && w.wide)
+    store_one(static_cast<float*>(w.data) + i, static_cast<float>(v));
+  else
+    store_one(static_cast<T*>(w.data) + i, v);
 }
 
 // Element i of an index array: int16 where its extent fits, else int32.
@@ -161,8 +210,10 @@ __device__ __forceinline__ int load_index(const void* indices, int64_t i, bool i
   return static_cast<int>(load_word<kCache>(static_cast<const unsigned*>(indices) + i));
 }
 __device__ __forceinline__ void store_index(void* indices, int64_t i, bool is_short, int v) {
-  if (is_short) ptx::store(static_cast<unsigned short*>(indices) + i, static_cast<unsigned short>(v));
-  else ptx::store(static_cast<unsigned*>(indices) + i, static_cast<unsigned>(v));
+  if (is_short)
+    ptx::store(static_cast<unsigned short*>(indices) + i, static_cast<unsigned short>(v));
+  else
+    ptx::store(static_cast<unsigned*>(indices) + i, static_cast<unsigned>(v));
 }
 
 }  // namespace cbam

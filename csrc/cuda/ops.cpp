@@ -26,11 +26,16 @@ using Optional = std::optional<Tensor>;
 
 DType dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return kFloat32;
-    case ScalarType::Double: return kFloat64;
-    case ScalarType::Half: return kFloat16;
-    case ScalarType::BFloat16: return kBFloat16;
-    default: STD_TORCH_CHECK(false, "cbam_fused: x must have dtype float32, float64, bfloat16 or float16");
+    case ScalarType::Float:
+      return kFloat32;
+    case ScalarType::Double:
+      return kFloat64;
+    case ScalarType::Half:
+      return kFloat16;
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, "cbam_fused: x must have dtype float32, float64, bfloat16 or float16");
   }
 }
 
@@ -82,8 +87,8 @@ class Call {
     p.samples = x.size(0);
     p.channels = x.size(1);
     p.positions = spatial[0] * spatial[1] * spatial[2];
-    STD_TORCH_CHECK(p.positions < INT32_MAX && p.channels < INT32_MAX, "cbam_fused: x must have fewer than ", INT32_MAX,
-                    " channels and positions, got ", p.channels, " and ", p.positions);
+    STD_TORCH_CHECK(p.positions < INT32_MAX && p.channels < INT32_MAX, "cbam_fused: x must have fewer than ",
+                    INT32_MAX, " channels and positions, got ", p.channels, " and ", p.positions);
     p.depth = static_cast<int32_t>(spatial[0]);
     p.height = static_cast<int32_t>(spatial[1]);
     p.width = static_cast<int32_t>(spatial[2]);
@@ -115,8 +120,12 @@ class Call {
     return t.data_ptr();
   }
 
-  static ScalarType index_type(int64_t extent) { return extent < kShortIndexExtent ? ScalarType::Short : ScalarType::Int; }
-  Tensor accumulate(std::vector<int64_t> sizes) const { return torch::stable::new_empty(x_, sizes, accumulate_); }
+  static ScalarType index_type(int64_t extent) {
+    return extent < kShortIndexExtent ? ScalarType::Short : ScalarType::Int;
+  }
+  Tensor accumulate(std::vector<int64_t> sizes) const {
+    return torch::stable::new_empty(x_, sizes, accumulate_);
+  }
   Tensor indices(std::vector<int64_t> sizes, int64_t extent) const {
     return torch::stable::new_empty(x_, sizes, index_type(extent));
   }
@@ -137,14 +146,16 @@ class Call {
       p.b2 = weight(w.b2, p.channels, "b2");
     }
     if (p.spatial) {
-      STD_TORCH_CHECK(w.conv_weight.has_value(), "cbam_fused: conv_weight must be a tensor where spatial is given");
+      STD_TORCH_CHECK(w.conv_weight.has_value(),
+                      "cbam_fused: conv_weight must be a tensor where spatial is given");
       const Tensor& k = *w.conv_weight;
       const int64_t planes = p.spatial == kSpatialBlend ? 1 : 2;
       STD_TORCH_CHECK(k.dim() == x_.dim() && k.size(0) == 1 && k.size(1) == planes,
                       "cbam_fused: conv_weight must have shape (1, ", planes, ", *k)");
       int32_t* sizes[3] = {&p.kernel_d, &p.kernel_h, &p.kernel_w};
       for (int64_t d = 2; d < k.dim(); ++d) {
-        STD_TORCH_CHECK(k.size(d) % 2 == 1, "cbam_fused: conv_weight must have odd kernel sizes, got ", k.size(d));
+        STD_TORCH_CHECK(k.size(d) % 2 == 1, "cbam_fused: conv_weight must have odd kernel sizes, got ",
+                        k.size(d));
         *sizes[3 - k.dim() + d] = static_cast<int32_t>(k.size(d));
       }
       p.conv_weight = weight(w.conv_weight, planes * taps(p), "conv_weight");
@@ -166,14 +177,17 @@ class Call {
     Saved s{nothing(), indices({0}, p.positions), nothing(), nothing(), indices({0}, p.channels)};
     const auto keep = [&](bool wanted, Tensor made, Tensor& kept) {
       void* data = made.data_ptr();
-      if (wanted) kept = made;
-      else kept_.push_back(made);
+      if (wanted)
+        kept = made;
+      else
+        kept_.push_back(made);
       return data;
     };
     if (p.pools) {
       p.pooled = keep(save, accumulate({p.samples, pool_count(p.pools), p.channels}), s.pooled);
       p.channel_gate = keep(keep_gate, accumulate({p.samples, p.channels}), s.channel_gate);
-      if (save && p.pools & kMax) p.pool_index = keep(true, indices({p.samples, p.channels}, p.positions), s.pool_index);
+      if (save && p.pools & kMax)
+        p.pool_index = keep(true, indices({p.samples, p.channels}, p.positions), s.pool_index);
     }
     if (p.spatial) {
       p.spatial_pool = keep(save, accumulate(map_sizes({p.samples, 2})), s.spatial_pool);
@@ -185,7 +199,8 @@ class Call {
     if (p.pools) {
       p.pooled = saved(s.pooled, p.samples * pool_count(p.pools) * p.channels, "pooled");
       p.channel_gate = saved(s.channel_gate, p.samples * p.channels, "channel_gate");
-      if (p.pools & kMax) p.pool_index = saved(s.pool_index, p.samples * p.channels, "pool_index", p.positions);
+      if (p.pools & kMax)
+        p.pool_index = saved(s.pool_index, p.samples * p.channels, "pool_index", p.positions);
     }
     if (p.spatial) {
       p.spatial_pool = saved(s.spatial_pool, 2 * map_elements(), "spatial_pool");
@@ -213,8 +228,10 @@ class Call {
   Weight weight(const Optional& w, int64_t count, const char* name) {
     if (!w) return {nullptr, 0};
     const bool wide = w->scalar_type() != x_.scalar_type();
-    STD_TORCH_CHECK(w->numel() == count, "cbam_fused: ", name, " must have ", count, " elements, got ", w->numel());
-    STD_TORCH_CHECK(!wide || (w->scalar_type() == ScalarType::Float && p.dtype != kFloat64), "cbam_fused: ", name,
+    STD_TORCH_CHECK(w->numel() == count, "cbam_fused: ", name, " must have ", count, " elements, got ",
+                    w->numel());
+    STD_TORCH_CHECK(!wide || (w->scalar_type() == ScalarType::Float && p.dtype != kFloat64),
+                    "cbam_fused: ", name,
                     " must have the dtype of x, or float32 where x is float16 or bfloat16");
     STD_TORCH_CHECK(w->is_cuda() && w->get_device_index() == x_.get_device_index(), "cbam_fused: ", name,
                     " must be on the device of x");
@@ -231,9 +248,9 @@ class Call {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_forward(
     const Tensor& x, const Optional& w1, const Optional& b1, const Optional& w2, const Optional& b2,
-    const Optional& conv_weight, const Optional& conv_bias, const Optional& bn_weight, const Optional& bn_bias,
-    const Optional& bn_mean, const Optional& bn_var, double bn_eps, int64_t pools, int64_t spatial, int64_t ties,
-    bool residual, bool save) {
+    const Optional& conv_weight, const Optional& conv_bias, const Optional& bn_weight,
+    const Optional& bn_bias, const Optional& bn_mean, const Optional& bn_var, double bn_eps, int64_t pools,
+    int64_t spatial, int64_t ties, bool residual, bool save) {
   Call call(x, {pools, spatial, ties, residual});
   call.take_weights({w1, b1, w2, b2, conv_weight, conv_bias});
   call.take_norm({bn_weight, bn_bias, bn_mean, bn_var, bn_eps});
@@ -243,15 +260,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_forward(
   Tensor gate = spatial ? call.map() : call.nothing();
   if (spatial) call.p.spatial_gate = gate.data_ptr();
   call.run(kCbamForward);
-  return {y, s.pooled, s.pool_index, s.channel_gate, s.spatial_pool, s.spatial_index, save ? gate : call.nothing()};
+  return {y,
+          s.pooled,
+          s.pool_index,
+          s.channel_gate,
+          s.spatial_pool,
+          s.spatial_index,
+          save ? gate : call.nothing()};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_backward(
-    const Tensor& dy, const Tensor& x, const Optional& w1, const Optional& b1, const Optional& w2, const Optional& b2,
-    const Optional& conv_weight, const Optional& conv_bias, const Optional& bn_weight, const Optional& bn_bias,
-    const Optional& bn_mean, const Optional& bn_var, double bn_eps, const Tensor& pooled, const Tensor& pool_index,
-    const Tensor& channel_gate, const Tensor& spatial_pool, const Tensor& spatial_index, const Tensor& spatial_gate,
-    int64_t pools, int64_t spatial, int64_t ties, bool residual) {
+    const Tensor& dy, const Tensor& x, const Optional& w1, const Optional& b1, const Optional& w2,
+    const Optional& b2, const Optional& conv_weight, const Optional& conv_bias, const Optional& bn_weight,
+    const Optional& bn_bias, const Optional& bn_mean, const Optional& bn_var, double bn_eps,
+    const Tensor& pooled, const Tensor& pool_index, const Tensor& channel_gate, const Tensor& spatial_pool,
+    const Tensor& spatial_index, const Tensor& spatial_gate, int64_t pools, int64_t spatial, int64_t ties,
+    bool residual) {
   Call call(x, {pools, spatial, ties, residual});
   Problem& p = call.p;
   call.take_weights({w1, b1, w2, b2, conv_weight, conv_bias});
@@ -263,15 +287,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const bool norm = spatial && bn_mean.has_value();
   Tensor dw1 = call.gradient(w1, pools, p.dw1), db1 = call.gradient(b1, pools && w1.has_value(), p.db1);
   Tensor dw2 = call.gradient(w2, pools, p.dw2), db2 = call.gradient(b2, pools, p.db2);
-  Tensor dk = call.gradient(conv_weight, spatial, p.dconv_weight), db = call.gradient(conv_bias, spatial, p.dconv_bias);
-  Tensor dgamma = call.gradient(bn_weight, norm, p.dbn_weight), dbeta = call.gradient(bn_bias, norm, p.dbn_bias);
+  Tensor dk = call.gradient(conv_weight, spatial, p.dconv_weight),
+         db = call.gradient(conv_bias, spatial, p.dconv_bias);
+  Tensor dgamma = call.gradient(bn_weight, norm, p.dbn_weight),
+         dbeta = call.gradient(bn_bias, norm, p.dbn_bias);
   call.run(kCbamBackward);
   return {dx, dw1, db1, dw2, db2, dk, db, dgamma, dbeta};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward(
     const Tensor& x, const Optional& w1, const Optional& b1, const Optional& w2, const Optional& b2,
-    const Optional& conv_weight, const Optional& conv_bias, int64_t pools, int64_t spatial, int64_t ties, bool save) {
+    const Optional& conv_weight, const Optional& conv_bias, int64_t pools, int64_t spatial, int64_t ties,
+    bool save) {
   Call call(x, {pools, spatial, ties, false});
   call.take_weights({w1, b1, w2, b2, conv_weight, conv_bias});
   Saved s = call.make_saved(save, true);
@@ -282,10 +309,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
-    const Tensor& dy, const Tensor& x, const Optional& w1, const Optional& b1, const Optional& w2, const Optional& b2,
-    const Optional& conv_weight, const Optional& conv_bias, const Tensor& pooled, const Tensor& pool_index,
-    const Tensor& channel_gate, const Tensor& spatial_pool, const Tensor& spatial_index, const Tensor& spatial_gate,
-    const Tensor& dz, const Tensor& dchannel_gate, int64_t pools, int64_t spatial, int64_t ties, bool residual) {
+    const Tensor& dy, const Tensor& x, const Optional& w1, const Optional& b1, const Optional& w2,
+    const Optional& b2, const Optional& conv_weight, const Optional& conv_bias, const Tensor& pooled,
+    const Tensor& pool_index, const Tensor& channel_gate, const Tensor& spatial_pool,
+    const Tensor& spatial_index, const Tensor& spatial_gate, const Tensor& dz, const Tensor& dchannel_gate,
+    int64_t pools, int64_t spatial, int64_t ties, bool residual) {
   Call call(x, {pools, spatial, ties, residual});
   Problem& p = call.p;
   call.take_weights({w1, b1, w2, b2, conv_weight, conv_bias});
@@ -297,7 +325,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bac
   p.dx = dx.data_ptr();
   Tensor dw1 = call.gradient(w1, pools, p.dw1), db1 = call.gradient(b1, pools && w1.has_value(), p.db1);
   Tensor dw2 = call.gradient(w2, pools, p.dw2), db2 = call.gradient(b2, pools, p.db2);
-  Tensor dk = call.gradient(conv_weight, spatial, p.dconv_weight), db = call.gradient(conv_bias, spatial, p.dconv_bias);
+  Tensor dk = call.gradient(conv_weight, spatial, p.dconv_weight),
+         db = call.gradient(conv_bias, spatial, p.dconv_bias);
   call.run(kAttentionBackward);
   return {dx, dw1, db1, dw2, db2, dk, db};
 }
@@ -307,7 +336,8 @@ Options scale_options(const Tensor& channel_gate, bool residual) {
   return {channel_gate.numel() ? kAvg : 0, kMaxMean, kTiesFirst, residual};
 }
 
-std::tuple<Tensor, Tensor> scale_forward(const Tensor& x, const Tensor& channel_gate, const Tensor& z, bool residual) {
+std::tuple<Tensor, Tensor> scale_forward(const Tensor& x, const Tensor& channel_gate, const Tensor& z,
+                                         bool residual) {
   Call call(x, scale_options(channel_gate, residual));
   Problem& p = call.p;
   if (p.pools) p.channel_gate = call.saved(channel_gate, p.samples * p.channels, "channel_gate");

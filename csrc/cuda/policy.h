@@ -18,22 +18,26 @@ struct Device {
 namespace policy {
 
 // Sizes are the ones at which the modelled traffic of benchmarks/cuda_bytes.py is least.
-constexpr int64_t kItemBytes = 32 << 10;      // what one item reads of x, about
-constexpr int64_t kMaxItemBytes = 64 << 10;   // where narrower tiles would cost more in partial sums
-constexpr int kTileBytes = 128;               // width of a contiguous tile: a cache line
+constexpr int64_t kItemBytes = 32 << 10;     // what one item reads of x, about
+constexpr int64_t kMaxItemBytes = 64 << 10;  // where narrower tiles would cost more in partial sums
+constexpr int kTileBytes = 128;              // width of a contiguous tile: a cache line
 constexpr int kMinTileBytes = 64;
-constexpr int64_t kPoolPositions = 512;       // channels-last: positions a partial pool, at most
-constexpr int kPoolBytes = 64;                // channels-last: width of a partial pool's tile
-constexpr int64_t kInlineMlp = 128 << 10;     // multiplications that one block may do for a unit
+constexpr int64_t kPoolPositions = 512;    // channels-last: positions a partial pool, at most
+constexpr int kPoolBytes = 64;             // channels-last: width of a partial pool's tile
+constexpr int64_t kInlineMlp = 128 << 10;  // multiplications that one block may do for a unit
 constexpr int kHiddenTile = 8, kGateTile = 64;
 constexpr int64_t kConvPositions = 1024;
-constexpr int64_t kStagedBytes = 40 << 10;    // most shared memory for the maps of a convolution's item
-constexpr int64_t kKernelBytes = 8 << 10;     // most shared memory for the convolution's weights
+constexpr int64_t kStagedBytes = 40 << 10;  // most shared memory for the maps of a convolution's item
+constexpr int64_t kKernelBytes = 8 << 10;   // most shared memory for the convolution's weights
 constexpr int64_t kFoldPoolBytes = 32 << 10;
-constexpr int kBlocks = 2;                    // a multiprocessor, where L2 holds what they have in flight
+constexpr int kBlocks = 2;  // a multiprocessor, where L2 holds what they have in flight
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+inline int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
+}
 inline int floor_power(int64_t v) {
   int p = 1;
   while (int64_t{p} * 2 <= v) p *= 2;
@@ -49,12 +53,18 @@ inline int log2_of(int power) {
   while ((1 << n) < power) ++n;
   return n;
 }
-inline int64_t gcd(int64_t a, int64_t b) { return b ? gcd(b, a % b) : a; }
+inline int64_t gcd(int64_t a, int64_t b) {
+  return b ? gcd(b, a % b) : a;
+}
 
 }  // namespace policy
 
-inline int element_bytes(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
-inline int accumulate_bytes(int dtype) { return dtype == kFloat64 ? 8 : 4; }
+inline int element_bytes(int dtype) {
+  return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
+}
+inline int accumulate_bytes(int dtype) {
+  return dtype == kFloat64 ? 8 : 4;
+}
 
 // Which instantiation runs: elements a vector, and channels folded into one row (1: none).
 struct Variant {
@@ -201,24 +211,33 @@ inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
       if (last) return std::max(mlp, bytes({kThreads * vector * mean_max}));
       if (s.fold > 1) return std::max(mlp, bytes({s.pool_rows * int64_t{s.row_elements} * a}));
       return std::max(mlp, bytes({kThreads / 32 * mean_max}));
-    case kHidden: case kGate: case kHiddenGrad: case kPoolGrad: return mlp;
+    case kHidden:
+    case kGate:
+    case kHiddenGrad:
+    case kPoolGrad:
+      return mlp;
     case kSpatialPool:
-      return last ? bytes({p.channels * a})
-                  : bytes({channels(s.reduce) * a, columns(s.reduce, mean_max)});
-    case kConv: return bytes({kernel, window, window});
-    case kOutput: return bytes({channels(s.map) * a, s.map.positions * a});
+      return last ? bytes({p.channels * a}) : bytes({channels(s.reduce) * a, columns(s.reduce, mean_max)});
+    case kConv:
+      return bytes({kernel, window, window});
+    case kOutput:
+      return bytes({channels(s.map) * a, s.map.positions * a});
     case kCross:
       return bytes({channels(s.reduce) * a, s.reduce.positions * a, s.reduce.positions * a,
                     std::max(columns(s.reduce, a), fold_sums)});
-    case kConvGrad: return bytes({kernel, window, window, window, kThreads / 32 * 2 * a});
+    case kConvGrad:
+      return bytes({kernel, window, window, window, kThreads / 32 * 2 * a});
     case kGateGrad:
-      return bytes({last ? 0 : channels(s.map) * a, s.map.positions * a, s.map.positions * a, s.map.positions * a,
-                    s.map.positions * 4, std::max(last ? columns(s.map, a) : 0, fold_sums)});
-    case kLogitGrad: return std::max(mlp, kThreads * a);
+      return bytes({last ? 0 : channels(s.map) * a, s.map.positions * a, s.map.positions * a,
+                    s.map.positions * a, s.map.positions * 4,
+                    std::max(last ? columns(s.map, a) : 0, fold_sums)});
+    case kLogitGrad:
+      return std::max(mlp, kThreads * a);
     case kInputGrad:
-      return bytes({terms, terms, s.map.positions * a,
-                    s.map.positions * a, s.map.positions * a, s.map.positions * a, s.map.positions * 4});
-    default: return bytes({kThreads * int64_t{kWeightRows} * a});
+      return bytes({terms, terms, s.map.positions * a, s.map.positions * a, s.map.positions * a,
+                    s.map.positions * a, s.map.positions * 4});
+    default:
+      return bytes({kThreads * int64_t{kWeightRows} * a});
   }
 }
 
@@ -270,7 +289,9 @@ struct Builder {
 
 }  // namespace policy
 
-inline bool is_backward(int operation) { return operation >= kCbamBackward; }
+inline bool is_backward(int operation) {
+  return operation >= kCbamBackward;
+}
 
 // How many units are in flight: the depth of the pipeline, and the samples a unit.
 struct Depth {
@@ -307,8 +328,8 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
   s.rows = static_cast<int32_t>(last ? p.positions : p.channels / s.fold);
   s.row_elements = static_cast<int32_t>(last ? p.channels : p.positions * s.fold);
   s.row_vectors = static_cast<int32_t>(ceil_div(s.row_elements, vector));
-  s.reduce = last ? channels_last_tiling(p, vector)
-                  : contiguous_tiling(p, s, vector, true, device.multiprocessors);
+  s.reduce =
+      last ? channels_last_tiling(p, vector) : contiguous_tiling(p, s, vector, true, device.multiprocessors);
   s.map = last ? s.reduce : contiguous_tiling(p, s, vector, false, device.multiprocessors);
   plan_pool(p, s, vector);
   const bool backward = is_backward(k.operation), gate = p.pools != 0, spatial = p.spatial != kSpatialNone;
@@ -349,8 +370,10 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
       }
       if (whole) b.add(kOutput, gate && spatial ? 2 * lag : lag, map_items, false);
       // The wide stages keep dependent narrow ones apart, so that few items find their inputs unfinished.
-      if (inline_mlp) b.order({kConv, kPool, kSpatialPool, kOutput});
-      else b.order({kConv, kHidden, kPool, kGate, kOutput, kSpatialPool});
+      if (inline_mlp)
+        b.order({kConv, kPool, kSpatialPool, kOutput});
+      else
+        b.order({kConv, kHidden, kPool, kGate, kOutput, kSpatialPool});
       break;
     }
     case kScaleForward:
@@ -359,7 +382,8 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
       break;
     case kScaleBackward:
       b.add(kCross, 0, reduce_items, false);
-      s.logits_grad_items = s.reduce.chunks > 1 ? static_cast<int32_t>(ceil_div(p.positions, kThreads * 4)) : 0;
+      s.logits_grad_items =
+          s.reduce.chunks > 1 ? static_cast<int32_t>(ceil_div(p.positions, kThreads * 4)) : 0;
       if (gate || s.logits_grad_items) {
         b.add(kLogitGrad, lag, (gate ? logit_items : 0) + s.logits_grad_items, false);
       }
@@ -427,12 +451,14 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
   for (int i = 0; i < s.plans; ++i) shared = std::max(shared, stage_shared(k, s.plan[i].stage, vector));
   k.shared_bytes = static_cast<int32_t>(std::min<int64_t>(shared, INT32_MAX));
   k.blocks_per_multiprocessor = depth.blocks;
-  k.grid = static_cast<int32_t>(std::min<int64_t>(main + s.weight_items,
-                                                  int64_t{depth.blocks} * device.multiprocessors));
+  k.grid = static_cast<int32_t>(
+      std::min<int64_t>(main + s.weight_items, int64_t{depth.blocks} * device.multiprocessors));
   return shared <= device.shared_bytes;
 }
 
-inline int64_t counter_words(const Streamed& k) { return kUnitCounters + int64_t{k.s.units} * kCounters; }
+inline int64_t counter_words(const Streamed& k) {
+  return kUnitCounters + int64_t{k.s.units} * kCounters;
+}
 
 // Bytes of scratch; with a base, also points k.w into it (all but the counters).
 inline int64_t lay_out_scratch(Streamed& k, char* base) {
@@ -452,8 +478,8 @@ inline int64_t lay_out_scratch(Streamed& k, char* base) {
   const bool parts = runs(kPool) && s.pool_chunks > 1;
   w.pool_parts = take(parts, 5 * n * s.pool_chunks * p.channels * a);
   w.pool_marks = static_cast<int32_t*>(take(parts, n * s.pool_chunks * p.channels * 4));
-  w.hidden = take(p.pools != 0 && k.operation != kScaleForward && k.operation != kScaleBackward,
-                  n * p.hidden * a);
+  w.hidden =
+      take(p.pools != 0 && k.operation != kScaleForward && k.operation != kScaleBackward, n * p.hidden * a);
   const bool chunks = runs(kSpatialPool) && s.reduce.chunks > 1;
   w.spatial_parts = take(chunks, 2 * n * s.reduce.chunks * p.positions * a);
   w.spatial_marks = static_cast<int32_t*>(take(chunks, n * s.reduce.chunks * p.positions * 4));

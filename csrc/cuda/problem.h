@@ -28,14 +28,14 @@ struct WeightGrad {
 // Letters as in design.md; A is double for float64 x, else float. An index array holds int16 where
 // the extent it points into is below 2**15, else int32. Pointers that an op does not use are null.
 struct Problem {
-  const void* x;    // (N, C, P) or, channels-last, (N, P, C)
-  const void* dy;   // as x
-  void* y;          // as x
-  void* dx;         // as x
-  Weight w1;        // (h, C); null for a single layer, whose w2 is (C, C)
-  Weight b1;        // (h)
-  Weight w2;        // (C, h)
-  Weight b2;        // (C)
+  const void* x;       // (N, C, P) or, channels-last, (N, P, C)
+  const void* dy;      // as x
+  void* y;             // as x
+  void* dx;            // as x
+  Weight w1;           // (h, C); null for a single layer, whose w2 is (C, C)
+  Weight b1;           // (h)
+  Weight w2;           // (C, h)
+  Weight b2;           // (C)
   Weight conv_weight;  // (planes, k)
   Weight conv_bias;    // (1)
   Weight bn_weight;    // (1)
@@ -57,11 +57,11 @@ struct Problem {
 
   WeightGrad dw1, db1, dw2, db2, dconv_weight, dconv_bias, dbn_weight, dbn_bias;
 
-  int64_t samples;    // N
-  int64_t channels;   // C
-  int64_t positions;  // P = depth * height * width
-  int64_t hidden;     // h, or C for a single layer
-  int32_t depth, height, width;     // the spatial sizes, padded with ones at the front
+  int64_t samples;               // N
+  int64_t channels;              // C
+  int64_t positions;             // P = depth * height * width
+  int64_t hidden;                // h, or C for a single layer
+  int32_t depth, height, width;  // the spatial sizes, padded with ones at the front
   int32_t kernel_d, kernel_h, kernel_w;
   int32_t pools, spatial, ties, residual;
   int32_t dtype, layout;
@@ -78,7 +78,9 @@ CBAM_HOST_DEVICE inline int pool_count(int pools) {
 }
 
 // Row of `pooled` that holds the pool of this bit.
-CBAM_HOST_DEVICE inline int pool_row(int pools, int bit) { return pool_count(pools & (bit - 1)); }
+CBAM_HOST_DEVICE inline int pool_row(int pools, int bit) {
+  return pool_count(pools & (bit - 1));
+}
 
 // int16 holds every index (and every count of ties) of an extent below this.
 constexpr int64_t kShortIndexExtent = int64_t{1} << 15;

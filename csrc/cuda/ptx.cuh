@@ -16,22 +16,40 @@
 namespace cbam {
 namespace ptx {
 
-template <class T> using shared_type = T;
+template <class T>
+using shared_type = T;
 
 // ---- Global memory. W is unsigned short, unsigned, unsigned long long or uint4.
 
 // Data that no thread of this kernel writes.
-template <class W> __device__ __forceinline__ W load_read_only(const W* p) { return __ldg(p); }
+template <class W>
+__device__ __forceinline__ W load_read_only(const W* p) {
+  return __ldg(p);
+}
 // As load_read_only, for the last read in this kernel: the line may leave L2 first.
-template <class W> __device__ __forceinline__ W load_last_use(const W* p) { return __ldcs(p); }
+template <class W>
+__device__ __forceinline__ W load_last_use(const W* p) {
+  return __ldcs(p);
+}
 // Data that other blocks of this kernel wrote before a release that this block acquired: past L1.
-template <class W> __device__ __forceinline__ W load_coherent(const W* p) { return __ldcg(p); }
-template <class W> __device__ __forceinline__ void store(W* p, W v) { *p = v; }
+template <class W>
+__device__ __forceinline__ W load_coherent(const W* p) {
+  return __ldcg(p);
+}
+template <class W>
+__device__ __forceinline__ void store(W* p, W v) {
+  *p = v;
+}
 // For an output that this kernel does not read back.
-template <class W> __device__ __forceinline__ void store_streaming(W* p, W v) { __stcs(p, v); }
+template <class W>
+__device__ __forceinline__ void store_streaming(W* p, W v) {
+  __stcs(p, v);
+}
 
 // Keeps what is in memory there: the compiler may not carry loads across in registers.
-__device__ __forceinline__ void forget_registers() { asm volatile("" ::: "memory"); }
+__device__ __forceinline__ void forget_registers() {
+  asm volatile("" ::: "memory");
+}
 
 // The same value, but the compiler cannot know: what is derived from it is computed where it is used.
 __device__ __forceinline__ int opaque(int v) {
@@ -66,7 +84,9 @@ __device__ __forceinline__ unsigned increment_acquire_release(unsigned* p, unsig
   return v;
 }
 // Called in every loop that polls; under SIMT it yields to the other fibers.
-__device__ __forceinline__ void sleep(unsigned nanoseconds) { __nanosleep(nanoseconds); }
+__device__ __forceinline__ void sleep(unsigned nanoseconds) {
+  __nanosleep(nanoseconds);
+}
 
 // ---- Conversions. Two values a word, the first in the low half; round to nearest even.
 
@@ -85,8 +105,12 @@ __device__ __forceinline__ float unpack_half(unsigned short bits) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(bits));
   return v;
 }
-__device__ __forceinline__ float bits_to_float(unsigned bits) { return __uint_as_float(bits); }
-__device__ __forceinline__ unsigned float_to_bits(float v) { return __float_as_uint(v); }
+__device__ __forceinline__ float bits_to_float(unsigned bits) {
+  return __uint_as_float(bits);
+}
+__device__ __forceinline__ unsigned float_to_bits(float v) {
+  return __float_as_uint(v);
+}
 __device__ __forceinline__ double bits_to_double(unsigned long long bits) {
   return __longlong_as_double(static_cast<long long>(bits));
 }
@@ -109,8 +133,11 @@ __device__ __forceinline__ void copy_async_16(void* shared, const void* global) 
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global)
                : "memory");
 }
-__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kPending> __device__ __forceinline__ void copy_async_wait() {
+__device__ __forceinline__ void copy_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
@@ -161,12 +188,16 @@ __device__ __forceinline__ void bulk_store(void* global, const void* shared, uin
                "r"(shared_address(shared)), "r"(bytes)
                : "memory");
 }
-__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void bulk_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
 // Until at most kPending groups have still to be read out of shared memory.
-template <int kPending> __device__ __forceinline__ void bulk_wait_read() {
+template <int kPending>
+__device__ __forceinline__ void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
-template <int kPending> __device__ __forceinline__ void bulk_wait() {
+template <int kPending>
+__device__ __forceinline__ void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 // Orders ordinary shared-memory writes before bulk copies that read them.
@@ -197,7 +228,8 @@ __device__ __forceinline__ void cluster_sync() {
   cluster_wait();
 }
 // The address of the same shared-memory object in the block of this rank.
-template <class T> __device__ __forceinline__ T* map_shared(T* shared, unsigned rank) {
+template <class T>
+__device__ __forceinline__ T* map_shared(T* shared, unsigned rank) {
   uint64_t mapped;
   asm("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(reinterpret_cast<uint64_t>(shared)), "r"(rank));
   return reinterpret_cast<T*>(mapped);

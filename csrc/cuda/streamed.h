@@ -7,10 +7,10 @@
 namespace cbam {
 
 constexpr int kThreads = 256;
-constexpr int kMlpSamples = 4;  // samples an item of the MLP, where it is cut into items
-constexpr int kBatch = 4;       // vectors that one read of the MLP's weights serves
-constexpr int kMlpStage = 1024; // elements of each that are in shared memory at a time
-constexpr int kLogitTile = 32;  // channels an item of kLogitGrad
+constexpr int kMlpSamples = 4;                       // samples an item of the MLP, where it is cut into items
+constexpr int kBatch = 4;                            // vectors that one read of the MLP's weights serves
+constexpr int kMlpStage = 1024;                      // elements of each that are in shared memory at a time
+constexpr int kLogitTile = 32;                       // channels an item of kLogitGrad
 constexpr int kWeightRows = 8, kWeightColumns = 32;  // tile of a weight's gradient
 static_assert(kThreads / kWeightColumns == kWeightRows);
 
@@ -34,7 +34,12 @@ enum Stage : int32_t {
 
 // Which rounds of the chain one launch runs.
 enum Operation : int32_t {
-  kCbamForward, kAttentionForward, kScaleForward, kCbamBackward, kAttentionBackward, kScaleBackward
+  kCbamForward,
+  kAttentionForward,
+  kScaleForward,
+  kCbamBackward,
+  kAttentionBackward,
+  kScaleBackward
 };
 
 // Counters in the workspace: a ticket, finished blocks, finished weight-gradient inputs, then a row of
@@ -52,8 +57,8 @@ struct Count {
 // where per_sample is set.
 struct StagePlan {
   int32_t stage, lag, items, per_sample;
-  uint32_t first;         // the step's tickets before this stage
-  int32_t wait_counter;   // -1: nothing to wait for
+  uint32_t first;        // the step's tickets before this stage
+  int32_t wait_counter;  // -1: nothing to wait for
   Count wait_for;
   int32_t tail;           // the block that finishes the unit's last item does the stage's tail
   int32_t feeds_weights;  // raises kReadyForWeights
@@ -80,42 +85,42 @@ struct Schedule {
   int32_t ring;            // units whose scratch is alive at a time; 0: all of them
   int32_t ring_counter;    // counter that frees a slot of the ring
 
-  int32_t fold;            // channels a row
+  int32_t fold;  // channels a row
   int32_t rows, row_elements, row_vectors;
-  Tiling reduce;           // kSpatialPool, kCross: stages that reduce over channels
-  Tiling map;              // kOutput, kGateGrad, kInputGrad
+  Tiling reduce;  // kSpatialPool, kCross: stages that reduce over channels
+  Tiling map;     // kOutput, kGateGrad, kInputGrad
 
-  int32_t pool_lanes;      // contiguous: lanes a row; channels-last: lanes a position
-  int32_t pool_rows;       // contiguous: rows an item; channels-last: positions an item
-  int32_t pool_items;      // a sample
-  int32_t pool_chunks;     // partial pools a channel (channels-last)
+  int32_t pool_lanes;   // contiguous: lanes a row; channels-last: lanes a position
+  int32_t pool_rows;    // contiguous: rows an item; channels-last: positions an item
+  int32_t pool_items;   // a sample
+  int32_t pool_chunks;  // partial pools a channel (channels-last)
 
   int32_t conv_positions, conv_items;
-  int32_t conv_halo;       // positions before and after a range that its convolution reads
-  int32_t conv_staged;     // maps in shared memory, else read where they are
+  int32_t conv_halo;    // positions before and after a range that its convolution reads
+  int32_t conv_staged;  // maps in shared memory, else read where they are
   int32_t kernel_staged;
 
-  int32_t pool_vectors;    // pools after blending
-  int32_t hidden_tile, gate_tile;     // rows of w1, rows of w2 an item of the MLP, forward and backward
-  int32_t logits_grad_items;  // scale_backward: items that sum ds over chunks, after those of kLogitGrad
+  int32_t pool_vectors;            // pools after blending
+  int32_t hidden_tile, gate_tile;  // rows of w1, rows of w2 an item of the MLP, forward and backward
+  int32_t logits_grad_items;       // scale_backward: items that sum ds over chunks, after those of kLogitGrad
 };
 
 // Scratch memory, of the accumulation type unless said otherwise; null where an operation needs none.
 struct Scratch {
-  uint32_t* counters;     // zero at the start and again at the end of every launch
-  void* pool_parts;       // (5, N, pool_chunks, C): sum, maximum, squares, and log-sum's peak and sum
-  int32_t* pool_marks;    // (N, pool_chunks, C)
-  void* hidden;           // (N, h): summed over pools, after ReLU
-  void* spatial_parts;    // (2, N, chunks, P): maximum, sum
-  int32_t* spatial_marks; // (N, chunks, P)
-  void* spatial_grad;     // ds (slots, reduce chunks, P)
-  void* pooled_grad;      // dq (slots, 2, P), [max, mean], the mean's divided by C
-  void* cross_parts;      // (slots, reduce tiles, C)
-  void* gate_parts;       // (slots, map tiles, C)
-  void* logit_grad;       // dl (N, C)
-  void* hidden_grad;      // (N, pool_vectors, h)
-  void* pool_grad;        // (slots, K, C): gradient of each pool, as the input's gradient uses it
-  void* conv_parts;       // (N * conv_items, 2 * taps + 2): kernel, sum of dz, sum of dz * conv
+  uint32_t* counters;      // zero at the start and again at the end of every launch
+  void* pool_parts;        // (5, N, pool_chunks, C): sum, maximum, squares, and log-sum's peak and sum
+  int32_t* pool_marks;     // (N, pool_chunks, C)
+  void* hidden;            // (N, h): summed over pools, after ReLU
+  void* spatial_parts;     // (2, N, chunks, P): maximum, sum
+  int32_t* spatial_marks;  // (N, chunks, P)
+  void* spatial_grad;      // ds (slots, reduce chunks, P)
+  void* pooled_grad;       // dq (slots, 2, P), [max, mean], the mean's divided by C
+  void* cross_parts;       // (slots, reduce tiles, C)
+  void* gate_parts;        // (slots, map tiles, C)
+  void* logit_grad;        // dl (N, C)
+  void* hidden_grad;       // (N, pool_vectors, h)
+  void* pool_grad;         // (slots, K, C): gradient of each pool, as the input's gradient uses it
+  void* conv_parts;        // (N * conv_items, 2 * taps + 2): kernel, sum of dz, sum of dz * conv
 };
 
 struct Streamed {

@@ -11,18 +11,19 @@ namespace cbam {
 
 // tile[r][c] = sum_i left(i, r) right(i, c) for i < count, rows below `rows` and columns below `columns`.
 template <class A, class Left, class Right, class Out>
-__device__ __forceinline__ void outer_sum(int64_t tile, int64_t rows, int64_t columns, int64_t count, Shared shared,
-                                          Left left, Right right, Out out) {
+__device__ __forceinline__ void outer_sum(int64_t tile, int64_t rows, int64_t columns, int64_t count,
+                                          Shared shared, Left left, Right right, Out out) {
   const int64_t tiles = (columns + kWeightColumns - 1) / kWeightColumns;
-  const int64_t r0 = tile / tiles * kWeightRows, c = tile % tiles * kWeightColumns + threadIdx.x % kWeightColumns;
+  const int64_t r0 = tile / tiles * kWeightRows,
+                c = tile % tiles * kWeightColumns + threadIdx.x % kWeightColumns;
   const int group = threadIdx.x / kWeightColumns;
   A* parts = shared.take<A>(kThreads * kWeightRows);
   const int lane = threadIdx.x % kWeightColumns;
   static_assert(kWeightColumns == 32, "a group is a warp");
   A acc[kWeightRows] = {};
   for (int64_t i = group; i < count; i += kThreads / kWeightColumns) {
-    const A of_right = c < columns ? right(i, c) : A(0);  // [1]
-    A of_left = 0;  // in the lane of its row
+    const A of_right = c < columns ? right(i, c) : A(0);                       // [1]
+    A of_left = 0;                                                             // in the lane of its row
     if (lane < kWeightRows && r0 + lane < rows) of_left = left(i, r0 + lane);  // [1]
 #pragma unroll
     for (int r = 0; r < kWeightRows; ++r) acc[r] += __shfl_sync(kAllLanes, of_left, r) * of_right;
@@ -41,8 +42,8 @@ __device__ __forceinline__ void outer_sum(int64_t tile, int64_t rows, int64_t co
 
 // total[c] = sum_i value(i, c) for one tile of columns.
 template <class A, class Value, class Out>
-__device__ __forceinline__ void column_sum(int64_t tile, int64_t columns, int64_t count, Shared shared, Value value,
-                                           Out out) {
+__device__ __forceinline__ void column_sum(int64_t tile, int64_t columns, int64_t count, Shared shared,
+                                           Value value, Out out) {
   const int64_t c = tile * kWeightColumns + threadIdx.x % kWeightColumns;
   const int group = threadIdx.x / kWeightColumns, groups = kThreads / kWeightColumns;
   A* parts = shared.take<A>(kThreads);
@@ -62,7 +63,9 @@ __device__ __forceinline__ void column_sum(int64_t tile, int64_t columns, int64_
 __device__ __forceinline__ int64_t weight_tiles(int64_t rows, int64_t columns) {
   return (rows + kWeightRows - 1) / kWeightRows * ((columns + kWeightColumns - 1) / kWeightColumns);
 }
-__device__ __forceinline__ int64_t bias_tiles(int64_t columns) { return (columns + kWeightColumns - 1) / kWeightColumns; }
+__device__ __forceinline__ int64_t bias_tiles(int64_t columns) {
+  return (columns + kWeightColumns - 1) / kWeightColumns;
+}
 
 // Entry e of a row of conv_parts, summed over the batch: where it goes.
 template <class T>
@@ -79,7 +82,8 @@ __device__ __forceinline__ void put_conv_grad(const Problem& p, int64_t e, Accum
   }
 }
 
-template <class T> __device__ __forceinline__ void conv_weight_item(const Streamed& k, int64_t tile, Shared shared) {
+template <class T>
+__device__ __forceinline__ void conv_weight_item(const Streamed& k, int64_t tile, Shared shared) {
   using A = Accumulate<T>;
   const Problem& p = k.p;
   const int64_t count = taps(p), entries = 2 * count + 2, rows = p.samples * k.s.conv_items;
@@ -88,9 +92,12 @@ template <class T> __device__ __forceinline__ void conv_weight_item(const Stream
     // Both planes are 0.5 times the one kernel.
     column_sum<A>(
         tile, entries, rows, shared,
-        [&](int64_t i, int64_t e) { return e < count ? A(0.5) * (part(i, e) + part(i, count + e)) : part(i, e); },
+        [&](int64_t i, int64_t e) {
+          return e < count ? A(0.5) * (part(i, e) + part(i, count + e)) : part(i, e);
+        },
         [&](int64_t e, A sum) {
-          if (e < count && p.dconv_weight.data) store_weight<T>(p.dconv_weight, e, load_norm<T>(p).slope * sum);
+          if (e < count && p.dconv_weight.data)
+            store_weight<T>(p.dconv_weight, e, load_norm<T>(p).slope * sum);
           if (e == 2 * count) put_conv_grad<T>(p, e, sum);
         });
   } else {
@@ -116,7 +123,8 @@ template <class T> __device__ __forceinline__ void conv_weight_item(const Stream
   }
 }
 
-template <class T> __device__ __forceinline__ void weight_item(const Streamed& k, int64_t index, Shared shared) {
+template <class T>
+__device__ __forceinline__ void weight_item(const Streamed& k, int64_t index, Shared shared) {
   using A = Accumulate<T>;
   const Problem& p = k.p;
   const int64_t vectors = k.s.pool_vectors;
@@ -167,34 +175,51 @@ template <class T> __device__ __forceinline__ void weight_item(const Streamed& k
   if (p.spatial) conv_weight_item<T>(k, index, shared);
 }
 
-template <class Tr> __device__ __forceinline__ void backward_item(const Streamed& k, const Item& item, Shared shared) {
+template <class Tr>
+__device__ __forceinline__ void backward_item(const Streamed& k, const Item& item, Shared shared) {
   using T = typename Tr::T;
   constexpr bool kLast = Tr::kLayout == kChannelsLast;
   const bool split = kRareOptions && k.p.ties == kTiesSplit;
   switch (item.stage) {
     case kCross:
-      if constexpr (kLast) cross_columns<Tr>(k, item, shared);
-      else cross_rows<Tr>(k, item, shared);
+      if constexpr (kLast)
+        cross_columns<Tr>(k, item, shared);
+      else
+        cross_rows<Tr>(k, item, shared);
       break;
-    case kConvGrad: conv_grad_stage<T>(k, item, shared); break;
+    case kConvGrad:
+      conv_grad_stage<T>(k, item, shared);
+      break;
     case kGateGrad:
       if constexpr (kLast) {
-        if (split) gate_grad_columns<Tr, true>(k, item, shared);
-        else gate_grad_columns<Tr, false>(k, item, shared);
+        if (split)
+          gate_grad_columns<Tr, true>(k, item, shared);
+        else
+          gate_grad_columns<Tr, false>(k, item, shared);
       } else {
-        if (split) gate_grad_rows<Tr, true>(k, item, shared);
-        else gate_grad_rows<Tr, false>(k, item, shared);
+        if (split)
+          gate_grad_rows<Tr, true>(k, item, shared);
+        else
+          gate_grad_rows<Tr, false>(k, item, shared);
       }
       break;
-    case kLogitGrad: logit_grad_stage<T>(k, item, shared); break;
-    case kHiddenGrad: hidden_grad_stage<T>(k, part_of_unit(item, k.p.hidden, k.s.hidden_tile), shared); break;
-    case kPoolGrad: pool_grad_stage<T>(k, part_of_unit(item, k.p.channels, k.s.gate_tile), shared); break;
-    default: input_grad_stage<Tr>(k, item, shared);
+    case kLogitGrad:
+      logit_grad_stage<T>(k, item, shared);
+      break;
+    case kHiddenGrad:
+      hidden_grad_stage<T>(k, part_of_unit(item, k.p.hidden, k.s.hidden_tile), shared);
+      break;
+    case kPoolGrad:
+      pool_grad_stage<T>(k, part_of_unit(item, k.p.channels, k.s.gate_tile), shared);
+      break;
+    default:
+      input_grad_stage<Tr>(k, item, shared);
   }
 }
 
 // What follows a unit's last logit gradient, where one block does the MLP's backward.
-template <class T> __device__ __forceinline__ void backward_tail(const Streamed& k, const Item& item, Shared shared) {
+template <class T>
+__device__ __forceinline__ void backward_tail(const Streamed& k, const Item& item, Shared shared) {
   if (k.p.w1.data) {
     hidden_grad_stage<T>(k, whole_unit(item, k.p.hidden), shared);
     __syncthreads();

@@ -4,7 +4,8 @@
 
 namespace cbam {
 
-template <class Tr> struct BackwardKernel {
+template <class Tr>
+struct BackwardKernel {
   static auto get() { return streamed_backward_kernel<Tr>; }
 };
 

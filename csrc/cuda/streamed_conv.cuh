@@ -16,17 +16,20 @@ __device__ __forceinline__ Coordinates coordinates(const Problem& p, int positio
 }
 
 // The kernel's weight for the maximum's plane (0) or the mean's (1), whatever order it is stored in.
-template <class T> __device__ __forceinline__ Accumulate<T> kernel_weight(const Problem& p, int plane, int64_t tap) {
+template <class T>
+__device__ __forceinline__ Accumulate<T> kernel_weight(const Problem& p, int plane, int64_t tap) {
   if (p.spatial == kSpatialBlend) return Accumulate<T>(0.5) * load_weight<T>(p.conv_weight, tap);
   const int stored = p.spatial == kMaxMean ? plane : 1 - plane;
   return load_weight<T>(p.conv_weight, stored * taps(p) + tap);
 }
 
 // z' = (z - mean) * slope + offset, the norm in eval mode.
-template <class A> struct Norm {
+template <class A>
+struct Norm {
   A mean, slope, offset, inverse_deviation;
 };
-template <class T> __device__ __forceinline__ Norm<Accumulate<T>> load_norm(const Problem& p) {
+template <class T>
+__device__ __forceinline__ Norm<Accumulate<T>> load_norm(const Problem& p) {
   using A = Accumulate<T>;
   if (!p.bn_mean.data) return {A(0), A(1), A(0), A(1)};
   const A inverse = A(1) / square_root(load_weight<T>(p.bn_var, 0) + A(p.bn_eps));
@@ -37,7 +40,8 @@ template <class T> __device__ __forceinline__ Norm<Accumulate<T>> load_norm(cons
 
 // One item's view: its own positions [begin, end), those its convolution reads [low, high), and both
 // kernel planes; the maps' windows and the kernel are in shared memory where they fit.
-template <class T> struct ConvItem {
+template <class T>
+struct ConvItem {
   using A = Accumulate<T>;
   const Problem& p;
   int begin, end, low, high;
@@ -63,7 +67,8 @@ template <class T> struct ConvItem {
 };
 
 // A map's window, or the map itself through `read`.
-template <class A, class Read> struct MapWindow {
+template <class A, class Read>
+struct MapWindow {
   const A* staged;
   int low;
   Read read;
@@ -84,7 +89,8 @@ __device__ __forceinline__ int64_t window_size(const Streamed& k) {
 }
 
 // Calls f(tap, neighbour) for each tap whose neighbour at + sign * (tap - centre) lies inside the map.
-template <class F> __device__ __forceinline__ void for_taps(const Problem& p, Coordinates at, int sign, F f) {
+template <class F>
+__device__ __forceinline__ void for_taps(const Problem& p, Coordinates at, int sign, F f) {
   int tap = 0;
   for (int kd = 0; kd < p.kernel_d; ++kd) {
     const int d = at.d + sign * (kd - p.kernel_d / 2);
@@ -108,8 +114,9 @@ __device__ __forceinline__ MeanMax<A, kSplit> merged_chunks(const Streamed& k, i
   MeanMax<A, kSplit> total = MeanMax<A, kSplit>::empty(kNoIndex);
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const int64_t at = (n * chunks + chunk) * positions + position;
-    total.merge({fresh<A>(k.w.spatial_parts, k.p.samples * chunks * positions + at),
-                 {fresh<A>(k.w.spatial_parts, at), load_index<Cache::kCoherent>(k.w.spatial_marks, at, false)}});
+    total.merge(
+        {fresh<A>(k.w.spatial_parts, k.p.samples * chunks * positions + at),
+         {fresh<A>(k.w.spatial_parts, at), load_index<Cache::kCoherent>(k.w.spatial_marks, at, false)}});
   }
   return total;
 }
@@ -125,7 +132,8 @@ __device__ __forceinline__ void put_spatial_pool(const Streamed& k, int64_t n, i
   }
 }
 
-template <class T> __device__ __forceinline__ void conv_stage(const Streamed& k, const Item& item, Shared shared) {
+template <class T>
+__device__ __forceinline__ void conv_stage(const Streamed& k, const Item& item, Shared shared) {
   using A = Accumulate<T>;
   const Problem& p = k.p;
   const ConvItem<T> c(k, item, shared);
@@ -135,8 +143,10 @@ template <class T> __device__ __forceinline__ void conv_stage(const Streamed& k,
   const auto mean = [&](int i) -> A { return fresh<A>(p.spatial_pool, maps + p.positions + i); };
   if (k.s.reduce.chunks > 1) {
     for (int i = c.low + threadIdx.x; i < c.high; i += kThreads) {
-      if (kRareOptions && p.ties == kTiesSplit) put_spatial_pool(k, item.n, i, merged_chunks<A, true>(k, item.n, i));
-      else put_spatial_pool(k, item.n, i, merged_chunks<A, false>(k, item.n, i));
+      if (kRareOptions && p.ties == kTiesSplit)
+        put_spatial_pool(k, item.n, i, merged_chunks<A, true>(k, item.n, i));
+      else
+        put_spatial_pool(k, item.n, i, merged_chunks<A, false>(k, item.n, i));
     }
     __syncthreads();
   }
@@ -165,7 +175,8 @@ constexpr int kTapBlock = 8;  // taps of a kernel row whose gradients a thread s
 
 // dq of the item's positions, and its parts of the kernel's gradient: sums over the item's positions of
 // dz q, dz, and dz conv, all before the norm's slope.
-template <class T> __device__ __forceinline__ void conv_grad_stage(const Streamed& k, const Item& item, Shared shared) {
+template <class T>
+__device__ __forceinline__ void conv_grad_stage(const Streamed& k, const Item& item, Shared shared) {
   using A = Accumulate<T>;
   const Problem& p = k.p;
   const Schedule& s = k.s;

@@ -14,7 +14,8 @@ constexpr bool kRareOptions = false;
 constexpr bool kRareOptions = true;
 #endif
 
-template <class T_, int kVector_, Layout kLayout_, bool kFold_> struct StreamedTraits {
+template <class T_, int kVector_, Layout kLayout_, bool kFold_>
+struct StreamedTraits {
   using T = T_;
   using A = Accumulate<T>;
   static constexpr int V = kVector_;
@@ -30,7 +31,8 @@ template <class T_, int kVector_, Layout kLayout_, bool kFold_> struct StreamedT
 // Dynamic shared memory, handed out in 16-byte steps in the order in which policy.h counts it.
 struct Shared {
   unsigned char* next;
-  template <class X> __device__ __forceinline__ X* take(int64_t count) {
+  template <class X>
+  __device__ __forceinline__ X* take(int64_t count) {
     X* p = reinterpret_cast<X*>(next);
     next += (count * static_cast<int64_t>(sizeof(X)) + 15) / 16 * 16;
     return p;
@@ -52,7 +54,9 @@ struct Item {
   int64_t first, count;  // the unit's samples
 };
 
-__device__ __forceinline__ bool is_short_extent(int64_t extent) { return extent < kShortIndexExtent; }
+__device__ __forceinline__ bool is_short_extent(int64_t extent) {
+  return extent < kShortIndexExtent;
+}
 
 // Where sample n's scratch lives: in a ring of units, or everywhere.
 __device__ __forceinline__ int64_t slot_of(const Streamed& k, int64_t n) {
@@ -194,25 +198,38 @@ __device__ __forceinline__ void run_items(const Streamed& k, Body body, Tail tai
 
 // ---- Small helpers of the stages.
 
-template <class A> __device__ __forceinline__ A* as(void* p) { return static_cast<A*>(p); }
-template <class A> __device__ __forceinline__ const A* as(const void* p) { return static_cast<const A*>(p); }
+template <class A>
+__device__ __forceinline__ A* as(void* p) {
+  return static_cast<A*>(p);
+}
+template <class A>
+__device__ __forceinline__ const A* as(const void* p) {
+  return static_cast<const A*>(p);
+}
 
-template <class A> __device__ __forceinline__ A fresh(const void* p, int64_t i) {
+template <class A>
+__device__ __forceinline__ A fresh(const void* p, int64_t i) {
   return load_one<Cache::kCoherent>(as<A>(p) + i);
 }
-template <class A> __device__ __forceinline__ A constant(const void* p, int64_t i) {
+template <class A>
+__device__ __forceinline__ A constant(const void* p, int64_t i) {
   return load_one<Cache::kReadOnly>(as<A>(p) + i);
 }
-template <class A> __device__ __forceinline__ void put(void* p, int64_t i, A v) { store_one(as<A>(p) + i, v); }
+template <class A>
+__device__ __forceinline__ void put(void* p, int64_t i, A v) {
+  store_one(as<A>(p) + i, v);
+}
 
 // A sum over the lanes of a row, `lanes` being a power of two up to 32; every lane gets it.
-template <class A> __device__ __forceinline__ A lanes_sum(A v, int lanes) {
+template <class A>
+__device__ __forceinline__ A lanes_sum(A v, int lanes) {
   for (int bit = lanes / 2; bit; bit /= 2) v += __shfl_xor_sync(kAllLanes, v, bit);
   return v;
 }
 
 // Statistics that a pool gathers: what one adds, and how two halves of a set are put together.
-template <class A_, bool kSplit> struct MeanMax {
+template <class A_, bool kSplit>
+struct MeanMax {
   using A = A_;
   A sum;
   Peak<A> peak;
@@ -230,21 +247,26 @@ template <class A_, bool kSplit> struct MeanMax {
             {__shfl_xor_sync(kAllLanes, peak.value, bit), __shfl_xor_sync(kAllLanes, peak.mark, bit)}};
   }
 };
-template <class A_> struct Sum {
+template <class A_>
+struct Sum {
   using A = A_;
   A sum;
   __device__ __forceinline__ void merge(const Sum& other) { sum += other.sum; }
   __device__ __forceinline__ Sum exchange(int bit) const { return {__shfl_xor_sync(kAllLanes, sum, bit)}; }
 };
-template <class A_> struct Squares {
+template <class A_>
+struct Squares {
   using A = A_;
   A sum;
   static __device__ __forceinline__ Squares empty(int) { return {A(0)}; }
   __device__ __forceinline__ void add(A v, int) { sum += v * v; }
   __device__ __forceinline__ void merge(const Squares& other) { sum += other.sum; }
-  __device__ __forceinline__ Squares exchange(int bit) const { return {__shfl_xor_sync(kAllLanes, sum, bit)}; }
+  __device__ __forceinline__ Squares exchange(int bit) const {
+    return {__shfl_xor_sync(kAllLanes, sum, bit)};
+  }
 };
-template <class A_> struct Exponentials {
+template <class A_>
+struct Exponentials {
   using A = A_;
   LogSum<A> log_sum;
   static __device__ __forceinline__ Exponentials empty(int) { return {empty_log_sum<A>()}; }
@@ -256,14 +278,16 @@ template <class A_> struct Exponentials {
 };
 
 // Merges over lanes whose numbers differ in the bits from `from` up to `to`, powers of two up to 32.
-template <class S> __device__ __forceinline__ void merge_lanes(S& s, int from, int to) {
+template <class S>
+__device__ __forceinline__ void merge_lanes(S& s, int from, int to) {
   for (int bit = to / 2; bit >= from; bit /= 2) s.merge(s.exchange(bit));
 }
 
 // Merges each column of a tile over its row lanes: thread (row, column) brings V of them. On return,
 // after a barrier, `merged[group * columns * V + i]` for `groups` groups is what is left of column i.
 // Columns is a power of two up to 32.
-template <int V, class S> __device__ __forceinline__ int merge_rows(S (&acc)[V], int columns, S* merged) {
+template <int V, class S>
+__device__ __forceinline__ int merge_rows(S (&acc)[V], int columns, S* merged) {
   const int lane = threadIdx.x % 32, column = threadIdx.x & (columns - 1);
 #pragma unroll
   for (int k = 0; k < V; ++k) merge_lanes(acc[k], columns, 32);

@@ -63,9 +63,8 @@ __device__ __forceinline__ void spatial_pool_rows(const Streamed& k, const Item&
       for (int j = 0; j < V; ++j) acc[j].add(gate(me, j) * v[j], c + me.next(j));
     }
   }
-  merge_tile<Tr>(k, t, me, acc, merged, [&](int position, const S& total) {
-    put_spatial(k, item.n, me.chunk, position, total);
-  });
+  merge_tile<Tr>(k, t, me, acc, merged,
+                 [&](int position, const S& total) { put_spatial(k, item.n, me.chunk, position, total); });
 }
 
 template <class Tr, bool kSplit>
@@ -111,15 +110,16 @@ __device__ __forceinline__ void spatial_pool_columns(const Streamed& k, const It
   }
 }
 
-template <class A> __device__ __forceinline__ A gated(A x, A channel, A spatial, bool residual) {
+template <class A>
+__device__ __forceinline__ A gated(A x, A channel, A spatial, bool residual) {
   const A y = x * channel * spatial;
   return residual ? y + x : y;
 }
 
 // The spatial gate of `count` positions; scale_forward computes it from the logits, and stores it once.
 template <class A>
-__device__ __forceinline__ void stage_spatial_gate(const Streamed& k, int64_t n, int first, int count, bool owner,
-                                                   A* shared) {
+__device__ __forceinline__ void stage_spatial_gate(const Streamed& k, int64_t n, int first, int count,
+                                                   bool owner, A* shared) {
   const int64_t at = n * k.p.positions + first;
   if (k.operation != kScaleForward) return stage_values<A>(shared, k.p.spatial_gate, at, count, A(1));
   for (int i = threadIdx.x; i < count; i += kThreads) {
@@ -214,36 +214,54 @@ __device__ __forceinline__ void output_columns(const Streamed& k, const Item& it
   }
 }
 
-template <class Tr> __device__ __forceinline__ void forward_item(const Streamed& k, const Item& item, Shared shared) {
+template <class Tr>
+__device__ __forceinline__ void forward_item(const Streamed& k, const Item& item, Shared shared) {
   using T = typename Tr::T;
   constexpr bool kLast = Tr::kLayout == kChannelsLast;
   const bool split = kRareOptions && k.p.ties == kTiesSplit;
   switch (item.stage) {
-    case kPool: pool_stage<Tr>(k, item, shared); break;
-    case kHidden: hidden_stage<T>(k, part_of_unit(item, k.p.hidden, k.s.hidden_tile), shared); break;
-    case kGate: gate_stage<T>(k, part_of_unit(item, k.p.channels, k.s.gate_tile), shared); break;
+    case kPool:
+      pool_stage<Tr>(k, item, shared);
+      break;
+    case kHidden:
+      hidden_stage<T>(k, part_of_unit(item, k.p.hidden, k.s.hidden_tile), shared);
+      break;
+    case kGate:
+      gate_stage<T>(k, part_of_unit(item, k.p.channels, k.s.gate_tile), shared);
+      break;
     case kSpatialPool:
       if constexpr (kLast) {
-        if (split) spatial_pool_columns<Tr, true>(k, item, shared);
-        else spatial_pool_columns<Tr, false>(k, item, shared);
+        if (split)
+          spatial_pool_columns<Tr, true>(k, item, shared);
+        else
+          spatial_pool_columns<Tr, false>(k, item, shared);
       } else {
-        if (split) spatial_pool_rows<Tr, true>(k, item, shared);
-        else spatial_pool_rows<Tr, false>(k, item, shared);
+        if (split)
+          spatial_pool_rows<Tr, true>(k, item, shared);
+        else
+          spatial_pool_rows<Tr, false>(k, item, shared);
       }
       break;
-    case kConv: conv_stage<T>(k, item, shared); break;
+    case kConv:
+      conv_stage<T>(k, item, shared);
+      break;
     default:
-      if constexpr (kLast) output_columns<Tr>(k, item, shared);
-      else output_rows<Tr>(k, item, shared);
+      if constexpr (kLast)
+        output_columns<Tr>(k, item, shared);
+      else
+        output_rows<Tr>(k, item, shared);
   }
 }
 
 // What follows a unit's last pool item: pools from their parts, and the MLP where one block does it all.
-template <class Tr> __device__ __forceinline__ void forward_tail(const Streamed& k, const Item& item, Shared shared) {
+template <class Tr>
+__device__ __forceinline__ void forward_tail(const Streamed& k, const Item& item, Shared shared) {
   using A = typename Tr::A;
   if (k.s.pool_chunks > 1) {
-    if (kRareOptions && k.p.ties == kTiesSplit) finish_pools<A, true>(k, item);
-    else finish_pools<A, false>(k, item);
+    if (kRareOptions && k.p.ties == kTiesSplit)
+      finish_pools<A, true>(k, item);
+    else
+      finish_pools<A, false>(k, item);
     __syncthreads();
   }
   if (k.s.stage_plan[kGate] >= 0) return;

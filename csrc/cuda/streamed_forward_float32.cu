@@ -4,7 +4,8 @@
 
 namespace cbam {
 
-template <class Tr> struct ForwardKernel {
+template <class Tr>
+struct ForwardKernel {
   static auto get() { return streamed_forward_kernel<Tr>; }
 };
 

@@ -7,7 +7,8 @@ namespace cbam {
 
 // ds of one position: to scratch, or where scale_backward has all of it already, as dz.
 template <class A>
-__device__ __forceinline__ void put_spatial_grad(const Streamed& k, int64_t n, int chunk, int position, A ds) {
+__device__ __forceinline__ void put_spatial_grad(const Streamed& k, int64_t n, int chunk, int position,
+                                                 A ds) {
   const Problem& p = k.p;
   const int64_t chunks = k.s.reduce.chunks;
   if (k.operation == kScaleBackward && chunks == 1) {
@@ -21,11 +22,13 @@ __device__ __forceinline__ void put_spatial_grad(const Streamed& k, int64_t n, i
 
 // ---- kCross: ds = sum_c dy g x, and for each tile sum_p dy x s.
 
-template <class Tr> __device__ __forceinline__ void cross_rows(const Streamed& k, const Item& item, Shared shared) {
+template <class Tr>
+__device__ __forceinline__ void cross_rows(const Streamed& k, const Item& item, Shared shared) {
   using T = typename Tr::T;
   using A = typename Tr::A;
   constexpr int V = Tr::V;
-  constexpr int kAhead = V > 4 || Tr::kFold ? 2 : kUnroll;  // two streams of 8 elements a load: 128 registers hold two
+  constexpr int kAhead =
+      V > 4 || Tr::kFold ? 2 : kUnroll;  // two streams of 8 elements a load: 128 registers hold two
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.reduce;
@@ -73,8 +76,10 @@ template <class Tr> __device__ __forceinline__ void cross_rows(const Streamed& k
           for (int j = 0; j < V; ++j) {
             const A product = vx[u][j] * vd[u][j];
             ds[j].sum += gate(me, j) * product;
-            if (me.next(j)) after[u] += product * gate_s[j];
-            else here[u] += product * gate_s[j];
+            if (me.next(j))
+              after[u] += product * gate_s[j];
+            else
+              here[u] += product * gate_s[j];
           }
           if constexpr (Tr::kFold) sums.leave(me, at - top, here[u], after[u]);
         }
@@ -101,7 +106,8 @@ template <class Tr> __device__ __forceinline__ void cross_rows(const Streamed& k
   });
 }
 
-template <class Tr> __device__ __forceinline__ void cross_columns(const Streamed& k, const Item& item, Shared shared) {
+template <class Tr>
+__device__ __forceinline__ void cross_columns(const Streamed& k, const Item& item, Shared shared) {
   using T = typename Tr::T;
   using A = typename Tr::A;
   constexpr int V = Tr::V;
@@ -179,15 +185,16 @@ template <class Tr> __device__ __forceinline__ void cross_columns(const Streamed
 
 // ---- What a position brings to dx': its part of dq, and where the maximum's goes.
 
-template <class A> struct PositionFields {
+template <class A>
+struct PositionFields {
   const A* mean;     // dq of the mean, divided by C
   const A* maximum;  // dq of the maximum
   const A* top;      // with ties shared: the maximum itself
   const int* mark;   // its channel, or how many channels equal it
 };
 template <class A>
-__device__ __forceinline__ PositionFields<A> stage_positions(const Streamed& k, int64_t n, int first, int count,
-                                                             int size, Shared& shared) {
+__device__ __forceinline__ PositionFields<A> stage_positions(const Streamed& k, int64_t n, int first,
+                                                             int count, int size, Shared& shared) {
   const Problem& p = k.p;
   A* mean = shared.take<A>(size);
   A* maximum = shared.take<A>(size);
@@ -197,7 +204,8 @@ __device__ __forceinline__ PositionFields<A> stage_positions(const Streamed& k, 
   const bool split = p.ties == kTiesSplit;
   stage_values<A>(maximum, k.w.pooled_grad, at, count, A(0));
   stage_values<A>(mean, k.w.pooled_grad, at + p.positions, count, A(0));
-  if (split) stage_values<A>(top, p.spatial ? p.spatial_pool : nullptr, n * 2 * p.positions + first, count, A(0));
+  if (split)
+    stage_values<A>(top, p.spatial ? p.spatial_pool : nullptr, n * 2 * p.positions + first, count, A(0));
   stage_marks(mark, p.spatial ? p.spatial_index : nullptr, n * p.positions + first, count,
               is_short_extent(p.channels));
   return {mean, maximum, top, mark};
@@ -205,8 +213,12 @@ __device__ __forceinline__ PositionFields<A> stage_positions(const Streamed& k, 
 
 // The maximum's share for one element: all to the first index, or as torch.amax shares it, which makes
 // NaN of a maximum that is NaN.
-template <class A> __device__ __forceinline__ A first_share(A grad, bool is_mark) { return is_mark ? grad : A(0); }
-template <class A> __device__ __forceinline__ A even_share(A grad, bool equal, int count) {
+template <class A>
+__device__ __forceinline__ A first_share(A grad, bool is_mark) {
+  return is_mark ? grad : A(0);
+}
+template <class A>
+__device__ __forceinline__ A even_share(A grad, bool equal, int count) {
   return (equal ? grad : grad * A(0)) / A(count);
 }
 
@@ -225,7 +237,8 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
   const int base = me.first * s.fold, positions = static_cast<int>(p.positions);
   const int left = me.tile * t.positions, width = min(t.positions, positions - left);
   A* gates = shared.take<A>(int64_t{t.chunk_rows} * s.fold);
-  if (kSplit) stage_values<A>(gates, p.channel_gate, item.n * p.channels + base, (me.end - me.first) * s.fold, A(1));
+  if (kSplit)
+    stage_values<A>(gates, p.channel_gate, item.n * p.channels + base, (me.end - me.first) * s.fold, A(1));
   const PositionFields<A> fields = stage_positions<A>(k, item.n, left, width, t.positions, shared);
   __syncthreads();
   A mean[V], maximum[V], top[V];
@@ -249,7 +262,8 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
         const int at = r + me.row + u * me.lanes;
-        if (me.inside && at < bottom) load_global<Cache::kLastUse>(x + int64_t{at} * s.row_elements, v[u]);  // [V]
+        if (me.inside && at < bottom)
+          load_global<Cache::kLastUse>(x + int64_t{at} * s.row_elements, v[u]);  // [V]
       }
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
@@ -265,8 +279,10 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
             } else {
               weight += first_share(maximum[j], mark[j] == c + me.next(j));
             }
-            if (me.next(j)) after[u] += v[u][j] * weight;
-            else here[u] += v[u][j] * weight;
+            if (me.next(j))
+              after[u] += v[u][j] * weight;
+            else
+              here[u] += v[u][j] * weight;
           }
           if constexpr (Tr::kFold) sums.leave(me, at - start, here[u], after[u]);
         }
@@ -281,7 +297,8 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
       }
     }
     if constexpr (Tr::kFold) {
-      sums.finish(k, bottom - start, [&](int c, A sum) { put(k.w.gate_parts, parts + start * s.fold + c, sum); });
+      sums.finish(k, bottom - start,
+                  [&](int c, A sum) { put(k.w.gate_parts, parts + start * s.fold + c, sum); });
     }
   }
 }
@@ -314,12 +331,14 @@ __device__ __forceinline__ void gate_grad_columns(const Streamed& k, const Item&
       gate[j] = A(1);
     }
     if (i < s.row_vectors) {
-      if (kSplit && p.channel_gate) fresh_vector<V>(p.channel_gate, item.n * p.channels + int64_t{i} * V, gate);  // [V]
+      if (kSplit && p.channel_gate)
+        fresh_vector<V>(p.channel_gate, item.n * p.channels + int64_t{i} * V, gate);  // [V]
       for (int base = row; base < count; base += kAhead * rows) {
         A v[kAhead][V];
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) {
-          if (base + u * rows < count) load_global<Cache::kLastUse>(x + (base + u * rows) * p.channels, v[u]);  // [V]
+          if (base + u * rows < count)
+            load_global<Cache::kLastUse>(x + (base + u * rows) * p.channels, v[u]);  // [V]
         }
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) {
@@ -330,8 +349,10 @@ __device__ __forceinline__ void gate_grad_columns(const Streamed& k, const Item&
 #pragma unroll
           for (int j = 0; j < V; ++j) {
             A weight = mean;
-            if constexpr (kSplit) weight += even_share(maximum, gate[j] * v[u][j] == fields.top[at], mark);
-            else weight += first_share(maximum, mark == i * V + j);
+            if constexpr (kSplit)
+              weight += even_share(maximum, gate[j] * v[u][j] == fields.top[at], mark);
+            else
+              weight += first_share(maximum, mark == i * V + j);
             acc[j].sum += v[u][j] * weight;
           }
         }

@@ -12,11 +12,13 @@ __device__ __forceinline__ bool input_grad_needs_x(const Problem& p) {
 }
 
 // One channel's terms of dx = g dx' + average + [p is the argmax] maximum + norm x + log_sum exp(x - level).
-template <class A> struct alignas(4 * sizeof(A)) ChannelTerms {
+template <class A>
+struct alignas(4 * sizeof(A)) ChannelTerms {
   A gate, average, maximum;
   int mark;
 };
-template <class A> struct alignas(4 * sizeof(A)) RareTerms {
+template <class A>
+struct alignas(4 * sizeof(A)) RareTerms {
   A top, norm, log_sum, level;
 };
 
@@ -27,14 +29,16 @@ __device__ __forceinline__ ChannelTerms<A> channel_terms(const Streamed& k, int6
   if (!p.pools) return terms;
   const int64_t grads = slot_of(k, n) * pool_count(p.pools);
   terms.gate = constant<A>(p.channel_gate, n * p.channels + c);
-  if (p.pools & kAvg) terms.average = fresh<A>(k.w.pool_grad, (grads + pool_row(p.pools, kAvg)) * p.channels + c);
+  if (p.pools & kAvg)
+    terms.average = fresh<A>(k.w.pool_grad, (grads + pool_row(p.pools, kAvg)) * p.channels + c);
   if (p.pools & kMax) {
     terms.maximum = fresh<A>(k.w.pool_grad, (grads + pool_row(p.pools, kMax)) * p.channels + c);
     terms.mark = load_index<Cache::kReadOnly>(p.pool_index, n * p.channels + c, is_short_extent(p.positions));
   }
   return terms;
 }
-template <class A> __device__ __forceinline__ RareTerms<A> rare_terms(const Streamed& k, int64_t n, int64_t c) {
+template <class A>
+__device__ __forceinline__ RareTerms<A> rare_terms(const Streamed& k, int64_t n, int64_t c) {
   const Problem& p = k.p;
   RareTerms<A> terms = {A(0), A(0), A(0), A(0)};
   const int64_t pools = pool_count(p.pools), grads = slot_of(k, n) * pools;
@@ -49,15 +53,16 @@ template <class A> __device__ __forceinline__ RareTerms<A> rare_terms(const Stre
 }
 
 // One position's terms of dx' = dy s + mean + [c is the argmax] maximum.
-template <class A> struct PositionTerms {
+template <class A>
+struct PositionTerms {
   A spatial, mean, maximum;
   int mark;
 };
 
 // One element of dx where it does not depend on x.
 template <class A>
-__device__ __forceinline__ A input_grad(const ChannelTerms<A>& c, const PositionTerms<A>& q, A dy, int channel, int position,
-                                        bool residual) {
+__device__ __forceinline__ A input_grad(const ChannelTerms<A>& c, const PositionTerms<A>& q, A dy,
+                                        int channel, int position, bool residual) {
   const A inner = dy * q.spatial + q.mean + first_share(q.maximum, q.mark == channel);
   const A dx = c.gate * inner + c.average + first_share(c.maximum, c.mark == position);
   return residual ? dx + dy : dx;
@@ -65,13 +70,15 @@ __device__ __forceinline__ A input_grad(const ChannelTerms<A>& c, const Position
 
 // One element of dx where it does.
 template <class A>
-__device__ __forceinline__ A input_grad_of_x(const Problem& p, const ChannelTerms<A>& c, const RareTerms<A>& rare,
-                                             const PositionTerms<A>& q, A top, A dy, A x, int channel, int position) {
+__device__ __forceinline__ A input_grad_of_x(const Problem& p, const ChannelTerms<A>& c,
+                                             const RareTerms<A>& rare, const PositionTerms<A>& q, A top, A dy,
+                                             A x, int channel, int position) {
   const bool split = p.ties == kTiesSplit;
   A inner = dy * q.spatial;
   if (p.spatial) {
     inner += q.mean;
-    inner += split ? even_share(q.maximum, c.gate * x == top, q.mark) : first_share(q.maximum, q.mark == channel);
+    inner +=
+        split ? even_share(q.maximum, c.gate * x == top, q.mark) : first_share(q.maximum, q.mark == channel);
   }
   A dx = c.gate * inner + c.average;
   if (p.pools & kMax) {
@@ -132,7 +139,7 @@ __device__ __forceinline__ void input_grad_rows(const Streamed& k, const Item& i
     for (int u = 0; u < kAhead; ++u) {
       const int at = r + u * me.lanes;
       if (at < me.end) {
-        load_global<Cache::kLastUse>(dy + at * stride, v[u]);  // [V]
+        load_global<Cache::kLastUse>(dy + at * stride, v[u]);                         // [V]
         if constexpr (kNeedsX) load_global<Cache::kLastUse>(x + at * stride, vx[u]);  // [V]
       }
     }
@@ -147,11 +154,11 @@ __device__ __forceinline__ void input_grad_rows(const Streamed& k, const Item& i
         const int position = me.absolute(j, positions);
         if constexpr (kNeedsX) {
           const A top = p.ties == kTiesSplit ? fields.top[me.in_tile(j, positions)] : A(0);
-          v[u][j] = input_grad_of_x(p, terms(me, j), rare[i + me.next(j)], position_terms(j), top, v[u][j], vx[u][j],
-                                    c + me.next(j), position);
+          v[u][j] = input_grad_of_x(p, terms(me, j), rare[i + me.next(j)], position_terms(j), top, v[u][j],
+                                    vx[u][j], c + me.next(j), position);
         } else {
-          v[u][j] = input_grad(terms(me, j), kKeepTerms ? mine[j] : position_terms(j), v[u][j], c + me.next(j), position,
-                               residual);
+          v[u][j] = input_grad(terms(me, j), kKeepTerms ? mine[j] : position_terms(j), v[u][j],
+                               c + me.next(j), position, residual);
         }
       }
       store_global<true>(dx + at * stride, v[u]);  // [V]
@@ -204,7 +211,8 @@ __device__ __forceinline__ void input_grad_columns(const Streamed& k, const Item
         for (int u = 0; u < kAhead; ++u) {
           if (base + u * rows < count) {
             load_global<Cache::kLastUse>(dy + (base + u * rows) * stride, v[u]);  // [V]
-            if constexpr (kNeedsX) load_global<Cache::kLastUse>(x + (base + u * rows) * stride, vx[u]);  // [V]
+            if constexpr (kNeedsX)
+              load_global<Cache::kLastUse>(x + (base + u * rows) * stride, vx[u]);  // [V]
           }
         }
 #pragma unroll
@@ -217,8 +225,8 @@ __device__ __forceinline__ void input_grad_columns(const Streamed& k, const Item
             const int c = i * V + j;
             if constexpr (kNeedsX) {
               const A top = p.ties == kTiesSplit ? fields.top[at] : A(0);
-              v[u][j] = input_grad_of_x(p, channels[column * V + j], rare[column * V + j], q, top, v[u][j], vx[u][j], c,
-                                        first + at);
+              v[u][j] = input_grad_of_x(p, channels[column * V + j], rare[column * V + j], q, top, v[u][j],
+                                        vx[u][j], c, first + at);
             } else {
               v[u][j] = input_grad(terms[j], q, v[u][j], c, first + at, residual);
             }
@@ -231,13 +239,18 @@ __device__ __forceinline__ void input_grad_columns(const Streamed& k, const Item
   }
 }
 
-template <class Tr> __device__ __forceinline__ void input_grad_stage(const Streamed& k, const Item& item, Shared shared) {
+template <class Tr>
+__device__ __forceinline__ void input_grad_stage(const Streamed& k, const Item& item, Shared shared) {
   if constexpr (Tr::kLayout == kChannelsLast) {
-    if (input_grad_needs_x(k.p)) input_grad_columns<Tr, true>(k, item, shared);
-    else input_grad_columns<Tr, false>(k, item, shared);
+    if (input_grad_needs_x(k.p))
+      input_grad_columns<Tr, true>(k, item, shared);
+    else
+      input_grad_columns<Tr, false>(k, item, shared);
   } else {
-    if (input_grad_needs_x(k.p)) input_grad_rows<Tr, true>(k, item, shared);
-    else input_grad_rows<Tr, false>(k, item, shared);
+    if (input_grad_needs_x(k.p))
+      input_grad_rows<Tr, true>(k, item, shared);
+    else
+      input_grad_rows<Tr, false>(k, item, shared);
   }
 }
 

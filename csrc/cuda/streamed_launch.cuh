@@ -9,8 +9,8 @@ namespace cbam {
 inline cudaError_t launch_kernel(void (*kernel)(Streamed), const Streamed& k, cudaStream_t stream) {
   constexpr int kDefaultLimit = 48 << 10;  // without asking
   if (k.shared_bytes > kDefaultLimit) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, k.shared_bytes);
+    const cudaError_t error = cudaFuncSetAttribute(
+        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, k.shared_bytes);
     if (error != cudaSuccess) return error;
   }
   // Blocks that find no room at first run when others have ended, and find no item left.
@@ -23,13 +23,16 @@ template <class T, template <class> class Kernel>
 cudaError_t launch_variant(const Streamed& k, Variant v, cudaStream_t stream) {
   constexpr int kFull = kVector<T>;
   if (k.p.layout == kChannelsLast) {
-    if (v.vector > 1) return launch_kernel(Kernel<StreamedTraits<T, kFull, kChannelsLast, false>>::get(), k, stream);
+    if (v.vector > 1)
+      return launch_kernel(Kernel<StreamedTraits<T, kFull, kChannelsLast, false>>::get(), k, stream);
     return launch_kernel(Kernel<StreamedTraits<T, 1, kChannelsLast, false>>::get(), k, stream);
   }
   if constexpr (sizeof(T) < 8) {
-    if (v.fold > 1) return launch_kernel(Kernel<StreamedTraits<T, kFull, kContiguous, true>>::get(), k, stream);
+    if (v.fold > 1)
+      return launch_kernel(Kernel<StreamedTraits<T, kFull, kContiguous, true>>::get(), k, stream);
   }
-  if (v.vector > 1) return launch_kernel(Kernel<StreamedTraits<T, kFull, kContiguous, false>>::get(), k, stream);
+  if (v.vector > 1)
+    return launch_kernel(Kernel<StreamedTraits<T, kFull, kContiguous, false>>::get(), k, stream);
   return launch_kernel(Kernel<StreamedTraits<T, 1, kContiguous, false>>::get(), k, stream);
 }
 

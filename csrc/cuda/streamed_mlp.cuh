@@ -8,18 +8,20 @@ namespace cbam {
 // Copies elements [first, first + count) of vectors [v, v + valid) into shared memory: every thread of the
 // block needs them, and they are past L1.
 template <class A, class Vector>
-__device__ __forceinline__ void stage_vectors(A* staged, int64_t v, int valid, int64_t first, int count, Vector vector) {
+__device__ __forceinline__ void stage_vectors(A* staged, int64_t v, int valid, int64_t first, int count,
+                                              Vector vector) {
 #pragma unroll
   for (int u = 0; u < kBatch; ++u) {
-    for (int i = threadIdx.x; u < valid && i < count; i += kThreads) staged[u * kMlpStage + i] = vector(v + u, first + i);
+    for (int i = threadIdx.x; u < valid && i < count; i += kThreads)
+      staged[u * kMlpStage + i] = vector(v + u, first + i);
   }
 }
 
 // dot(row r of m, vector v) for rows [r0, r1) and `count` vectors of `length`. `vector(v, i)` is an
 // element; `out(r, v, valid, dots)` gets up to `batch` of them at once, in one lane.
 template <class T, class Vector, class Out>
-__device__ __forceinline__ void row_dot(const Weight& m, int64_t r0, int64_t r1, int64_t length, int64_t count,
-                                        int batch, Shared shared, Vector vector, Out out) {
+__device__ __forceinline__ void row_dot(const Weight& m, int64_t r0, int64_t r1, int64_t length,
+                                        int64_t count, int batch, Shared shared, Vector vector, Out out) {
   using A = Accumulate<T>;
   A* staged = shared.take<A>(kBatch * kMlpStage);
   int lanes = 1;
@@ -57,8 +59,9 @@ __device__ __forceinline__ void row_dot(const Weight& m, int64_t r0, int64_t r1,
 
 // sum_r m[r][c] * vector(v, r) for columns [c0, c1) of a matrix of `rows` x `stride`; out(c, v, sum).
 template <class T, class Vector, class Out>
-__device__ __forceinline__ void column_dot(const Weight& m, int64_t c0, int64_t c1, int64_t rows, int64_t stride,
-                                           int64_t count, Shared shared, Vector vector, Out out) {
+__device__ __forceinline__ void column_dot(const Weight& m, int64_t c0, int64_t c1, int64_t rows,
+                                           int64_t stride, int64_t count, Shared shared, Vector vector,
+                                           Out out) {
   using A = Accumulate<T>;
   A* staged = shared.take<A>(kBatch * kMlpStage);
   A* parts = shared.take<A>(kBatch * kThreads);
@@ -104,18 +107,22 @@ __device__ __forceinline__ void column_dot(const Weight& m, int64_t c0, int64_t 
 }
 
 // What the MLP reads: channel c of input j of sample n.
-template <class A> __device__ __forceinline__ A mlp_input(const Problem& p, int64_t n, int64_t j, int64_t c) {
+template <class A>
+__device__ __forceinline__ A mlp_input(const Problem& p, int64_t n, int64_t j, int64_t c) {
   if (p.pools & kBlend) {
-    return A(0.5) * fresh<A>(p.pooled, n * 2 * p.channels + c) + A(0.5) * fresh<A>(p.pooled, (n * 2 + 1) * p.channels + c);
+    return A(0.5) * fresh<A>(p.pooled, n * 2 * p.channels + c) +
+           A(0.5) * fresh<A>(p.pooled, (n * 2 + 1) * p.channels + c);
   }
   return fresh<A>(p.pooled, (n * pool_count(p.pools) + j) * p.channels + c);
 }
-template <class A> __device__ __forceinline__ A summed_input(const Streamed& k, int64_t n, int64_t c) {
+template <class A>
+__device__ __forceinline__ A summed_input(const Streamed& k, int64_t n, int64_t c) {
   A sum = 0;
   for (int j = 0; j < k.s.pool_vectors; ++j) sum += mlp_input<A>(k.p, n, j, c);
   return sum;
 }
-template <class T> __device__ __forceinline__ Accumulate<T> bias(const Weight& b, int64_t i) {
+template <class T>
+__device__ __forceinline__ Accumulate<T> bias(const Weight& b, int64_t i) {
   return b.data ? load_weight<T>(b, i) : Accumulate<T>(0);
 }
 
@@ -130,16 +137,20 @@ __device__ __forceinline__ MlpRange whole_unit(const Item& item, int64_t extent)
 }
 __device__ __forceinline__ MlpRange part_of_unit(const Item& item, int64_t extent, int tile) {
   const int tiles = static_cast<int>((extent + tile - 1) / tile);
-  const int64_t sample = int64_t{item.index / tiles} * kMlpSamples, begin = int64_t{item.index % tiles} * tile;
+  const int64_t sample = int64_t{item.index / tiles} * kMlpSamples,
+                begin = int64_t{item.index % tiles} * tile;
   const int64_t left = item.count - sample;
   return {item.first + sample, left < kMlpSamples ? (left < 0 ? 0 : left) : kMlpSamples, begin,
           begin + tile < extent ? begin + tile : extent};
 }
 
-__device__ __forceinline__ int whole_samples(int vectors) { return vectors == 3 ? 3 : kBatch; }
+__device__ __forceinline__ int whole_samples(int vectors) {
+  return vectors == 3 ? 3 : kBatch;
+}
 
 // hidden[n][j] = sum over the inputs of relu(w1 u + b1); for a single layer just the inputs' sum.
-template <class T> __device__ __forceinline__ void hidden_stage(const Streamed& k, MlpRange r, Shared shared) {
+template <class T>
+__device__ __forceinline__ void hidden_stage(const Streamed& k, MlpRange r, Shared shared) {
   using A = Accumulate<T>;
   const Problem& p = k.p;
   const int vectors = k.s.pool_vectors;
@@ -169,7 +180,8 @@ template <class T> __device__ __forceinline__ void hidden_stage(const Streamed& 
       });
 }
 
-template <class T> __device__ __forceinline__ void gate_stage(const Streamed& k, MlpRange r, Shared shared) {
+template <class T>
+__device__ __forceinline__ void gate_stage(const Streamed& k, MlpRange r, Shared shared) {
   using A = Accumulate<T>;
   const Problem& p = k.p;
   row_dot<T>(
@@ -186,7 +198,8 @@ template <class T> __device__ __forceinline__ void gate_stage(const Streamed& k,
 
 // dg, summed over its parts in the order of the tiles, then dl = dg g (1 - g). scale_backward stops at
 // dg, and also sums ds over its chunks here.
-template <class T> __device__ __forceinline__ void logit_grad_stage(const Streamed& k, const Item& item, Shared shared) {
+template <class T>
+__device__ __forceinline__ void logit_grad_stage(const Streamed& k, const Item& item, Shared shared) {
   using A = Accumulate<T>;
   const Problem& p = k.p;
   const Schedule& s = k.s;
@@ -237,14 +250,17 @@ template <class T> __device__ __forceinline__ void logit_grad_stage(const Stream
 }
 
 // hidden_grad[n][input][j], behind the ReLU, and hidden[n][j] for the gradient of w2.
-template <class T> __device__ __forceinline__ void hidden_grad_stage(const Streamed& k, MlpRange r, Shared shared) {
+template <class T>
+__device__ __forceinline__ void hidden_grad_stage(const Streamed& k, MlpRange r, Shared shared) {
   using A = Accumulate<T>;
   const Problem& p = k.p;
   const int vectors = k.s.pool_vectors;
   column_dot<T>(
       p.w2, r.begin, r.end, p.channels, p.hidden, r.samples, shared,
       [&](int64_t v, int64_t c) { return fresh<A>(k.w.logit_grad, (r.sample + v) * p.channels + c); },
-      [&](int64_t j, int64_t v, A sum) { put(k.w.hidden_grad, (r.sample + v) * vectors * p.hidden + j, sum); });
+      [&](int64_t j, int64_t v, A sum) {
+        put(k.w.hidden_grad, (r.sample + v) * vectors * p.hidden + j, sum);
+      });
   row_dot<T>(
       p.w1, r.begin, r.end, p.channels, r.samples * vectors, whole_samples(vectors), shared,
       [&](int64_t v, int64_t c) { return mlp_input<A>(p, r.sample + v / vectors, v % vectors, c); },
@@ -268,7 +284,8 @@ template <class T> __device__ __forceinline__ void hidden_grad_stage(const Strea
 }
 
 // The gradient of one input, as the pools that it consists of hand it on to x.
-template <class A> __device__ __forceinline__ void put_pool_grads(const Streamed& k, int64_t n, int input, int64_t c, A grad) {
+template <class A>
+__device__ __forceinline__ void put_pool_grads(const Streamed& k, int64_t n, int input, int64_t c, A grad) {
   const Problem& p = k.p;
   const int pools = pool_count(p.pools);
   const A share = p.pools & kBlend ? A(0.5) : A(1);
@@ -288,7 +305,8 @@ template <class A> __device__ __forceinline__ void put_pool_grads(const Streamed
   }
 }
 
-template <class T> __device__ __forceinline__ void pool_grad_stage(const Streamed& k, MlpRange r, Shared shared) {
+template <class T>
+__device__ __forceinline__ void pool_grad_stage(const Streamed& k, MlpRange r, Shared shared) {
   using A = Accumulate<T>;
   const Problem& p = k.p;
   const int vectors = k.s.pool_vectors;
@@ -304,7 +322,9 @@ template <class T> __device__ __forceinline__ void pool_grad_stage(const Streame
   }
   column_dot<T>(
       p.w1, r.begin, r.end, p.hidden, p.channels, r.samples * vectors, shared,
-      [&](int64_t v, int64_t j) { return fresh<A>(k.w.hidden_grad, (r.sample * vectors + v) * p.hidden + j); },
+      [&](int64_t v, int64_t j) {
+        return fresh<A>(k.w.hidden_grad, (r.sample * vectors + v) * p.hidden + j);
+      },
       [&](int64_t c, int64_t v, A sum) {
         put_pool_grads<A>(k, r.sample + v / vectors, static_cast<int>(v % vectors), c, sum);
       });

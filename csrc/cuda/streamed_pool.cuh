@@ -39,7 +39,8 @@ struct PoolTarget {
   int chunk;
 };
 
-template <class A> __device__ __forceinline__ int64_t pool_part(const Streamed& k, int which, PoolTarget t, int64_t c) {
+template <class A>
+__device__ __forceinline__ int64_t pool_part(const Streamed& k, int which, PoolTarget t, int64_t c) {
   const int64_t rows = k.p.samples * k.s.pool_chunks;
   return (which * rows + t.n * k.s.pool_chunks + t.chunk) * k.p.channels + c;
 }
@@ -50,7 +51,8 @@ __device__ __forceinline__ void put_pool(const Streamed& k, int64_t n, int bit, 
 }
 
 template <class A, bool kSplit>
-__device__ __forceinline__ void put_statistic(const Streamed& k, PoolTarget t, int64_t c, MeanMax<A, kSplit> v) {
+__device__ __forceinline__ void put_statistic(const Streamed& k, PoolTarget t, int64_t c,
+                                              MeanMax<A, kSplit> v) {
   const Problem& p = k.p;
   if (t.chunk != kAllChunks) {
     put(k.w.pool_parts, pool_part<A>(k, 0, t, c), v.sum);         // [1]
@@ -68,8 +70,10 @@ __device__ __forceinline__ void put_statistic(const Streamed& k, PoolTarget t, i
 }
 template <class A>
 __device__ __forceinline__ void put_statistic(const Streamed& k, PoolTarget t, int64_t c, Squares<A> v) {
-  if (t.chunk != kAllChunks) put(k.w.pool_parts, pool_part<A>(k, 2, t, c), v.sum);  // [1]
-  else put_pool<A>(k, t.n, kLp, c, square_root(v.sum));
+  if (t.chunk != kAllChunks)
+    put(k.w.pool_parts, pool_part<A>(k, 2, t, c), v.sum);  // [1]
+  else
+    put_pool<A>(k, t.n, kLp, c, square_root(v.sum));
 }
 template <class A>
 __device__ __forceinline__ void put_statistic(const Streamed& k, PoolTarget t, int64_t c, Exponentials<A> v) {
@@ -82,7 +86,8 @@ __device__ __forceinline__ void put_statistic(const Streamed& k, PoolTarget t, i
 }
 
 // All of a unit's parts into its pools, by one block, in the order of the chunks.
-template <class A, bool kSplit> __device__ __forceinline__ void finish_pools(const Streamed& k, const Item& item) {
+template <class A, bool kSplit>
+__device__ __forceinline__ void finish_pools(const Streamed& k, const Item& item) {
   const int chunks = k.s.pool_chunks;
   for (int64_t i = threadIdx.x; i < item.count * k.p.channels; i += kThreads) {
     const int64_t n = item.first + i / k.p.channels, c = i % k.p.channels;
@@ -96,7 +101,8 @@ template <class A, bool kSplit> __device__ __forceinline__ void finish_pools(con
         base.merge({fresh<A>(k.w.pool_parts, pool_part<A>(k, 0, t, c)),
                     {fresh<A>(k.w.pool_parts, pool_part<A>(k, 1, t, c)), mark}});
       }
-      if (kRareOptions && k.p.pools & kLp) squares.merge({fresh<A>(k.w.pool_parts, pool_part<A>(k, 2, t, c))});
+      if (kRareOptions && k.p.pools & kLp)
+        squares.merge({fresh<A>(k.w.pool_parts, pool_part<A>(k, 2, t, c))});
       if (kRareOptions && k.p.pools & kLse) {
         exponentials.merge({{fresh<A>(k.w.pool_parts, pool_part<A>(k, 3, t, c)),
                              fresh<A>(k.w.pool_parts, pool_part<A>(k, 4, t, c))}});
@@ -212,7 +218,8 @@ __device__ __forceinline__ void pool_columns(const Streamed& k, int64_t n, int i
     for (; i + 3 * rows < end; i += 4 * rows) {
       A v[4][V];
 #pragma unroll
-      for (int u = 0; u < 4; ++u) load_global<Cache::kReadOnly>(x + (i + u * rows) * k.p.channels, v[u]);  // [V]
+      for (int u = 0; u < 4; ++u)
+        load_global<Cache::kReadOnly>(x + (i + u * rows) * k.p.channels, v[u]);  // [V]
 #pragma unroll
       for (int u = 0; u < 4; ++u) {
 #pragma unroll
@@ -239,12 +246,15 @@ __device__ __forceinline__ void pool_columns(const Streamed& k, int64_t n, int i
 
 template <class Tr, class S>
 __device__ __forceinline__ void pool_one(const Streamed& k, int64_t n, int index, Shared shared) {
-  if constexpr (Tr::kLayout == kChannelsLast) pool_columns<Tr, S>(k, n, index, shared);
-  else pool_rows<Tr, S>(k, n, index, shared);
+  if constexpr (Tr::kLayout == kChannelsLast)
+    pool_columns<Tr, S>(k, n, index, shared);
+  else
+    pool_rows<Tr, S>(k, n, index, shared);
 }
 
 // A pool beyond average and maximum reads the item once more: its tile is in L1 or L2 by then.
-template <class Tr> __device__ __forceinline__ void pool_stage(const Streamed& k, const Item& item, Shared shared) {
+template <class Tr>
+__device__ __forceinline__ void pool_stage(const Streamed& k, const Item& item, Shared shared) {
   using A = typename Tr::A;
   const int pools = k.p.pools;
   const bool split = kRareOptions && k.p.ties == kTiesSplit;
@@ -254,15 +264,19 @@ template <class Tr> __device__ __forceinline__ void pool_stage(const Streamed& k
     const int64_t channel = int64_t{first} * k.s.fold;
     const int channels = rows * k.s.fold;
     if (pools & (kAvg | kMax)) {
-      if (split) pool_staged<Tr, MeanMax<A, true>>(k, item.n, channel, channels, staged);
-      else pool_staged<Tr, MeanMax<A, false>>(k, item.n, channel, channels, staged);
+      if (split)
+        pool_staged<Tr, MeanMax<A, true>>(k, item.n, channel, channels, staged);
+      else
+        pool_staged<Tr, MeanMax<A, false>>(k, item.n, channel, channels, staged);
     }
     if (kRareOptions && pools & kLp) pool_staged<Tr, Squares<A>>(k, item.n, channel, channels, staged);
     if (kRareOptions && pools & kLse) pool_staged<Tr, Exponentials<A>>(k, item.n, channel, channels, staged);
   } else {
     if (pools & (kAvg | kMax)) {
-      if (split) pool_one<Tr, MeanMax<A, true>>(k, item.n, item.index, shared);
-      else pool_one<Tr, MeanMax<A, false>>(k, item.n, item.index, shared);
+      if (split)
+        pool_one<Tr, MeanMax<A, true>>(k, item.n, item.index, shared);
+      else
+        pool_one<Tr, MeanMax<A, false>>(k, item.n, item.index, shared);
     }
     if (kRareOptions && pools & kLp) pool_one<Tr, Squares<A>>(k, item.n, item.index, shared);
     if (kRareOptions && pools & kLse) pool_one<Tr, Exponentials<A>>(k, item.n, item.index, shared);

@@ -10,7 +10,8 @@ constexpr int kUnroll = 4;  // loads in flight a thread
 // A contiguous tile: rows [first, end) of `columns` vectors. Thread (row, column) takes every `lanes`-th
 // row. In a folded row the vector may span two channels: its first `split` elements belong to channel
 // `offset` of the row, the others to the next, at position 0.
-template <class Tr> struct RowTile {
+template <class Tr>
+struct RowTile {
   static constexpr int V = Tr::V;
   int tile, chunk;
   int column, row, lanes;
@@ -54,22 +55,28 @@ template <class Tr> struct RowTile {
     if constexpr (Tr::kFold) return in_tile(j, positions);
     return position + j;
   }
-  __device__ __forceinline__ int channel(const Schedule& s, int r) const { return Tr::kFold ? r * s.fold + offset : r; }
+  __device__ __forceinline__ int channel(const Schedule& s, int r) const {
+    return Tr::kFold ? r * s.fold + offset : r;
+  }
   __device__ __forceinline__ bool next(int j) const { return Tr::kFold && j >= split; }
 };
 
 // One value for each channel that a vector meets: one, or two in a folded row.
-template <class Tr, class X> struct PerChannel {
+template <class Tr, class X>
+struct PerChannel {
   X here, after;
   __device__ __forceinline__ PerChannel(const X* values, int at, const RowTile<Tr>& t) {
     here = values[at];
     after = Tr::kFold && t.split < Tr::V ? values[at + 1] : here;
   }
-  __device__ __forceinline__ X operator()(const RowTile<Tr>& t, int j) const { return t.next(j) ? after : here; }
+  __device__ __forceinline__ X operator()(const RowTile<Tr>& t, int j) const {
+    return t.next(j) ? after : here;
+  }
 };
 
 // V values of the accumulation type, at an index that is a multiple of V.
-template <int V, class A> __device__ __forceinline__ void fresh_vector(const void* p, int64_t i, A (&v)[V]) {
+template <int V, class A>
+__device__ __forceinline__ void fresh_vector(const void* p, int64_t i, A (&v)[V]) {
   constexpr int kWide = kVector<A>;
   if constexpr (V % kWide == 0) {
 #pragma unroll
@@ -87,11 +94,14 @@ template <int V, class A> __device__ __forceinline__ void fresh_vector(const voi
 
 // shared[i] = source[at + i], or `otherwise` where there is no source.
 template <class A>
-__device__ __forceinline__ void stage_values(A* shared, const void* source, int64_t at, int count, A otherwise) {
+__device__ __forceinline__ void stage_values(A* shared, const void* source, int64_t at, int count,
+                                             A otherwise) {
 #pragma unroll 1
-  for (int i = threadIdx.x; i < count; i += kThreads) shared[i] = source ? fresh<A>(source, at + i) : otherwise;
+  for (int i = threadIdx.x; i < count; i += kThreads)
+    shared[i] = source ? fresh<A>(source, at + i) : otherwise;
 }
-__device__ __forceinline__ void stage_marks(int* shared, const void* source, int64_t at, int count, bool is_short) {
+__device__ __forceinline__ void stage_marks(int* shared, const void* source, int64_t at, int count,
+                                            bool is_short) {
 #pragma unroll 1
   for (int i = threadIdx.x; i < count; i += kThreads) {
     shared[i] = source ? load_index<Cache::kCoherent>(source, at + i, is_short) : 0;
@@ -100,7 +110,8 @@ __device__ __forceinline__ void stage_marks(int* shared, const void* source, int
 
 // Sums of a folded tile's channels: every vector leaves one or two numbers, which are added in the order
 // of the columns. `capacity` rows are dealt with at a time.
-template <class Tr> struct FoldSums {
+template <class Tr>
+struct FoldSums {
   using A = typename Tr::A;
   A* pairs;
   int columns, capacity;
@@ -114,14 +125,16 @@ template <class Tr> struct FoldSums {
     pairs[(r * columns + t.column) * 2 + 1] = after;
   }
   // Calls out(channel in these rows, sum) for `rows` rows that all threads have left, then is free again.
-  template <class Out> __device__ __forceinline__ void finish(const Streamed& k, int rows, Out out) {
+  template <class Out>
+  __device__ __forceinline__ void finish(const Streamed& k, int rows, Out out) {
     const int fold = k.s.fold, positions = static_cast<int>(k.p.positions);
     __syncthreads();
     for (int i = threadIdx.x; i < rows * fold; i += kThreads) {
       const int r = i / fold, offset = i % fold;
       const int from = offset * positions / Tr::V, to = ((offset + 1) * positions - 1) / Tr::V;
       A sum = 0;
-      for (int c = from; c <= to; ++c) sum += pairs[(r * columns + c) * 2 + (c * Tr::V / positions == offset ? 0 : 1)];
+      for (int c = from; c <= to; ++c)
+        sum += pairs[(r * columns + c) * 2 + (c * Tr::V / positions == offset ? 0 : 1)];
       out(i, sum);
     }
     __syncthreads();

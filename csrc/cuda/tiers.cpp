@@ -33,7 +33,8 @@ Device query(int index) {
 const Device& device_of(int index) {
   constexpr int kDevices = 64;
   static std::atomic<const Device*> known[kDevices];
-  STD_TORCH_CHECK(index >= 0 && index < kDevices, "cbam_fused: device index must be below ", kDevices, ", got ", index);
+  STD_TORCH_CHECK(index >= 0 && index < kDevices, "cbam_fused: device index must be below ", kDevices,
+                  ", got ", index);
   if (const Device* found = known[index].load(std::memory_order_acquire)) return *found;
   const Device* fresh = new Device(query(index));
   const Device* expected = nullptr;
@@ -49,10 +50,11 @@ bool aligned(const Problem& p) {
   return true;
 }
 
-constexpr const char* kNames[] = {"cbam_forward", "attention_forward", "scale_forward",
+constexpr const char* kNames[] = {"cbam_forward",  "attention_forward",  "scale_forward",
                                   "cbam_backward", "attention_backward", "scale_backward"};
 
-void launch_streamed(const Problem& p, Operation operation, const Device& device, const Tensor& x, cudaStream_t stream) {
+void launch_streamed(const Problem& p, Operation operation, const Device& device, const Tensor& x,
+                     cudaStream_t stream) {
   Streamed k{};
   k.p = p;
   k.operation = operation;

@@ -88,7 +88,9 @@ inline T exchange_acquire_release(T* p, std::type_identity_t<T> v, SIMT_WHERE) {
 }
 // a fence for the compiler alone
 inline void forget_registers() {}
-inline int opaque(int v) { return v; }
+inline int opaque(int v) {
+  return v;
+}
 inline void sleep(unsigned, SIMT_WHERE) {
   simt::pause(where);
 }
