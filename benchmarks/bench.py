@@ -34,6 +34,8 @@ class Settings:
     backend: str = "auto"
     rounds: int = 40
     seconds: float = 20.0
+    # CPU: evict the last-level cache before each call.
+    cold: bool = False
     # FusedCBAM joins once more for each of these thread counts.
     other_threads: Sequence[int] = ()
 
@@ -90,7 +92,12 @@ def measure_case(case: Case, settings: Settings, progress: Optional[Progress] = 
     del gate
     steps = [copy_step(case, x, dy)] + [candidate_step(case, c, x, dy) for c, _ in admitted]
     time_interleaved(
-        case, steps, settings.rounds, settings.seconds, progress.update if progress else lambda _: None
+        case,
+        steps,
+        settings.rounds,
+        settings.seconds,
+        progress.update if progress else lambda _: None,
+        settings.cold,
     )
     result.rows.append(make_row(case, steps[0], "copy", "", peak_bytes(case.device, steps[0]), None, None))
     for step, (candidate, share) in zip(steps[1:], admitted):
@@ -136,6 +143,7 @@ def parse(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
     p.add_argument(
         "--seconds", type=float, help="limit of a case's timing, after 5 rounds (default 20, quick 4)"
     )
+    p.add_argument("--cold", action="store_true", help="CPU: evict the last-level cache before each call")
     p.add_argument("--out", help="CSV to write; the picture gets its name (default: results/bench-TIME.csv)")
     args = p.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -189,7 +197,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     args = parse(arguments)
     rounds, seconds = args.rounds or (25 if args.quick else 40), args.seconds or (4.0 if args.quick else 20.0)
-    settings = Settings(args.providers, args.backend, rounds, seconds)
+    settings = Settings(args.providers, args.backend, rounds, seconds, args.cold)
     if args.bars:
         plan = [
             (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import statistics
@@ -16,8 +15,7 @@ from torch import Tensor
 from benchmarks.providers import Candidate
 from benchmarks.shapes import Case
 
-# A call shorter than this is repeated within a sample, so that the clock's own cost disappears. Not
-# longer: the second of two calls finds in cache what the other candidates, called once, must fetch.
+# A call shorter than this is repeated within a sample, so that the clock's own cost disappears.
 SAMPLE_SECONDS = 0.05e-3
 
 
@@ -87,28 +85,22 @@ def copy_step(case: Case, x: Tensor, dy: Tensor) -> Step:
     return Step("copy", copy_add, case.threads)
 
 
-def keep_freed_pages() -> None:
-    """Has glibc keep what is freed: else whoever follows a large candidate pays for pages it gave back."""
-    try:
-        libc = ctypes.CDLL(None)
-        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-        libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(mmap_threshold, 2**30)
-    except (AttributeError, OSError):
-        pass  # another libc, whose habits fall on all candidates
-
-
 class _Cpu:
-    """Calls that start with a cold last-level cache, as `_Cuda`'s start with a cold L2."""
+    """Each timed call follows an untimed one of the same candidate: it meets the heap and the caches as it
+    leaves them itself, as in a loop over it, and not what the candidate before it has left. (Freed pages
+    that malloc gives back to the system cost whoever allocates next.) `cold` evicts the last-level
+    cache in between, which also evicts the interpreter: calls of a fraction of a millisecond then measure
+    mostly how it comes back."""
 
-    def __init__(self) -> None:
-        keep_freed_pages()
-        names = os.sysconf_names if hasattr(os, "sysconf_names") else {}
-        size = os.sysconf("SC_LEVEL3_CACHE_SIZE") if "SC_LEVEL3_CACHE_SIZE" in names else 0
-        self.flush = torch.ones(2 * max(size, 16 << 20) // 4)
+    def __init__(self, cold: bool) -> None:
+        known = "SC_LEVEL3_CACHE_SIZE" in getattr(os, "sysconf_names", {})
+        size = os.sysconf("SC_LEVEL3_CACHE_SIZE") if known else 0
+        self.flush = torch.ones(2 * max(size, 16 << 20) // 4) if cold else None
 
     def time(self, step: Step) -> float:
-        self.flush.sum()  # read, not written: no write-backs fall into the sample
+        step.call()
+        if self.flush is not None:
+            self.flush.add_(1)
         start = time.perf_counter()
         for _ in range(step.repeat):
             step.call()
@@ -138,6 +130,7 @@ def time_interleaved(
     rounds: int,
     seconds: float,
     progress: Callable[[float], None] = lambda share: None,
+    cold: bool = False,
 ) -> None:
     """Fills `samples` of every step, a sample a round, until `rounds` or `seconds` (at least 5 rounds).
 
@@ -145,7 +138,7 @@ def time_interleaved(
     the machine's speed, or what a neighbour leaves in the cache, falls on all alike.
     """
     cuda = case.device == "cuda"
-    clock = _Cuda(torch.device("cuda")) if cuda else _Cpu()
+    clock = _Cuda(torch.device("cuda")) if cuda else _Cpu(cold)
     for step in steps:
         torch.set_num_threads(step.threads)
         step.call()

@@ -1,6 +1,6 @@
 """cbam_fused: CBAM (Convolutional Block Attention Module) as fused kernels, for training and inference."""
 
-from . import _ops  # noqa: F401  defines the ops before any backend implements them
+from . import _ops, visualize  # noqa: F401  _ops defines what the backends implement
 from ._backends import backends
 from .compat import to_dialect
 from .functional import cbam
