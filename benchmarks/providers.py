@@ -35,7 +35,7 @@ class EagerCBAM(nn.Module):
         self.fc1 = nn.Linear(channels, hidden)
         self.fc2 = nn.Linear(hidden, channels)
         self.conv = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False)
-        self.bn = nn.BatchNorm2d(1) if spatial_norm else None
+        self.bn = nn.BatchNorm2d(1, momentum=0.01) if spatial_norm else None
 
     def mlp(self, u: Tensor) -> Tensor:
         return self.fc2(F.relu(self.fc1(u.flatten(1))))
