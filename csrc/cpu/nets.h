@@ -160,7 +160,7 @@ void convolve(const Padded& g, const A* const* maps, const A* weights, bool reve
 }
 
 // dk[tap] = sum over positions of dz * map shifted by the tap, for the taps [t0, t1) of 2 * taps().
-// dz is flat, with zeros between the rows. `dz_at` and `map_at` serve the exact path.
+// dz is flat, with zeros between the rows.
 template <class A>
 void correlate(const Padded& g, const A* dz, const A* const* maps, int64_t t0, int64_t t1, A* dk) {
   constexpr int L = kLanes<A>;
