@@ -130,8 +130,22 @@ def _difference(a: Optional[Tensor], b: Optional[Tensor]) -> float:
     return gap if gap == gap else float("inf")
 
 
+# What every module's __dict__ has; `training` is ours to set.
+_MACHINERY = frozenset(nn.Module().__dict__)
+
+
+def _notes(module: nn.Module) -> Dict[str, Any]:
+    """What the module's parts hold besides layers and tensors: attributes by identity, and their lengths."""
+    return {
+        f"{name}.{key}".lstrip("."): (id(value), len(value) if isinstance(value, (list, dict, set)) else 0)
+        for name, node in module.named_modules()
+        for key, value in node.__dict__.items()
+        if key not in _MACHINERY and not (isinstance(value, Tensor) and node._forward_pre_hooks)
+    }
+
+
 def _call(module: nn.Module, x: Tensor) -> Tensor:
-    given = x.clone()
+    given, before = x.clone(), _notes(module)
     try:
         y = type(module).forward(module, x)  # type: ignore[attr-defined]
     except Exception as error:  # whatever the unknown code raises, it is no CBAM of such an input
@@ -142,6 +156,10 @@ def _call(module: nn.Module, x: Tensor) -> Tensor:
         raise Refusal(f"it returns a {type(y).__name__}")
     if not torch.equal(x.detach(), given.detach()):
         raise Refusal("it changes its input in place")
+    after = _notes(module)
+    if after != before:
+        kept = sorted(n for n in {**before, **after} if before.get(n) != after.get(n))
+        raise Refusal(f"its forward sets {kept[0]}, which the fused path would not")
     return y
 
 
@@ -206,6 +224,17 @@ def swap_class(row: Optional[str], kind: str) -> type:
     return base.CLASSES[row]
 
 
+def _hidden(module: nn.Module, spec: Spec, kind: str) -> Optional[str]:
+    """An attribute of the module that its new class would show another value for, or None."""
+    own = {**module.__dict__, **module._modules}
+    taken = {n for k in base.BASES[kind].__mro__ if k not in nn.Module.__mro__ for n in vars(k)}
+    fused = {"channels": spec.channels, "dims": spec.dims, "ties": None, "config": None, "backend": None}
+    for name in sorted(taken & set(own)):
+        if name not in fused or fused[name] != own[name]:
+            return name
+    return None
+
+
 def become(module: nn.Module, spec: Spec, kind: str) -> None:
     """Makes a module of another class run as `spec` says, itself and its layers staying where they are."""
     module.__class__ = swap_class(spec.dialect, kind)
@@ -252,6 +281,9 @@ def recognise(module: nn.Module, s: Structure, backend: str) -> Spec:
         failures = []
         for c in candidates:
             spec = _spec(s, c, dims, None, "auto", original)
+            hidden = _hidden(module, spec, s.kind)
+            if hidden is not None:
+                raise Refusal(f"its attribute {hidden} would be hidden by FusedCBAM's")
             failure = _verify(twin, spec, s.kind, probes)
             if failure is None:
                 return _spec(s, c, dims, _row(module, s, c), backend, original)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from typing import Any, List, NamedTuple, Optional, Tuple
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
-import torch
 import torch.nn as nn
 from torch.nn.utils import prune
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -17,6 +16,11 @@ from .compat.base import Path
 _DENSE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONVS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 _NORMS = nn.modules.batchnorm._BatchNorm
+# What nn.Module does that a class may do otherwise: another class in its place would show. Names with
+# two underscores that are not here belong to the interpreter, or only print.
+_HARMLESS = {"forward", "extra_repr", "_get_name", "_version", "dump_patches", "training", "call_super_init"}
+_DUNDERS = {"__call__", "__getattr__", "__setattr__", "__delattr__", "__getstate__", "__setstate__"}
+_MACHINERY = {n for n in vars(nn.Module) if not n.startswith("__")} - _HARMLESS | _DUNDERS
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -85,7 +89,7 @@ def _is_spatial(leaf: Any) -> bool:
     k = leaf.kernel_size
     same = leaf.padding == "same" or leaf.padding == tuple(v // 2 for v in k)
     plain = all(v == 1 for v in (*leaf.stride, *leaf.dilation)) and leaf.padding_mode == "zeros"
-    return min(k) > 1 and all(v % 2 for v in k) and same and plain
+    return all(v % 2 for v in k) and same and plain
 
 
 def _extent(leaf: Any) -> Tuple[int, int]:
@@ -99,42 +103,49 @@ def _extent(leaf: Any) -> Tuple[int, int]:
 
 def structure(module: nn.Module) -> Optional[Structure]:
     """The layers of a CBAM or of one gate, or None where the module holds anything else."""
-    if _owns(module) or isinstance(module, (*_DENSE, _NORMS, nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+    # Torch's own classes wrap (Sequential, DataParallel, a compiled module): what they wrap may be a CBAM.
+    if _owns(module) or type(module).__module__.split(".")[0] == "torch":
         return None
     leaves = _leaves(module, 4)
     if not leaves or len(leaves) > 4:
         return None
-    paths = [p for p, _ in leaves]
-    dense = [i for i, (_, m) in enumerate(leaves) if _is_dense(m)]
-    rest = [i for i in range(len(leaves)) if i not in dense]
-    if len(dense) > 2 or dense != list(range(len(dense))):
-        return None
+    # A 1x1 convolution of two channels to one may be either: as many dense layers as fit together are.
+    for dense in (2, 1, 0):
+        found = _split(leaves[:dense], leaves[dense:]) if dense <= len(leaves) else None
+        if found is not None:
+            return found
+    return None
+
+
+def _split(dense: Sequence[Tuple[Path, Any]], rest: Sequence[Tuple[Path, Any]]) -> Optional[Structure]:
+    """The structure with these layers as its MLP and the rest as its spatial gate, or None."""
     channels = None
-    mlp: List[Optional[Path]] = [None, None]
+    fc1 = fc2 = conv = bn = None
+    if not all(_is_dense(m) for _, m in dense):
+        return None
     if dense:
-        sizes = [_extent(leaves[i][1]) for i in dense]
+        sizes = [_extent(m) for _, m in dense]
         channels = sizes[0][0]
         if sizes[-1][1] != channels or sizes[0][1] != sizes[-1][0]:
             return None
-        mlp = [paths[0] if len(dense) == 2 else None, paths[dense[-1]]]
-    conv = bn = None
+        fc1 = dense[0][0] if len(dense) == 2 else None
+        fc2 = dense[-1][0]
     maps = 0
-    dims = {_CONVS[k] for i in dense if (k := _plain(leaves[i][1], tuple(_CONVS)))}
+    convs = [m for _, m in dense]
     if rest:
-        if len(rest) > 2 or not _is_spatial(leaves[rest[0]][1]):
+        if len(rest) > 2 or not _is_spatial(rest[0][1]):
             return None
-        layer: Any = leaves[rest[0]][1]
-        conv, maps = paths[rest[0]], layer.in_channels
-        dims.add(_CONVS[_plain(layer, tuple(_CONVS))])
+        conv, maps = rest[0][0], rest[0][1].in_channels
+        convs.append(rest[0][1])
         if len(rest) == 2:
-            norm = leaves[rest[1]][1]
+            bn, norm = rest[1]
             if not isinstance(norm, _NORMS) or norm.num_features != 1:
                 return None
-            bn = paths[rest[1]]
+    dims = {_CONVS[k] for m in convs if (k := _plain(m, tuple(_CONVS)))}
     if len(dims) > 1:
         return None
     kind = "block" if dense and rest else "channel" if dense else "spatial"
-    return Structure(kind, channels, (mlp[0], mlp[1], conv, bn), next(iter(dims), None), maps)  # type: ignore[arg-type]
+    return Structure(kind, channels, (fc1, fc2, conv, bn), next(iter(dims), None), maps)
 
 
 def at(module: nn.Module, path: Path) -> nn.Module:
@@ -151,10 +162,14 @@ def check_children(module: nn.Module, s: Structure) -> None:
     """Raises Refusal for what the fused path would skip: other activations, dropout, inner hooks."""
     leaves = {id(at(module, p)): p for p in s.paths if p is not None}
     norm = id(at(module, s.paths[3])) if s.paths[3] else None
-    if "forward" in module.__dict__ or module._compiled_call_impl is not None:
+    if module._compiled_call_impl is not None:
+        raise Refusal("it is compiled by itself: fuse before compiling")
+    if "forward" in module.__dict__:
         raise Refusal("its forward is replaced on the instance")
-    if isinstance(module, torch.jit.ScriptModule):
-        raise Refusal("it is a ScriptModule")
+    for kind in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
+        own = sorted(_MACHINERY & set(vars(kind)))
+        if own:
+            raise Refusal(f"{kind.__name__} has its own {own[0]}, which would not run")
 
     def walk(node: nn.Module, path: Path) -> None:
         name = ".".join(path)

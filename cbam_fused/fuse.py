@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import List, NamedTuple, Tuple, Union
 
+import torch
 import torch.nn as nn
 
 from . import _checks
@@ -117,6 +118,9 @@ def _try(node: nn.Module, name: str, backend: str, report: Report) -> Tuple[bool
     A string gives way to what is said about the module's children, a Refusal does not.
     """
     source = type(node)
+    if isinstance(node, torch.jit.ScriptModule):
+        scripted = bool(_LIKELY.search(getattr(node, "original_name", "")))
+        return False, "it is a ScriptModule: fuse before scripting" if scripted else None
     if isinstance(node, (FusedCBAM, ChannelGate, SpatialGate)):
         report.left.append(Left(name, _class_name(source), "it runs fused already"))
         return True, None

@@ -115,6 +115,7 @@ CASES: Dict[str, Case] = {
     ),
     "bubbliiiing": Case("bubbliiiing", compat.bubbliiiing.cbam_block, written(plain.Bubbliiiing), (32,)),
     "xmu": Case("xmu", compat.xmu.CBAMBlock, written(plain.Xmu), (32, 4, 5)),
+    "xmu-k1": Case("xmu", compat.xmu.CBAMBlock, written(plain.Xmu), (32, 4, 1)),
     "xmu-k49": Case("xmu", compat.xmu.CBAMBlock, written(plain.Xmu), (16,)),
     "peachypie98": Case("peachypie98", compat.peachypie98.CBAM, written(plain.Peachypie98), (32, 4)),
     "elbuco1": Case("elbuco1", compat.elbuco1.CBAM, written(plain.Elbuco1), (32, 3, 5)),

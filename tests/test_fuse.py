@@ -2,14 +2,13 @@
 
 import copy
 import io
-import re
 
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from dialect_cases import CASES, inputs, randomise
-from plain_cbam import Bubbliiiing, Luuuyi, Official, Peachypie98, Xmu
+from plain_cbam import Bubbliiiing, Luuuyi, Official, Xmu
+from whole_models import Renamed
 
 from cbam_fused import ChannelGate, FusedCBAM, SpatialGate, fuse, unfuse
 
@@ -81,28 +80,6 @@ def test_every_dialect_is_recognised_and_nothing_else_changes(case):
     torch.testing.assert_close(model(x), expected(x))
 
 
-class Renamed(nn.Module):
-    """A CBAM whose names no dialect has."""
-
-    def __init__(
-        self, channels=24, act=nn.ReLU, gate=torch.sigmoid, residual=False, reverse=False, split=False
-    ):
-        super().__init__()
-        self.squeeze = nn.Conv2d(channels, 6, 1)
-        self.act = act()
-        self.excite = nn.Conv2d(6, channels, 1)
-        self.where = nn.Conv2d(2, 1, 5, padding=2)
-        self.gate, self.residual, self.reverse, self.split = gate, residual, reverse, split
-
-    def forward(self, x):
-        top = x.amax((2, 3), keepdim=True) if self.split else F.adaptive_max_pool2d(x, 1)
-        pools = [x.mean((2, 3), keepdim=True), top]
-        y = x * self.gate(sum(self.excite(self.act(self.squeeze(p))) for p in pools))
-        q = [y.amax(1, keepdim=True) if self.split else y.max(1, keepdim=True)[0], y.mean(1, keepdim=True)]
-        y = y * torch.sigmoid(self.where(torch.cat(q[::-1] if self.reverse else q, 1)))
-        return y + x if self.residual else y
-
-
 @pytest.mark.parametrize(
     "options", [{}, {"residual": True}, {"reverse": True}, {"split": True, "reverse": True}]
 )
@@ -119,68 +96,10 @@ def test_names_do_not_matter_and_options_are_found(options):
         torch.testing.assert_close(module.double()(x), expected.double()(x))
 
 
-class Conditional(Peachypie98):
-    """Behaves like its parent in eval only."""
-
-    def forward(self, x):
-        y = super().forward(x)
-        return y * 1.01 if self.training else y
-
-
-class InPlace(Bubbliiiing):
-    def forward(self, x):
-        x.mul_(self.channelattention(x))
-        return x * self.spatialattention(x)
-
-
-class DetachedGate(Bubbliiiing):
-    """The forward is a CBAM's; the gradient is not."""
-
-    def forward(self, x):
-        x = x * self.channelattention(x)
-        return x * self.spatialattention(x).detach()
-
-
 class Extra(Bubbliiiing):
     def __init__(self, channels):
         super().__init__(channels)
         self.scale = nn.Parameter(torch.ones(1))
-
-
-class TwoInputs(Bubbliiiing):
-    def forward(self, x, skip=None):
-        return super().forward(x)
-
-
-@pytest.mark.parametrize(
-    "make, reason",
-    [
-        (lambda: Renamed(act=nn.SiLU), "act is a SiLU"),
-        (lambda: Renamed(act=nn.ReLU6), "act is a ReLU6"),
-        (lambda: Renamed(act=lambda: F.relu6), "output differs"),
-        (lambda: Renamed(gate=F.hardsigmoid), "output differs"),
-        (lambda: Conditional(32, 4), "its output in training differs"),
-        (lambda: InPlace(32), "changes its input in place"),
-        (lambda: DetachedGate(32), "its gradient of .* differs"),
-        (lambda: TwoInputs(32), "more than one tensor"),
-    ],
-)
-def test_what_is_not_certain_is_left_and_said(make, reason):
-    module = make()
-    source = type(module)
-    report = fuse(module)
-    assert type(module) is source
-    (left,) = [r for r in report.left if r.name == ""]
-    assert re.search(reason, left.reason), left.reason
-
-
-def test_the_gates_of_a_block_that_is_left_are_swapped_where_they_are_certain():
-    module = Conditional(32, 4)
-    expected = copy.deepcopy(module)
-    report = fuse(module)
-    assert [s.name for s in report.swapped] == ["cam", "sam"] and [r.name for r in report.left] == [""]
-    for x in inputs(32)["dense"], inputs(32)["ties"]:
-        torch.testing.assert_close(module(x), expected(x))
 
 
 def test_modules_with_more_in_them_are_none_of_its_business():
@@ -281,6 +200,72 @@ def test_options_and_other_pools_of_the_official_block():
     assert "pool_types=('lp', 'lse')" in report.swapped[0].options
 
 
+def test_a_kernel_of_one_is_no_dense_layer():
+    class Smallest(Renamed):
+        def __init__(self):
+            super().__init__(2)
+            self.squeeze, self.excite = nn.Conv2d(2, 1, 1), nn.Conv2d(1, 2, 1)
+            self.where = nn.Conv2d(2, 1, 1)
+
+    module = Smallest()
+    randomise(module)
+    expected = copy.deepcopy(module)
+    assert fuse(module).swapped and module.channels == 2
+    x = torch.randn(2, 2, 5, 4)
+    torch.testing.assert_close(module(x), expected(x))
+
+
+def test_methods_and_class_attributes_of_the_class_before_stay():
+    class Extended(Bubbliiiing):
+        stage = 3
+
+        def gate(self, x):
+            return self.channelattention(x)
+
+        @property
+        def width(self):
+            return self.channelattention.fc1.in_channels
+
+    module = Extended(32)
+    assert fuse(module).swapped
+    x = inputs(32)["dense"]
+    assert torch.equal(module.gate(x), module.channelattention(x))
+    assert (module.stage, module.width) == (3, 32)
+    with pytest.raises(AttributeError, match="no attribute 'depth'"):
+        module.depth
+
+
+def wrapped_in_average(block):
+    return torch.optim.swa_utils.AveragedModel(block)
+
+
+@pytest.mark.parametrize(
+    "wrap, name",
+    [
+        (nn.DataParallel, "module"),
+        (wrapped_in_average, "module"),
+        (lambda block: torch.compile(block, backend="eager"), "_orig_mod"),
+    ],
+)
+def test_what_torch_wraps_around_a_block_stays(wrap, name):
+    block = Official(32).eval()
+    expected = copy.deepcopy(block)
+    model = wrap(block)
+    kind = type(model)
+    report = fuse(model)
+    assert type(model) is kind and [s.name for s in report.swapped] == [name] and not report.left
+    x = inputs(32)["dense"]
+    torch.testing.assert_close(model(x), expected(x))
+
+
+def test_a_fused_block_compiles_in_one_graph():
+    block = Official(32).eval()
+    expected = copy.deepcopy(block)
+    fuse(block)
+    x = inputs(32)["dense"]
+    torch.testing.assert_close(torch.compile(block, fullgraph=True, backend="aot_eager")(x), expected(x))
+
+
 def test_shared_modules_change_once_and_dtype_and_mode_stay():
     block = Xmu(32, 4, 5).half().eval()
     model = nn.ModuleList([block, block, nn.Identity()])
@@ -315,7 +300,7 @@ def test_report_prints_a_table():
         "0", "plain_cbam.Bubbliiiing", "->", "cbam_fused.compat.bubbliiiing.cbam_block",
         "pool_types=('avg',", "'max'),", 'spatial_order="mean_max"',
     ]  # fmt: skip
-    assert text[2].startswith("  1  test_fuse.Renamed left") and text[2].endswith("does not have")
+    assert text[2].startswith("  1  whole_models.Renamed left") and text[2].endswith("does not have")
 
 
 def test_pickles_copies_and_sync_batch_norm():

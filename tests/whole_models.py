@@ -1,8 +1,10 @@
-"""Trains a whole model and its fused twin side by side."""
+"""Trains a whole model and its fused twin side by side; and a CBAM in no known dialect."""
 
 import copy
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 from cbam_fused import fuse
 
@@ -39,3 +41,25 @@ def assert_trains_alike(model, x, loss_of, count):
     assert losses[-1] != losses[0]
     # Ten steps amplify a difference of 1e-15 some thousandfold; a wrong gradient shows in the second loss.
     assert all(abs(p - q) <= 1e-8 * abs(q) for p, q in zip(losses, wanted)), (losses, wanted)
+
+
+class Renamed(nn.Module):
+    """A CBAM whose names no dialect has."""
+
+    def __init__(
+        self, channels=24, act=nn.ReLU, gate=torch.sigmoid, residual=False, reverse=False, split=False
+    ):
+        super().__init__()
+        self.squeeze = nn.Conv2d(channels, 6, 1)
+        self.act = act()
+        self.excite = nn.Conv2d(6, channels, 1)
+        self.where = nn.Conv2d(2, 1, 5, padding=2)
+        self.gate, self.residual, self.reverse, self.split = gate, residual, reverse, split
+
+    def forward(self, x):
+        top = x.amax((2, 3), keepdim=True) if self.split else F.adaptive_max_pool2d(x, 1)
+        pools = [x.mean((2, 3), keepdim=True), top]
+        y = x * self.gate(sum(self.excite(self.act(self.squeeze(p))) for p in pools))
+        q = [y.amax(1, keepdim=True) if self.split else y.max(1, keepdim=True)[0], y.mean(1, keepdim=True)]
+        y = y * torch.sigmoid(self.where(torch.cat(q[::-1] if self.reverse else q, 1)))
+        return y + x if self.residual else y

@@ -84,6 +84,17 @@ class _Dialect:
         _checks.check_backend(name)
         self._cbam = replace(self._cbam, backend=name)
 
+    def __getattr__(self, name: str) -> Any:
+        """Layers, and what else the class that `fuse` found this in has: its methods, class attributes."""
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError:
+            spec = self.__dict__.get("_cbam")
+            found = inspect.getattr_static(spec.original, name, None) if spec and spec.original else None
+            if found is None:
+                raise
+            return found.__get__(self, type(self)) if hasattr(found, "__get__") else found
+
     def _layer(self, path: Optional[Path]) -> Any:
         if path is None:
             return None
@@ -96,12 +107,20 @@ class _Dialect:
         paths = self._cbam.paths
         if paths[1] is None:
             return None, None, None, None
-        fc2 = _refresh(self._layer(paths[1]))
-        w2, b2 = fc2.weight.flatten(1), fc2.bias  # (C, h), a view of the 1x1 convolution's (C, h, 1, 1)
+        w2, b2 = self._dense(paths[1])
         if paths[0] is None:
             return None, None, w2, b2
-        fc1 = _refresh(self._layer(paths[0]))
-        return fc1.weight.flatten(1), fc1.bias, w2, b2
+        return (*self._dense(paths[0]), w2, b2)
+
+    def _dense(self, path: Path) -> Tuple[Tensor, Optional[Tensor]]:
+        layer = _refresh(self._layer(path))
+        weight = layer.weight
+        if not isinstance(weight, Tensor):
+            raise TypeError(
+                f"{'.'.join(path)} must hold a weight tensor, got a {type(layer).__name__}: "
+                "quantise before fuse, or unfuse first"
+            )
+        return weight.flatten(1), layer.bias  # (C, h), a view of the 1x1 convolution's (C, h, 1, 1)
 
     def _arguments(self, x: Tensor):
         spec = self._cbam

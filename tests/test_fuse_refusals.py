@@ -1,0 +1,146 @@
+"""fuse leaves what it is not certain of, and says why."""
+
+import copy
+import re
+import warnings
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from dialect_cases import inputs
+from plain_cbam import Bubbliiiing, Peachypie98
+from whole_models import Renamed
+
+from cbam_fused import fuse, unfuse
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(threads):
+    threads(1)
+
+
+class Conditional(Peachypie98):
+    """Behaves like its parent in eval only."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y * 1.01 if self.training else y
+
+
+class InPlace(Bubbliiiing):
+    def forward(self, x):
+        x.mul_(self.channelattention(x))
+        return x * self.spatialattention(x)
+
+
+class DetachedGate(Bubbliiiing):
+    """The forward is a CBAM's; the gradient is not."""
+
+    def forward(self, x):
+        x = x * self.channelattention(x)
+        return x * self.spatialattention(x).detach()
+
+
+class TwoInputs(Bubbliiiing):
+    def forward(self, x, skip=None):
+        return super().forward(x)
+
+
+class OwnCall(Bubbliiiing):
+    def __call__(self, x):
+        return super().__call__(x) * 2
+
+
+class Keeps(Bubbliiiing):
+    """Its user reads the gate after each forward."""
+
+    def forward(self, x):
+        self.seen = self.channelattention(x).detach()
+        return super().forward(x)
+
+
+class Counts(Bubbliiiing):
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.calls = []
+
+    def forward(self, x):
+        self.calls.append(x.shape)
+        return super().forward(x)
+
+
+class Configured(Bubbliiiing):
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.config = {"ratio": 8}
+
+
+def compiled():
+    module = Bubbliiiing(32)
+    module.compile(backend="eager")
+    return module
+
+
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (lambda: OwnCall(32), "OwnCall has its own __call__, which would not run"),
+        (lambda: Keeps(32), "its forward sets seen"),
+        (lambda: Counts(32), "its forward sets calls"),
+        (lambda: Configured(32), "its attribute config would be hidden"),
+        (compiled, "it is compiled by itself: fuse before compiling"),
+        (lambda: Renamed(act=nn.SiLU), "act is a SiLU"),
+        (lambda: Renamed(act=nn.ReLU6), "act is a ReLU6"),
+        (lambda: Renamed(act=lambda: F.relu6), "output differs"),
+        (lambda: Renamed(gate=F.hardsigmoid), "output differs"),
+        (lambda: Conditional(32, 4), "its output in training differs"),
+        (lambda: InPlace(32), "changes its input in place"),
+        (lambda: DetachedGate(32), "its gradient of .* differs"),
+        (lambda: TwoInputs(32), "more than one tensor"),
+    ],
+)
+def test_what_is_not_certain_is_left_and_said(make, reason):
+    module = make()
+    source = type(module)
+    report = fuse(module)
+    assert type(module) is source
+    (left,) = [r for r in report.left if r.name == ""]
+    assert re.search(reason, left.reason), left.reason
+
+
+def test_the_gates_of_a_block_that_is_left_are_swapped_where_they_are_certain():
+    module = Conditional(32, 4)
+    expected = copy.deepcopy(module)
+    report = fuse(module)
+    assert [s.name for s in report.swapped] == ["cam", "sam"] and [r.name for r in report.left] == [""]
+    for x in inputs(32)["dense"], inputs(32)["ties"]:
+        torch.testing.assert_close(module(x), expected(x))
+
+
+def test_a_script_module_is_left():
+    class CBAM(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Conv2d(8, 8, 1)
+
+        def forward(self, x):
+            return x * torch.sigmoid(self.fc(x.mean((2, 3), True)))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that scripting is deprecated
+        model = nn.Sequential(torch.jit.script(CBAM()))
+    report = fuse(model)
+    assert [(r.name, r.reason) for r in report.left] == [("0", "it is a ScriptModule: fuse before scripting")]
+
+
+def test_layers_that_were_quantised_after_fuse_are_named():
+    block = Peachypie98(32, 4).eval()
+    fuse(block)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch.ao is deprecated
+        block = torch.ao.quantization.quantize_dynamic(block, {nn.Linear})
+    with pytest.raises(TypeError, match=r"cam.linear.2 must hold a weight tensor, .* unfuse first"):
+        block(inputs(32)["dense"])
+    unfuse(block)
+    assert block(inputs(32)["dense"]).shape == (2, 32, 9, 7)
