@@ -76,11 +76,12 @@ def _check_races(name: str, result) -> None:
 
 @dataclass
 class Traffic:
-    """Bytes of one launch: requested from global memory, of these by tensors of x's size; and DRAM."""
+    """Bytes of one launch: requested from global memory, of these by tensors of x's size; from L1 to L2; DRAM."""
 
     kernel: str
     requested: int
     large: int
+    to_l2: int
     dram: int
     result: object
 
@@ -132,15 +133,17 @@ class Machine:
                 }  # fmt: skip
                 before = {k: b.copy() for k, (_, b) in self.memory.items()}
                 stripped, _ = self._module(launch, big)
-                r = stripped.launch(name, args=placed, trace=True, check=False, **common)
+                # Untraced: the modelled L2 is the process's, and must not see this launch.
+                r = stripped.launch(name, args=placed, trace=False, check=False, **common)
                 small = r.stats["ld_bytes"] + r.stats["st_bytes"]
                 for k, b in before.items():
                     self.memory[k][1][...] = b
             r = module.launch(name, args=placed, keep_l2=keep or i > 0, check=False, **common, **options)
             _check_races(name, r)
             total = r.stats["ld_bytes"] + r.stats["st_bytes"]
+            to_l2 = 32 * (r.stats["l2_hit"] + r.stats["l2_miss"] + r.stats["st_sec"])
             dram = r.stats["dram_read_bytes"] + r.stats["dram_write_bytes"]
-            found.append(Traffic(name, total, total - (small or 0), dram, r))
+            found.append(Traffic(name, total, total - (small or 0), to_l2, dram, r))
         return found
 
     def read_back(self) -> None:

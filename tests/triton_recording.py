@@ -184,6 +184,22 @@ def run_ops(
     )
 
 
+def run_split_ops(x, weights, bn, config: Config, save: bool = True, backward: bool = True, dy=None):
+    """As `run_ops`, cut around a norm in training, which itself is left out; bn is not used."""
+    from cbam_fused.triton_kernels import launchers
+
+    options = (config.pools, config.spatial, config.ties)
+    z, *saved = launchers.attention_forward(x, *weights, *options, save)
+    y, s = launchers.scale_forward(x, saved[2], z, config.residual)
+    if not backward:
+        return (y, z, *saved, s), None
+    dy = torch.empty_like(x) if dy is None else dy
+    dz, dgate = launchers.scale_backward(dy, x, saved[2], s)
+    return (y, z, *saved, s), launchers.attention_backward(
+        dy, x, *weights, *saved, s, dz, dgate, *options, config.residual
+    )
+
+
 def resources(compiled, target: str) -> Dict[str, int]:
     """Registers, instructions (NVIDIA) or registers (AMD) that spill, and shared memory of a compiled kernel."""
     if TARGETS[target][0] == "hip":
