@@ -225,12 +225,15 @@ def swap_class(row: Optional[str], kind: str) -> type:
 
 
 def _hidden(module: nn.Module, spec: Spec, kind: str) -> Optional[str]:
-    """An attribute of the module that its new class would show another value for, or None."""
+    """An attribute of the module that means something else to its new class, or None."""
     own = {**module.__dict__, **module._modules}
-    taken = {n for k in base.BASES[kind].__mro__ if k not in nn.Module.__mro__ for n in vars(k)}
-    fused = {"channels": spec.channels, "dims": spec.dims, "ties": None, "config": None, "backend": None}
-    for name in sorted(taken & set(own)):
-        if name not in fused or fused[name] != own[name]:
+    meant: Dict[str, Any] = {}
+    for k in reversed(base.BASES[kind].__mro__):
+        if k not in nn.Module.__mro__:
+            meant.update(vars(k))
+    meant.update(channels=spec.channels, dims=spec.dims)
+    for name in sorted(meant.keys() & own.keys()):
+        if type(meant[name]) is not type(own[name]) or meant[name] != own[name]:
             return name
     return None
 
@@ -283,7 +286,7 @@ def recognise(module: nn.Module, s: Structure, backend: str) -> Spec:
             spec = _spec(s, c, dims, None, "auto", original)
             hidden = _hidden(module, spec, s.kind)
             if hidden is not None:
-                raise Refusal(f"its attribute {hidden} would be hidden by FusedCBAM's")
+                raise Refusal(f"its attribute {hidden} is not FusedCBAM's")
             failure = _verify(twin, spec, s.kind, probes)
             if failure is None:
                 return _spec(s, c, dims, _row(module, s, c), backend, original)

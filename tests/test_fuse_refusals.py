@@ -88,7 +88,7 @@ def compiled():
         (lambda: OwnCall(32), "OwnCall has its own __call__, which would not run"),
         (lambda: Keeps(32), "its forward sets seen"),
         (lambda: Counts(32), "its forward sets calls"),
-        (lambda: Configured(32), "its attribute config would be hidden"),
+        (lambda: Configured(32), "its attribute config is not FusedCBAM's"),
         (compiled, "it is compiled by itself: fuse before compiling"),
         (lambda: Renamed(act=nn.SiLU), "act is a SiLU"),
         (lambda: Renamed(act=nn.ReLU6), "act is a ReLU6"),
