@@ -111,14 +111,16 @@ struct Block {
     const int64_t weights = (p.hidden ? 2 * p.hidden : p.C) * p.C * int64_t(sizeof(A));
     const int64_t sample = p.C * p.P * int64_t(sizeof(T)) * (backward ? 2 : 1);
     const int64_t wanted = std::min((4 * weights + sample - 1) / sample, (int64_t(4) << 20) / sample);
-    return std::max<int64_t>(1, std::min(wanted, p.N / p.threads));
+    const int64_t share = std::max<int64_t>(1, p.N / p.threads), most = std::clamp<int64_t>(wanted, 1, share);
+    return (share + (share + most - 1) / most - 1) / ((share + most - 1) / most);  // groups of equal size
   }
 
-  // Whether whole vectors of the output can bypass the caches, and it is large enough to gain by it.
-  static bool can_stream(const Problem& p) {
+  // Whether whole vectors of the output can bypass the caches, and it is large enough to gain by it
+  // (measured: where all that the call reads and writes comes to about the last-level cache).
+  static bool can_stream(const Problem& p, bool backward) {
     const int64_t row = (kChannelsLast ? p.C : p.P) * int64_t(sizeof(T)), width = L * int64_t(sizeof(T));
     return row % width == 0 && reinterpret_cast<uintptr_t>(p.out) % size_t(width) == 0 &&
-           p.N * p.C * p.P * int64_t(sizeof(T)) > p.cache_bytes / 8;
+           p.N * p.C * p.P * int64_t(sizeof(T)) > p.cache_bytes / (backward ? 8 : 3);
   }
 
   Block(const Problem& problem, bool is_backward, Carver& carver)
@@ -130,7 +132,7 @@ struct Block {
         tile(tile_positions(problem, is_backward)),
         tiles(count_tiles(problem.P, tile)),
         group(group_size(problem, is_backward)),
-        streams(can_stream(problem)) {
+        streams(can_stream(problem, is_backward)) {
     carve(carver);
   }
 
@@ -264,21 +266,26 @@ struct Block {
       s.peak[c] = e.max;
       if (p.pool_index) put_index(p.pool_index, p.wide_pool_index, n * p.C + c, e.index);
     };
-    if constexpr (kChannelsLast) {
-      auto slots = make_slots<A>(c1 - c0, c0);
-      reduce_columns<false>(xs + c0, p.C, 0, p.P, slots, (const A*)nullptr, w.part, w.sum, w.max, w.index);
-      finish_columns<false>(xs + c0, p.C, 0, p.P, slots, (const A*)nullptr, w.sum, w.max, w.index,
-                            [&](int64_t l, int64_t k, auto) {
-                              // From c0 on: what lies before belongs to another thread, which may have put
-                              // the number of its ties in place of the index.
-                              for (int i = int(std::max<int64_t>(0, -l)); i < L && c0 + l + i < c1; ++i) {
-                                done(c0 + l + i,
-                                     Extremum<A>{w.sum[k * L + i], w.max[k * L + i], w.index[k * L + i]});
-                              }
-                            });
-    } else {
-      reduce_rows<false>(xs, p.P, c0, c1, make_slots<A>(p.P, 0), p.P, (const A*)nullptr, done);
-    }
+    auto indexed = [&](auto index) {
+      constexpr bool kIndex = decltype(index)::value;
+      if constexpr (kChannelsLast) {
+        auto slots = make_slots<A>(c1 - c0, c0);
+        reduce_columns<false, kIndex>(xs + c0, p.C, 0, p.P, slots, (const A*)nullptr, w.part, w.sum, w.max,
+                                      w.index);
+        finish_columns<false>(xs + c0, p.C, 0, p.P, slots, (const A*)nullptr, w.sum, w.max, w.index,
+                              [&](int64_t l, int64_t k, auto) {
+                                // From c0 on: what lies before belongs to another thread, which may have put
+                                // the number of its ties in place of the index.
+                                for (int i = int(std::max<int64_t>(0, -l)); i < L && c0 + l + i < c1; ++i) {
+                                  done(c0 + l + i,
+                                       Extremum<A>{w.sum[k * L + i], w.max[k * L + i], w.index[k * L + i]});
+                                }
+                              });
+      } else {
+        reduce_rows<false, kIndex>(xs, p.P, c0, c1, make_slots<A>(p.P, 0), p.P, (const A*)nullptr, done);
+      }
+    };
+    p.pool_index ? indexed(std::true_type{}) : indexed(std::false_type{});
     if (p.pools & (kLp | kLse)) norms(n, c0, c1, w, s);
     if (p.pool_index && p.ties == kSplit) {
       count_positions(n, c0, c1, w, s);
@@ -422,24 +429,28 @@ struct Block {
   void spatial_pool_and(int64_t t, Worker<A>& w, Sample<A>& s, Also also) const {
     const int64_t p0 = t * tile, p1 = tile_end(t), n = s.n;
     const T* xs = x(n);
-    if constexpr (kChannelsLast) {
-      auto done = [&](int64_t pos, const Extremum<A>& e) {
-        s.q_max[pos] = e.max;
-        s.q_mean[pos] = e.sum / A(p.C);
-        s.q_index[pos] = Int(e.index);
-      };
-      reduce_rows<true>(xs, p.C, p0, p1, make_slots<A>(p.C, 0), p.C, s.gate, done, also);
-    } else {
-      auto slots = make_slots<A>(p1 - p0, p0);
-      reduce_columns<true>(xs + p0, p.P, 0, p.C, slots, s.gate, w.part, w.sum, w.max, w.index, also);
-      finish_columns<true>(xs + p0, p.P, 0, p.C, slots, s.gate, w.sum, w.max, w.index,
-                           [&](int64_t l, int64_t k, auto tag) {
-                             write<Write::kCached>(s.q_max + p0 + l, load(w.max + k * L), tag);
-                             write<Write::kCached>(s.q_mean + p0 + l, load(w.sum + k * L) / A(p.C), tag);
-                             for (int i = 0; i < L && p0 + l + i < p1; ++i)
-                               s.q_index[p0 + l + i] = w.index[k * L + i];
-                           });
-    }
+    auto indexed = [&](auto with_index) {
+      constexpr bool kIndex = decltype(with_index)::value;
+      if constexpr (kChannelsLast) {
+        auto done = [&](int64_t pos, const Extremum<A>& e) {
+          s.q_max[pos] = e.max;
+          s.q_mean[pos] = e.sum / A(p.C);
+          s.q_index[pos] = Int(e.index);
+        };
+        reduce_rows<true, kIndex>(xs, p.C, p0, p1, make_slots<A>(p.C, 0), p.C, s.gate, done, also);
+      } else {
+        auto slots = make_slots<A>(p1 - p0, p0);
+        reduce_columns<true, kIndex>(xs + p0, p.P, 0, p.C, slots, s.gate, w.part, w.sum, w.max, w.index, also);
+        finish_columns<true>(xs + p0, p.P, 0, p.C, slots, s.gate, w.sum, w.max, w.index,
+                             [&](int64_t l, int64_t k, auto tag) {
+                               write<Write::kCached>(s.q_max + p0 + l, load(w.max + k * L), tag);
+                               write<Write::kCached>(s.q_mean + p0 + l, load(w.sum + k * L) / A(p.C), tag);
+                               for (int i = 0; kIndex && i < L && p0 + l + i < p1; ++i)
+                                 s.q_index[p0 + l + i] = w.index[k * L + i];
+                             });
+      }
+    };
+    p.spatial_index ? indexed(std::true_type{}) : indexed(std::false_type{});
     place_maps(p0, p1, s);
     if (p.spatial_index) {
       std::copy_n(s.q_max + p0, p1 - p0, static_cast<A*>(p.spatial_pool) + n * 2 * p.P + p0);

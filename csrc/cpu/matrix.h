@@ -6,6 +6,7 @@
 // A pass reads each element of x (and dy) once; what it keeps per lane stays in the L1 cache.
 
 constexpr int kBlock = 4;
+constexpr int64_t kLongRow = 2048;  // bytes
 
 // How a row of `count` lanes is cut into vectors ("slots"). A last, incomplete slot is moved left
 // over lanes that the slot before it has covered ("overlap"), so that it can be loaded whole. Where
@@ -137,8 +138,8 @@ void settle_nan(Extremum<A>& e, int64_t count, Get get) {
   }
 }
 
-// Running sum and first maximum of the lanes of a row.
-template <class A>
+// Running sum and maximum of the lanes of a row; with kIndex, where the maximum was first met.
+template <class A, bool kIndex>
 struct RowState {
   Vec<A> sum, max;
   VecInt<A> index;
@@ -151,32 +152,46 @@ struct RowState {
     sum += only_fresh(v, tag, Vec<A>{});
     v = only_fresh(v, tag, splat<A>(-std::numeric_limits<A>::infinity()));
     VecInt<A> greater = v > max;
+    if constexpr (kIndex) index = greater ? iota<A>() + splat_int<A>(l) : index;
     max = greater ? v : max;
-    index = greater ? iota<A>() + splat_int<A>(l) : index;
   }
   CBAM_INLINE void join(const RowState& o) {
     sum += o.sum;
-    VecInt<A> theirs = o.max > max, same = o.max == max;
-    index = theirs ? o.index : index;
-    index = same && o.index < index ? o.index : index;
+    VecInt<A> theirs = o.max > max;
+    if constexpr (kIndex) {
+      VecInt<A> same = o.max == max;
+      index = theirs ? o.index : index;
+      index = same && o.index < index ? o.index : index;
+    }
     max = theirs ? o.max : max;
   }
-  CBAM_INLINE Extremum<A> result() const {
-    Extremum<A> e;
-    e.sum = sum_lanes<A>(sum);
-    e.max = max_lanes<A>(max);
-    VecInt<A> far = splat_int<A>(std::numeric_limits<int32_t>::max());
-    e.index = min_lanes<A>(max == splat<A>(e.max) ? index : far);
-    if (e.max == -std::numeric_limits<A>::infinity()) e.index = 0;
-    return e;
-  }
 };
+
+// The statistics of R rows from their states.
+template <class A, bool kIndex, int R>
+CBAM_INLINE void finish_rows(const RowState<A, kIndex> (&state)[R], Extremum<A> (&e)[R]) {
+  Vec<A> v[R];
+  A sum[R], max[R];
+  for (int u = 0; u < R; ++u) v[u] = state[u].sum;
+  sum_lanes<A>(v, sum);
+  for (int u = 0; u < R; ++u) v[u] = state[u].max;
+  max_lanes<A>(v, max);
+  typename Lanes<A>::Int index[R] = {};
+  if constexpr (kIndex) {
+    VecInt<A> where[R], far = splat_int<A>(std::numeric_limits<int32_t>::max());
+    for (int u = 0; u < R; ++u) where[u] = v[u] == splat<A>(max[u]) ? state[u].index : far;
+    min_lanes<A>(where, index);
+  }
+  for (int u = 0; u < R; ++u) {
+    e[u] = {sum[u], max[u], max[u] == -std::numeric_limits<A>::infinity() ? 0 : int64_t(index[u])};
+  }
+}
 
 // Sum and first maximum over the lanes of each row in [r0, r1): done(row, Extremum).
 // kScaled multiplies lane l by lane_scale[l] first. Long rows are read one by one, which memory
 // serves best (measured: a third faster than four at a time), short ones four at a time.
 // also(begin, end) follows each row or block of rows.
-template <bool kScaled, class T, class A, class Done, class Also = Nothing>
+template <bool kScaled, bool kIndex, class T, class A, class Done, class Also = Nothing>
 void reduce_rows(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots, int64_t count,
                  const A* lane_scale, Done done, Also also = {}) {
   constexpr int L = kLanes<A>;
@@ -193,10 +208,10 @@ void reduce_rows(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots
     }
     done(r, e);
   };
-  if (slots.full >= 2 * kBlock) {
+  if (slots.full * L * int64_t(sizeof(T)) >= kLongRow) {
     for (int64_t r = r0; r < r1; ++r) {
       const T* row = x + r * stride;
-      RowState<A> state[kBlock];
+      RowState<A, kIndex> state[kBlock];
       int64_t k = 0;
       for (; k + kBlock <= slots.full; k += kBlock) {
         for (int u = 0; u < kBlock; ++u) state[u].take(value(row, (k + u) * L, Full{}), (k + u) * L, Full{});
@@ -207,18 +222,23 @@ void reduce_rows(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots
         state[1].take(value(row, slots.tail_start, tag), slots.tail_start, tag);
       }
       for (int u = 1; u < kBlock; ++u) state[0].join(state[u]);
-      finish(r, state[0].result());
+      Extremum<A> e[1];
+      RowState<A, kIndex> joined[1] = {state[0]};
+      finish_rows(joined, e);
+      finish(r, e[0]);
       also(r, r + 1);
     }
     return;
   }
   for_blocks(r0, r1, [&](int64_t r, auto rows) {
     constexpr int R = decltype(rows)::value;
-    RowState<A> state[R];
+    RowState<A, kIndex> state[R];
     for_slots(slots, [&](int64_t l, int64_t, auto tag) {
       for (int u = 0; u < R; ++u) state[u].take(value(x + (r + u) * stride, l, tag), l, tag);
     });
-    for (int u = 0; u < R; ++u) finish(r + u, state[u].result());
+    Extremum<A> e[R];
+    finish_rows(state, e);
+    for (int u = 0; u < R; ++u) finish(r + u, e[u]);
     also(r, r + R);
   });
 }
@@ -254,9 +274,10 @@ void fold(const Slots<A>& slots, A* part, A* total) {
 }
 
 // Sum and first maximum over the rows [r0, r1) of each lane, in slot order: state arrays of
-// slots.size() vectors, `part` among them as scratch. kScaled multiplies row r by row_scale[r] first.
+// slots.size() vectors, `part` among them as scratch. kScaled multiplies row r by row_scale[r] first;
+// without kIndex the index is not kept.
 // also(row, first lane, tag, rows) follows each block of rows and slot.
-template <bool kScaled, class T, class A, class Also = Nothing>
+template <bool kScaled, bool kIndex, class T, class A, class Also = Nothing>
 void reduce_columns(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots,
                     const A* row_scale, A* part, A* sum, A* max, typename Lanes<A>::Int* index,
                     Also also = {}) {
@@ -278,7 +299,8 @@ void reduce_columns(const T* x, int64_t stride, int64_t r0, int64_t r1, const Sl
       for_slots(slots, [&](int64_t l, int64_t k, auto tag) {
         prefetch_next<T, R>(row + l, stride);
         Vec<A> m = load(max + k * L);
-        VecInt<A> i = load(index + k * L);
+        VecInt<A> i{};
+        if constexpr (kIndex) i = load(index + k * L);
         Vec<A> value[R];
         for (int u = 0; u < R; ++u) {
           Vec<A> v = load(row + u * stride + l, tag);  // [R, lanes]
@@ -286,11 +308,11 @@ void reduce_columns(const T* x, int64_t stride, int64_t r0, int64_t r1, const Sl
           value[u] = v;
           VecInt<A> greater = v > m;
           m = greater ? v : m;
-          i = greater ? splat_int<A>(r + u) : i;
+          if constexpr (kIndex) i = greater ? splat_int<A>(r + u) : i;
         }
         store(part + k * L, load(part + k * L) + sum_block(value));
         store(max + k * L, m);
-        store(index + k * L, i);
+        if constexpr (kIndex) store(index + k * L, i);
         also(r, l, tag, rows);
       });
     });
@@ -350,7 +372,10 @@ void weigh_product(const T* x, const T* dy, int64_t stride, int64_t r0, int64_t 
         store(part + k * L, load(part + k * L) + sum_block(product));
         join_chain(k, acc, total);
       });
-      for (int u = 0; u < R; ++u) row_out[r + u] = sum_lanes<A>(total[u] + acc[u]);
+      A sum[R];
+      for (int u = 0; u < R; ++u) total[u] += acc[u];
+      sum_lanes<A>(total, sum);
+      for (int u = 0; u < R; ++u) row_out[r + u] = sum[u];
     });
     fold(slots, part, lane_out);
   });
@@ -372,7 +397,10 @@ CBAM_INLINE void sum_rows(const T* x, int64_t stride, int64_t r0, int64_t r1, co
       }
       join_chain(k, acc, total);
     });
-    for (int u = 0; u < R; ++u) row_out[r + u] += sum_lanes<A>(total[u] + acc[u]);
+    A sum[R];
+    for (int u = 0; u < R; ++u) total[u] += acc[u];
+    sum_lanes<A>(total, sum);
+    for (int u = 0; u < R; ++u) row_out[r + u] += sum[u];
   });
 }
 

@@ -1,33 +1,44 @@
 // The two small networks: the MLP on (samples, channels) and the convolution on two maps.
 
+// Vectors that share each load of w: as many as four rows' accumulators leave registers for.
+constexpr int kTogether = kVectorBytes == 64 ? 4 : 2;
+
 // y[i][r] = sum_c w[r][c] * v[i][c] for i < count; v rows are v_stride apart, y rows y_stride.
-// Four vectors share each load of w.
 template <class A>
 void matvec(const A* w, int64_t rows, int64_t cols, const A* v, int64_t v_stride, int count, A* y,
             int64_t y_stride) {
   constexpr int L = kLanes<A>;
-  auto run = [&](int first, auto vectors) {
-    constexpr int M = decltype(vectors)::value;
-    for (int64_t r = 0; r < rows; ++r) {
-      const A* row = w + r * cols;
-      Vec<A> acc[M];
-      for (int i = 0; i < M; ++i) acc[i] = Vec<A>{};
-      int64_t c = 0;
-      for (; c + L <= cols; c += L) {
-        Vec<A> k = load(row + c);
-        for (int i = 0; i < M; ++i) acc[i] += k * load(v + (first + i) * v_stride + c);
-      }
+  auto run = [&](int64_t r, auto block, int first, auto vectors) CBAM_INLINE_LAMBDA {
+    constexpr int R = decltype(block)::value, M = decltype(vectors)::value;
+    const A* row = w + r * cols;
+    Vec<A> acc[M][R];
+    for (int i = 0; i < M; ++i) {
+      for (int u = 0; u < R; ++u) acc[i][u] = Vec<A>{};
+    }
+    int64_t c = 0;
+    for (; c + L <= cols; c += L) {
+      Vec<A> k[R];
+      for (int u = 0; u < R; ++u) k[u] = load(row + u * cols + c);
       for (int i = 0; i < M; ++i) {
-        A total = cols >= L ? sum_lanes<A>(acc[i]) : A(0);
-        for (int64_t t = c; t < cols; ++t) total += row[t] * v[(first + i) * v_stride + t];
-        y[(first + i) * y_stride + r] = total;
+        Vec<A> in = load(v + (first + i) * v_stride + c);
+        for (int u = 0; u < R; ++u) acc[i][u] += k[u] * in;
+      }
+    }
+    for (int i = 0; i < M; ++i) {
+      A total[R];
+      sum_lanes<A>(acc[i], total);
+      for (int u = 0; u < R; ++u) {
+        for (int64_t t = c; t < cols; ++t) total[u] += row[u * cols + t] * v[(first + i) * v_stride + t];
+        y[(first + i) * y_stride + r + u] = total[u];
       }
     }
   };
-  int i = 0;
-  for (; i + 4 <= count; i += 4) run(i, Rows<4>{});
-  for (; i + 2 <= count; i += 2) run(i, Rows<2>{});
-  for (; i < count; ++i) run(i, Rows<1>{});
+  // A block of rows stays in the first-level cache while the vectors pass.
+  for_blocks(0, rows, [&](int64_t r, auto block) {
+    int i = 0;
+    for (; i + kTogether <= count; i += kTogether) run(r, block, i, Rows<kTogether>{});
+    for (; i < count; ++i) run(r, block, i, Rows<1>{});
+  });
 }
 
 // y[i][c] = sum_r w[r][c] * v[i][r]: the transposed product, rows summed in order.

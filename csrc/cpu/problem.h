@@ -57,7 +57,7 @@ struct Problem {
 
   char* scratch = nullptr;  // scratch_bytes(problem) bytes, aligned to 64
   int threads = 1;
-  int64_t cache_bytes = 0;  // last-level cache; outputs past an eighth of it bypass it
+  int64_t cache_bytes = 0;  // last-level cache; large outputs bypass it (block.h)
   Parallel parallel = nullptr;
 };
 

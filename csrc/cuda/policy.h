@@ -12,7 +12,7 @@ namespace cbam {
 struct Device {
   int64_t l2_bytes;
   int32_t multiprocessors;
-  int32_t shared_bytes;  // most dynamic shared memory that a block may ask for
+  int32_t shared_bytes;  // most shared memory that a block may ask for
 };
 
 namespace policy {
@@ -22,6 +22,7 @@ constexpr int64_t kItemBytes = 32 << 10;     // what one item reads of x, about
 constexpr int64_t kMaxItemBytes = 64 << 10;  // where narrower tiles would cost more in partial sums
 constexpr int kTileBytes = 128;              // width of a contiguous tile: a cache line
 constexpr int kMinTileBytes = 64;
+constexpr int kGradTileBytes = 256;  // backward: each tile leaves sums and reads gradients a channel
 constexpr int64_t kPoolPositions = 512;    // channels-last: positions a partial pool, at most
 constexpr int kPoolBytes = 64;             // channels-last: width of a partial pool's tile
 constexpr int64_t kInlineMlp = 128 << 10;  // multiplications that one block may do for a unit
@@ -85,7 +86,8 @@ inline Variant choose_variant(const Problem& p, bool aligned) {
 
 namespace policy {
 
-inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector, bool reduces, int sms) {
+inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector, bool reduces, bool backward,
+                                int sms) {
   Tiling t{};
   const int64_t vector_bytes = int64_t{vector} * element_bytes(p.dtype);
   const int64_t row_bytes = s.row_elements * int64_t{element_bytes(p.dtype)};
@@ -105,8 +107,9 @@ inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector,
     t.chunks = static_cast<int32_t>(ceil_div(s.rows, t.chunk_rows));
     return t;
   }
-  int width = kTileBytes;
-  if (s.rows * int64_t{width} > kMaxItemBytes) width = kMinTileBytes;
+  const bool wide = backward && (!reduces || s.rows * int64_t{kTileBytes} > kItemBytes);
+  int width = wide ? kGradTileBytes : kTileBytes;
+  if (!wide && s.rows * int64_t{width} > kMaxItemBytes) width = kMinTileBytes;
   while (s.rows * int64_t{width} * 2 <= kItemBytes / 2) width *= 2;
   t.columns = static_cast<int32_t>(std::min<int64_t>(32, ceil_power(ceil_div(width, vector_bytes))));
   t.columns = std::min(t.columns, ceil_power(s.row_vectors));
@@ -114,27 +117,37 @@ inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector,
   t.positions = t.columns * vector;
   t.tiles = static_cast<int32_t>(ceil_div(s.row_vectors, t.columns));
   t.chunk_rows = s.rows;
-  if (!reduces) {
-    const int64_t rows = kItemBytes / (t.columns * vector_bytes);
+  if (wide || !reduces) {
+    const int64_t rows = (wide ? kMaxItemBytes : kItemBytes) / (t.columns * vector_bytes);
     t.chunk_rows = static_cast<int32_t>(ceil_div(s.rows, ceil_div(s.rows, rows)));
   }
   t.chunks = static_cast<int32_t>(ceil_div(s.rows, t.chunk_rows));
   return t;
 }
 
-inline Tiling channels_last_tiling(const Problem& p, int vector) {
+inline Tiling channels_last_tiling(const Problem& p, int vector, bool reduces, bool backward) {
   Tiling t{};
   const int64_t row_bytes = p.channels * int64_t{element_bytes(p.dtype)};
-  t.columns = std::min(32, ceil_power(ceil_div(p.channels, vector)));
+  const int64_t row_vectors = ceil_div(p.channels, vector);
+  t.columns = std::min(32, ceil_power(row_vectors));
   t.columns_log2 = log2_of(t.columns);
   int64_t positions = kTileBytes / element_bytes(p.dtype);
-  if (positions * row_bytes > kMaxItemBytes) positions /= 2;
+  const bool wide = backward && (!reduces || positions * row_bytes > kItemBytes);
+  if (wide)
+    positions = kGradTileBytes / element_bytes(p.dtype);
+  else if (positions * row_bytes > kMaxItemBytes)
+    positions /= 2;
   positions = std::max(positions, std::min<int64_t>(kItemBytes / 2 / row_bytes, kThreads));
   t.tiles = static_cast<int32_t>(ceil_div(p.positions, std::min(positions, p.positions)));
   t.positions = static_cast<int32_t>(ceil_div(p.positions, t.tiles));
   t.tiles = static_cast<int32_t>(ceil_div(p.positions, t.positions));
-  t.chunk_rows = 1;
-  t.chunks = 1;
+  t.chunk_rows = static_cast<int32_t>(row_vectors);
+  if (wide) {
+    const int64_t slice_bytes = int64_t{t.positions} * t.columns * vector * element_bytes(p.dtype);
+    const int64_t slices = std::max<int64_t>(1, kMaxItemBytes / slice_bytes);
+    t.chunk_rows = static_cast<int32_t>(std::min(row_vectors, slices * t.columns));
+  }
+  t.chunks = static_cast<int32_t>(ceil_div(row_vectors, t.chunk_rows));
   return t;
 }
 
@@ -328,11 +341,14 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
   s.rows = static_cast<int32_t>(last ? p.positions : p.channels / s.fold);
   s.row_elements = static_cast<int32_t>(last ? p.channels : p.positions * s.fold);
   s.row_vectors = static_cast<int32_t>(ceil_div(s.row_elements, vector));
-  s.reduce =
-      last ? channels_last_tiling(p, vector) : contiguous_tiling(p, s, vector, true, device.multiprocessors);
-  s.map = last ? s.reduce : contiguous_tiling(p, s, vector, false, device.multiprocessors);
-  plan_pool(p, s, vector);
   const bool backward = is_backward(k.operation), gate = p.pools != 0, spatial = p.spatial != kSpatialNone;
+  const auto tiling = [&](bool reduces) {
+    if (last) return channels_last_tiling(p, vector, reduces, backward);
+    return contiguous_tiling(p, s, vector, reduces, backward, device.multiprocessors);
+  };
+  s.reduce = tiling(true);
+  s.map = tiling(false);
+  plan_pool(p, s, vector);
   if (spatial) plan_conv(p, s, backward);
   s.pool_vectors = p.pools & kBlend ? 1 : pool_count(p.pools);
 
@@ -453,7 +469,8 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
   k.blocks_per_multiprocessor = depth.blocks;
   k.grid = static_cast<int32_t>(
       std::min<int64_t>(main + s.weight_items, int64_t{depth.blocks} * device.multiprocessors));
-  return shared <= device.shared_bytes;
+  k.shared_limit = device.shared_bytes - kStaticShared;
+  return shared <= k.shared_limit;
 }
 
 inline int64_t counter_words(const Streamed& k) {

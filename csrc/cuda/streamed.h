@@ -13,6 +13,7 @@ constexpr int kMlpStage = 1024;                      // elements of each that ar
 constexpr int kLogitTile = 32;                       // channels an item of kLogitGrad
 constexpr int kWeightRows = 8, kWeightColumns = 32;  // tile of a weight's gradient
 static_assert(kThreads / kWeightColumns == kWeightRows);
+constexpr int kStaticShared = 2 << 10;  // most that a kernel declares beside its dynamic shared memory
 
 // The kinds of work. A stage's items wait for all items of the stage before it, of the same unit.
 enum Stage : int32_t {
@@ -68,7 +69,8 @@ struct StagePlan {
 // How a sample's matrix of channels and positions is cut into items.
 // Contiguous: a tile is `columns` vectors wide (a power of two up to 32), over `chunk_rows` rows. With
 // fold > 1, `fold` channels make one row, so that rows are aligned to vectors, and a tile spans the row.
-// Channels-last: a tile is `positions` positions; `columns` lanes share one.
+// Channels-last: a tile is `positions` positions; `columns` lanes share one, over `chunk_rows` vectors of
+// channels, a multiple of `columns` where there is more than one chunk.
 struct Tiling {
   int32_t columns, columns_log2;
   int32_t positions, tiles;
@@ -129,7 +131,7 @@ struct Streamed {
   Scratch w;
   int32_t operation;
   int32_t grid, blocks_per_multiprocessor;
-  int32_t shared_bytes;
+  int32_t shared_bytes, shared_limit;  // dynamic shared memory of a block: this launch's, the device's
 };
 
 }  // namespace cbam

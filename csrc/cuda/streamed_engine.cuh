@@ -117,6 +117,8 @@ struct Work {
   }
 };
 
+static_assert(sizeof(Streamed) + sizeof(Work) + sizeof(uint32_t) + 48 <= kStaticShared);
+
 // An item's inputs: the stage before it, or for a unit's first stage the ring's slot that it takes over.
 __device__ __forceinline__ void wait_for_inputs(const Streamed& k, const StagePlan& plan, const Item& item) {
   const Schedule& s = k.s;

@@ -117,27 +117,29 @@ __device__ __forceinline__ void cross_columns(const Streamed& k, const Item& ite
   const Tiling& t = s.reduce;
   const int column = threadIdx.x & (t.columns - 1), row = threadIdx.x >> t.columns_log2;
   const int rows = kThreads >> t.columns_log2;
-  const int first = item.index * t.positions, count = min(s.rows - first, t.positions);
+  const ColumnTile me(s, t, item.index);
+  const int first = me.first, count = me.count, left = me.begin * V;
   A* gates = shared.take<A>(p.channels);
   A* spatial = shared.take<A>(t.positions);
   A* ds = shared.take<A>(t.positions);  // each element belongs to one thread
   Sum<A>* merged = shared.take<Sum<A>>(0);
-  stage_values<A>(gates, p.channel_gate, item.n * p.channels, static_cast<int>(p.channels), A(1));
+  const int channels = min(me.end * V, static_cast<int>(p.channels)) - left;
+  stage_values<A>(gates, p.channel_gate, item.n * p.channels + left, channels, A(1));
   stage_values<A>(spatial, p.spatial_gate, item.n * p.positions + first, count, A(1));
   for (int i = threadIdx.x; i < count; i += kThreads) ds[i] = A(0);
   __syncthreads();
   const int64_t start = (item.n * p.positions + first) * p.channels;
-  const int64_t parts = (slot_of(k, item.n) * t.tiles + item.index) * p.channels;
-  for (int slice = 0; slice < s.row_vectors; slice += t.columns) {
+  const int64_t parts = (slot_of(k, item.n) * t.tiles + me.tile) * p.channels;
+  for (int slice = me.begin; slice < me.end; slice += t.columns) {
     const int i = slice + column;
-    const bool inside = i < s.row_vectors;
+    const bool inside = i < me.end;
     const T* x = as<T>(p.x) + start + int64_t{i} * V;
     const T* dy = as<T>(p.dy) + start + int64_t{i} * V;
     A gate[V];
     Sum<A> acc[V];
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      gate[j] = inside ? gates[i * V + j] : A(0);
+      gate[j] = inside ? gates[i * V + j - left] : A(0);
       acc[j].sum = A(0);
     }
     for (int base = 0; base < count; base += kAhead * rows) {
@@ -180,7 +182,7 @@ __device__ __forceinline__ void cross_columns(const Streamed& k, const Item& ite
   }
   if (!p.spatial) return;
   __syncthreads();
-  for (int i = threadIdx.x; i < count; i += kThreads) put_spatial_grad(k, item.n, 0, first + i, ds[i]);
+  for (int i = threadIdx.x; i < count; i += kThreads) put_spatial_grad(k, item.n, me.chunk, first + i, ds[i]);
 }
 
 // ---- What a position brings to dx': its part of dq, and where the maximum's goes.
@@ -314,13 +316,14 @@ __device__ __forceinline__ void gate_grad_columns(const Streamed& k, const Item&
   const Tiling& t = s.map;
   const int column = threadIdx.x & (t.columns - 1), row = threadIdx.x >> t.columns_log2;
   const int rows = kThreads >> t.columns_log2;
-  const int first = item.index * t.positions, count = min(s.rows - first, t.positions);
+  const ColumnTile me(s, t, item.index);
+  const int first = me.first, count = me.count;
   const PositionFields<A> fields = stage_positions<A>(k, item.n, first, count, t.positions, shared);
   Sum<A>* merged = shared.take<Sum<A>>(0);
   __syncthreads();
   const int64_t start = (item.n * p.positions + first) * p.channels;
-  const int64_t parts = (slot_of(k, item.n) * t.tiles + item.index) * p.channels;
-  for (int slice = 0; slice < s.row_vectors; slice += t.columns) {
+  const int64_t parts = (slot_of(k, item.n) * t.tiles + me.tile) * p.channels;
+  for (int slice = me.begin; slice < me.end; slice += t.columns) {
     const int i = slice + column;
     const T* x = as<T>(p.x) + start + int64_t{i} * V;
     Sum<A> acc[V];
@@ -330,7 +333,7 @@ __device__ __forceinline__ void gate_grad_columns(const Streamed& k, const Item&
       acc[j].sum = A(0);
       gate[j] = A(1);
     }
-    if (i < s.row_vectors) {
+    if (i < me.end) {
       if (kSplit && p.channel_gate)
         fresh_vector<V>(p.channel_gate, item.n * p.channels + int64_t{i} * V, gate);  // [V]
       for (int base = row; base < count; base += kAhead * rows) {

@@ -177,7 +177,8 @@ __device__ __forceinline__ void input_grad_columns(const Streamed& k, const Item
   const Tiling& t = s.map;
   const int column = threadIdx.x & (t.columns - 1), row = threadIdx.x >> t.columns_log2;
   const int rows = kThreads >> t.columns_log2;
-  const int first = item.index * t.positions, count = min(s.rows - first, t.positions);
+  const ColumnTile me(s, t, item.index);
+  const int first = me.first, count = me.count;
   ChannelTerms<A>* channels = shared.take<ChannelTerms<A>>(t.columns * V);
   RareTerms<A>* rare = shared.take<RareTerms<A>>(t.columns * V);
   A* spatial = shared.take<A>(t.positions);
@@ -186,7 +187,7 @@ __device__ __forceinline__ void input_grad_columns(const Streamed& k, const Item
   __syncthreads();
   const int64_t stride = p.channels;
   const bool residual = p.residual;
-  for (int slice = 0; slice < s.row_vectors; slice += t.columns) {
+  for (int slice = me.begin; slice < me.end; slice += t.columns) {
 #pragma unroll 1
     for (int c = threadIdx.x; c < t.columns * V && slice * V + c < p.channels; c += kThreads) {
       channels[c] = channel_terms<A>(k, item.n, slice * V + c);
@@ -194,7 +195,7 @@ __device__ __forceinline__ void input_grad_columns(const Streamed& k, const Item
     }
     __syncthreads();
     const int i = slice + column;
-    if (i < s.row_vectors) {
+    if (i < me.end) {
       const int64_t start = (item.n * p.positions + first) * stride + int64_t{i} * V;
       const T* x = as<T>(p.x) + start;
       const T* dy = as<T>(p.dy) + start;

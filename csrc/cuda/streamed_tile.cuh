@@ -61,6 +61,21 @@ struct RowTile {
   __device__ __forceinline__ bool next(int j) const { return Tr::kFold && j >= split; }
 };
 
+// A channels-last tile of the backward: positions [first, first + count), vectors [begin, end) of channels.
+struct ColumnTile {
+  int tile, chunk;
+  int first, count, begin, end;
+
+  __device__ __forceinline__ ColumnTile(const Schedule& s, const Tiling& t, int index) {
+    tile = index / t.chunks;
+    chunk = index % t.chunks;
+    first = tile * t.positions;
+    count = min(s.rows - first, t.positions);
+    begin = chunk * t.chunk_rows;
+    end = min(s.row_vectors, begin + t.chunk_rows);
+  }
+};
+
 // One value for each channel that a vector meets: one, or two in a folded row.
 template <class Tr, class X>
 struct PerChannel {

@@ -61,7 +61,7 @@ void launch_streamed(const Problem& p, Operation operation, const Device& device
   const Variant variant = choose_variant(p, aligned(p));
   STD_TORCH_CHECK(plan_streamed(k, variant, device), "cbam_fused: ", kNames[operation], " with ", p.channels,
                   " channels needs ", k.shared_bytes, " bytes of shared memory a block; this device has ",
-                  device.shared_bytes);
+                  k.shared_limit);
   const int64_t bytes = lay_out_scratch(k, nullptr);
   Tensor scratch = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
   lay_out_scratch(k, static_cast<char*>(scratch.data_ptr()));
