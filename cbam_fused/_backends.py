@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import importlib
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -49,6 +50,53 @@ def _load_cuda() -> Optional[str]:
     return reason
 
 
+@dataclass(frozen=True)
+class Limit:
+    """A size of x that a backend takes from `least` to `most`; where `dtype` is given, only x of that dtype."""
+
+    what: str
+    value: Callable[[Tensor], int]
+    least: int
+    most: int
+    dtype: Optional[torch.dtype] = None
+
+
+# What the plan of csrc/cuda/policy.h fits into 99 KiB of shared memory a block, the least of all devices;
+# 32-bit positions within a sample and 32-bit tickets over the batch.
+CUDA_LIMITS: Tuple[Limit, ...] = (
+    Limit("spatial dimensions", lambda x: x.dim() - 2, 1, 3),
+    Limit("samples", lambda x: x.shape[0], 0, 2**26),
+    Limit("channels", lambda x: x.shape[1], 0, 2**14),
+    Limit("channels", lambda x: x.shape[1], 0, 2**13, torch.float64),
+    Limit("positions", lambda x: math.prod(x.shape[2:]), 0, 2**31 - 2),
+)
+CUDA_CAPABILITY = (8, 0)
+
+
+@_constant
+def _cuda_capability(index: int) -> Tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def _cuda_covers(x: Tensor, c: Config) -> Optional[str]:
+    if x.dtype not in DTYPES:
+        return f"x must have dtype float32, float64, bfloat16 or float16, got {x.dtype}"
+    for limit in CUDA_LIMITS:
+        if limit.dtype is None or limit.dtype == x.dtype:
+            value = limit.value(x)
+            if not limit.least <= value <= limit.most:
+                return (
+                    f"the kernels take {limit.least} to {limit.most} {limit.what}, got {value} "
+                    f"(x has shape {tuple(x.shape)} and dtype {x.dtype})"
+                )
+    if x.device.type == "cuda":
+        found = _cuda_capability(x.device.index)
+        if found < CUDA_CAPABILITY:
+            least, got = (".".join(map(str, v)) for v in (CUDA_CAPABILITY, found))
+            return f"the kernels need compute capability {least}, {x.device} has {got}"
+    return None
+
+
 def _triton_limits(x: Tensor, c: Config) -> Optional[str]:
     return None
 
@@ -89,7 +137,7 @@ class Backend:
 
 # In the order in which "auto" tries them; the reference is what is left.
 TABLE: Tuple[Backend, ...] = (
-    Backend("cuda", "cuda", _load_cuda),
+    Backend("cuda", "cuda", _load_cuda, _cuda_covers),
     Backend("triton", "cuda", _load_triton, _triton_covers),
     Backend("cpu", "cpu", _load_native("_C", "reinstall with a C++ compiler (g++ or clang++) on the PATH")),
 )

@@ -22,7 +22,8 @@ constexpr int64_t kItemBytes = 32 << 10;     // what one item reads of x, about
 constexpr int64_t kMaxItemBytes = 64 << 10;  // where narrower tiles would cost more in partial sums
 constexpr int kTileBytes = 128;              // width of a contiguous tile: a cache line
 constexpr int kMinTileBytes = 64;
-constexpr int kGradTileBytes = 256;  // backward: each tile leaves sums and reads gradients a channel
+constexpr int kGradTileBytes = 256;        // backward: each tile leaves sums and reads gradients a channel
+constexpr int64_t kMaxTermRows = 1024;     // where rows are short, the channels' terms would not fit
 constexpr int64_t kPoolPositions = 512;    // channels-last: positions a partial pool, at most
 constexpr int kPoolBytes = 64;             // channels-last: width of a partial pool's tile
 constexpr int64_t kInlineMlp = 128 << 10;  // multiplications that one block may do for a unit
@@ -41,12 +42,13 @@ inline int64_t round_up(int64_t a, int64_t b) {
 }
 inline int floor_power(int64_t v) {
   int p = 1;
-  while (int64_t{p} * 2 <= v) p *= 2;
+  while (int64_t{p} * 2 <= v && p < (1 << 30)) p *= 2;
   return p;
 }
+// At most 2**30: a tile's size is the smaller of it and something else.
 inline int ceil_power(int64_t v) {
   int p = 1;
-  while (p < v) p *= 2;
+  while (p < v && p < (1 << 30)) p *= 2;
   return p;
 }
 inline int log2_of(int power) {
@@ -118,7 +120,8 @@ inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector,
   t.tiles = static_cast<int32_t>(ceil_div(s.row_vectors, t.columns));
   t.chunk_rows = s.rows;
   if (wide || !reduces) {
-    const int64_t rows = (wide ? kMaxItemBytes : kItemBytes) / (t.columns * vector_bytes);
+    int64_t rows = (wide ? kMaxItemBytes : kItemBytes) / (t.columns * vector_bytes);
+    if (!reduces) rows = std::min<int64_t>(rows, kMaxTermRows);
     t.chunk_rows = static_cast<int32_t>(ceil_div(s.rows, ceil_div(s.rows, rows)));
   }
   t.chunks = static_cast<int32_t>(ceil_div(s.rows, t.chunk_rows));

@@ -8,8 +8,8 @@ namespace cbam {
 
 inline cudaError_t launch_kernel(void (*kernel)(Streamed), const Streamed& k, cudaStream_t stream) {
   // The device's limit, not this call's need: another thread may be launching a larger plan.
-  const cudaError_t error = cudaFuncSetAttribute(
-      reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, k.shared_limit);
+  const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, k.shared_limit);
   if (error != cudaSuccess) return error;
   // Blocks that find no room at first run when others have ended, and find no item left.
   kernel<<<static_cast<unsigned>(k.grid), kThreads, static_cast<size_t>(k.shared_bytes), stream>>>(k);
