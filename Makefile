@@ -19,7 +19,7 @@ CLANG_FORMATTED = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name
 # Without a build environment of its own, pip uses the torch in .venv and does not fetch a second one.
 INSTALL = $(BIN)/python -m pip install -q --no-build-isolation
 
-.PHONY: help bench train test lint format check build clean
+.PHONY: help bench train test sanitize gpu lint format check build clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -32,6 +32,14 @@ train: $(VENV)/.bench  ## build, then train small networks on real images, plain
 
 test: $(VENV)/.test  ## build, then run the tests (ARGS="-k name" for some)
 	$(BIN)/python -m pytest $(ARGS)
+
+sanitize: $(VENV)/.test  ## the CUDA kernels under address and undefined-behaviour sanitizers, on the CPU
+	$(BIN)/python -m pytest -q tests/test_cuda_sanitized.py tests/simt/test_simt.py $(ARGS)
+
+# On a machine with a GPU and the CUDA toolkit: everything that only such a machine can show.
+gpu: export CBAM_FUSED_CUDA = 1
+gpu: $(VENV)/.test $(VENV)/.bench  ## with a GPU: all tests, compute-sanitizer's four tools, and the benchmark's bars
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 lint: $(VENV)/.lint  ## ruff, clang-format and mypy, changing nothing
 	$(BIN)/ruff check .
