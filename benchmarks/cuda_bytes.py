@@ -1,6 +1,7 @@
-"""Bytes that the streamed CUDA kernels move: counted on the host, and modelled behind the caches.
+"""Bytes that the CUDA kernels of both tiers move: counted on the host, and modelled behind the caches.
 
-    python benchmarks/cuda_bytes.py [--shapes 256,56,56 ...] [--samples 1] [--dtype bfloat16] [--modelled]
+    python benchmarks/cuda_bytes.py [--tier streamed resident] [--shapes 256,56,56 ...] [--samples 1]
+                                    [--dtype bfloat16] [--modelled]
 
 Nothing here runs on a GPU. Counted bytes are what the kernels ask of global memory when tests/simt executes
 their sources, a caches' hit as much as a miss; S is the size of x. Modelled DRAM traffic is what compiled PTX
@@ -19,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import cuda_ptx  # noqa: E402
+import cuda_resident as cr  # noqa: E402
+import cuda_resident_ptx as crp  # noqa: E402
 import cuda_streamed as cs  # noqa: E402
 
 from cbam_fused._config import Config, Parameters  # noqa: E402
@@ -41,6 +44,30 @@ WEIGHTS = (
 )
 
 
+# Bars. Counted: x-sized tensors and scratch memory, in S; for the resident tier x-sized tensors alone.
+# Modelled: DRAM traffic over the floor, and for the resident tier the estimated time over a copy's at N = 16.
+COUNTED = {
+    ("streamed", "forward"): 4.1,
+    ("streamed", "backward"): 5.2,
+    ("resident", "forward"): 2.0,
+    ("resident", "backward"): 3.0,
+}
+MODELLED = {"forward": 1.05, "backward": 1.08, "norm-train forward": 1.08, "norm-train backward": 1.08}
+RESIDENT_TRAFFIC = 1.03
+RESIDENT_TIME = {"forward": 1.15, "backward": 1.1}
+
+
+def verdict(value: float, bar: float) -> str:
+    """Judged as printed, to three places."""
+    return f"{'pass' if round(value, 3) <= bar else 'MISS'} (bar {bar:g})"
+
+
+def resident_fits(x, p, operation) -> bool:
+    call = cs._Call(operation, x[:1], p, Config(), cs.NO_NORM, cr.ResidentMachine())
+    report = cr.plan(cr.library(x.dtype), call.sizes)
+    return bool(report["covered"] and report["fits"])
+
+
 def problem(samples, shape, dtype, last):
     c, h, w = shape
     g = torch.Generator().manual_seed(0)
@@ -61,23 +88,48 @@ def problem(samples, shape, dtype, last):
     return x, dy, p
 
 
-def counted(samples, shape, dtype, last) -> None:
+def counted(tier, samples, shape, dtype, last) -> None:
     x, dy, p = problem(samples, shape, dtype, last)
     size = x.numel() * x.element_size()
-    machine = cs.Machine(multiprocessors=8, resident=8)
-    saved = cs.cbam_forward(x, p, Config(), cs.NO_NORM, machine)
-    rows = {"forward": machine.traffic}
-    cs.cbam_backward(dy, x, p, Config(), saved, cs.NO_NORM, machine)
-    rows["backward"] = machine.traffic
-    for name, traffic in rows.items():
+    streamed = cs.Machine(multiprocessors=8, resident=8)
+    saved = cs.cbam_forward(x, p, Config(), cs.NO_NORM, streamed)
+    for name in ("forward", "backward"):
+        if tier == "resident" and not (dtype != torch.float64 and resident_fits(x, p, f"cbam_{name}")):
+            print(f"resident {name:9} {','.join(map(str, (samples, *shape))):14} goes to the streamed tier")
+            continue
+        machine = cr.ResidentMachine(resident=16) if tier == "resident" else streamed
+        if name == "forward":
+            cs.cbam_forward(x, p, Config(), cs.NO_NORM, machine)
+        else:
+            cs.cbam_backward(dy, x, p, Config(), saved, cs.NO_NORM, machine)
+        traffic = machine.traffic
         big = sum(traffic.get(n, 0) for n in BIG)
         weights = sum(traffic.get(n, 0) for n in WEIGHTS)
         scratch = traffic["scratch"]
         small = sum(traffic.values()) - big - weights - scratch
+        judged = big if tier == "resident" else big + scratch
         print(
-            f"{name:9} {','.join(map(str, (samples, *shape))):14} {str(dtype)[6:]:9} {'last' if last else 'contiguous':10}"
+            f"{tier} {name:9} {','.join(map(str, (samples, *shape))):14} {str(dtype)[6:]:9} {'last' if last else 'contiguous':10}"
             f" x-sized {big / size:5.3f} S   scratch {scratch / size:5.3f} S   saved and gates {small / size:5.3f} S"
-            f"   weights {weights / size:6.3f} S",
+            f"   weights {weights / size:6.3f} S   {verdict(judged / size, COUNTED[tier, name])}",
+            flush=True,
+        )
+
+
+def modelled_resident(samples, shape, dtype, last, l2) -> None:
+    x, dy, p = problem(samples, shape, dtype, last)
+    size = x.numel() * x.element_size()
+    machine = crp.PtxMachine(l2=l2)
+    saved = cs.cbam_forward(x, p, Config(), cs.NO_NORM, machine)
+    cs.cbam_backward(dy, x, p, Config(), saved, cs.NO_NORM, machine)
+    for name, floor in (("forward", 2 * size), ("backward", 3 * size)):
+        traffic = machine.dram(name) / floor
+        apart = (machine.dram(name) - machine.small_bytes[name]) / floor
+        time = crp.time_over_copy(machine, name, samples, floor)
+        print(
+            f"resident {name:9} {','.join(map(str, (samples, *shape))):14} {str(dtype)[6:]:9} {'last' if last else 'contiguous':10}"
+            f" DRAM {traffic:5.3f} of the floor, {apart:5.3f} without small tensors {verdict(apart, RESIDENT_TRAFFIC)}"
+            f"   time / copy at N = 16 {time:5.3f} {verdict(time, RESIDENT_TIME[name])}",
             flush=True,
         )
 
@@ -90,7 +142,8 @@ def modelled(samples, shape, dtype, last, l2) -> None:
     def row(name, floor, nbytes):
         print(
             f"{name:18} {','.join(map(str, (samples, *shape))):14} {str(dtype)[6:]:9} {'last' if last else 'contiguous':10}"
-            f" L2 {l2 >> 20} MB   DRAM {nbytes / size:5.3f} S, {nbytes / size / floor:5.3f} of the floor of {floor} S",
+            f" L2 {l2 >> 20} MB   DRAM {nbytes / size:5.3f} S, {nbytes / size / floor:5.3f} of the floor of {floor} S   "
+            + verdict(nbytes / size / floor, MODELLED[name]),
             flush=True,
         )
 
@@ -114,6 +167,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument(
+        "--tier", nargs="+", default=["streamed", "resident"], choices=["streamed", "resident"]
+    )
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=[str(d)[6:] for d in cs.ELEMENTS])
@@ -133,11 +189,13 @@ def main() -> None:
     for shape in (tuple(map(int, s.split(","))) for s in a.shapes):
         for dtype in (getattr(torch, d) for d in a.dtype):
             for last in (layout == "channels_last" for layout in a.layout):
-                if a.modelled:
-                    for l2 in a.l2:
-                        modelled(a.samples, shape, dtype, last, l2 << 20)
-                else:
-                    counted(a.samples, shape, dtype, last)
+                for tier in a.tier:
+                    run = modelled if tier == "streamed" else modelled_resident
+                    if not a.modelled:
+                        counted(tier, a.samples, shape, dtype, last)
+                    else:
+                        for l2 in a.l2:
+                            run(a.samples, shape, dtype, last, l2 << 20)
 
 
 if __name__ == "__main__":
