@@ -37,7 +37,7 @@ struct Sample {
   A* dz;                            // padded
   A *ds, *dq_max, *dq_mean;         // (P)[L]; dq_max by ties, dq_mean over C
   A* dgate;                         // (tiles, C)[L]
-  A *peak, *power, *partition;      // (C)[L]: max, lp and lse pools
+  A *peak, *partition;              // (C)[L]: max and lse pools; partition, dlp, dlse where they are
   A *da, *dm, *dlp, *dlse;          // (C)[L]: gradients of the pools, in the terms of dx
   typename Lanes<A>::Int* q_index;  // (P)[L]
   typename Lanes<A>::Int* p_index;  // (C)[L]
@@ -91,12 +91,13 @@ struct Block {
 
   static int count_pools(int pools) { return __builtin_popcount(pools & 15); }
 
-  // Positions whose x (and dy) take half of a 1 MiB second-level cache (measured: a quarter is slower,
-  // all of it no faster); not so many that a sum over a tile, one value after the other, loses more
-  // than the sum over tiles.
+  // Positions whose x takes half of a 1 MiB second-level cache; in backward, where x and dy count and
+  // long runs of a row serve memory better than a second read from that cache, three times as much
+  // (measured: (1024, 14, 14) gains a quarter, larger maps nothing). Not so many that a sum over a
+  // tile, one value after the other, loses more than the sum over tiles.
   static int64_t tile_positions(const Problem& p, bool backward) {
     int64_t bytes = p.C * int64_t(sizeof(T)) * (backward ? 2 : 1);
-    int64_t positions = std::max<int64_t>((int64_t(512) << 10) / bytes / L * L, 64);
+    int64_t positions = std::max<int64_t>((int64_t(backward ? 1536 : 512) << 10) / bytes / L * L, 64);
     return std::min({positions, int64_t(2048), p.P});
   }
 
@@ -172,8 +173,7 @@ struct Block {
       s.gate = c.take<A>(channels);
       s.s = c.take<A>(positions);
       s.peak = c.take<A>(channels);
-      s.power = c.take<A>(channels);
-      s.partition = c.take<A>(channels);
+      if (p.pools & kLse) s.partition = c.take<A>(channels);
       s.q_index = c.take<Int>(positions);
       if (p.spatial) {
         s.q_max = c.take<A>(positions);
@@ -189,8 +189,8 @@ struct Block {
         s.dgate = c.take<A>(tiles * channels);
         s.da = c.take<A>(channels);
         s.dm = c.take<A>(channels);
-        s.dlp = c.take<A>(channels);
-        s.dlse = c.take<A>(channels);
+        if (p.pools & kLp) s.dlp = c.take<A>(channels);
+        if (p.pools & kLse) s.dlse = c.take<A>(channels);
         s.p_index = c.take<Int>(channels);
       }
       call.samples.push_back(s);
