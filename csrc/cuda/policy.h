@@ -88,7 +88,7 @@ inline Variant choose_variant(const Problem& p, bool aligned) {
 
 namespace policy {
 
-inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector, bool reduces, bool backward,
+inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector, bool reduces, bool large,
                                 int sms) {
   Tiling t{};
   const int64_t vector_bytes = int64_t{vector} * element_bytes(p.dtype);
@@ -109,7 +109,7 @@ inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector,
     t.chunks = static_cast<int32_t>(ceil_div(s.rows, t.chunk_rows));
     return t;
   }
-  const bool wide = backward && (!reduces || s.rows * int64_t{kTileBytes} > kItemBytes);
+  const bool wide = large && (!reduces || s.rows * int64_t{kTileBytes} > kItemBytes);
   int width = wide ? kGradTileBytes : kTileBytes;
   if (!wide && s.rows * int64_t{width} > kMaxItemBytes) width = kMinTileBytes;
   while (s.rows * int64_t{width} * 2 <= kItemBytes / 2) width *= 2;
@@ -128,14 +128,14 @@ inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector,
   return t;
 }
 
-inline Tiling channels_last_tiling(const Problem& p, int vector, bool reduces, bool backward) {
+inline Tiling channels_last_tiling(const Problem& p, int vector, bool reduces, bool large) {
   Tiling t{};
   const int64_t row_bytes = p.channels * int64_t{element_bytes(p.dtype)};
   const int64_t row_vectors = ceil_div(p.channels, vector);
   t.columns = std::min(32, ceil_power(row_vectors));
   t.columns_log2 = log2_of(t.columns);
   int64_t positions = kTileBytes / element_bytes(p.dtype);
-  const bool wide = backward && (!reduces || positions * row_bytes > kItemBytes);
+  const bool wide = large && (!reduces || positions * row_bytes > kItemBytes);
   if (wide)
     positions = kGradTileBytes / element_bytes(p.dtype);
   else if (positions * row_bytes > kMaxItemBytes)
@@ -345,9 +345,11 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
   s.row_elements = static_cast<int32_t>(last ? p.channels : p.positions * s.fold);
   s.row_vectors = static_cast<int32_t>(ceil_div(s.row_elements, vector));
   const bool backward = is_backward(k.operation), gate = p.pools != 0, spatial = p.spatial != kSpatialNone;
+  // The backward's larger items, of which x, dy and dx of one a multiprocessor have to stay in half of L2.
+  const bool large = backward && 3 * device.multiprocessors * kMaxItemBytes <= device.l2_bytes / 2;
   const auto tiling = [&](bool reduces) {
-    if (last) return channels_last_tiling(p, vector, reduces, backward);
-    return contiguous_tiling(p, s, vector, reduces, backward, device.multiprocessors);
+    if (last) return channels_last_tiling(p, vector, reduces, large);
+    return contiguous_tiling(p, s, vector, reduces, large, device.multiprocessors);
   };
   s.reduce = tiling(true);
   s.map = tiling(false);
