@@ -9,7 +9,7 @@ struct Backward : Block<T, kChannelsLast> {
   using Base::Base;
   using Base::call, Base::dy, Base::element, Base::L, Base::load_gate, Base::mlp_hidden, Base::out, Base::p,
       Base::pad, Base::passes, Base::place_maps, Base::pools_count, Base::streams, Base::tile,
-      Base::tile_dgate, Base::tile_end, Base::tiles, Base::x, Base::in_parts;
+      Base::tile_dgate, Base::tile_end, Base::tiles, Base::with_matrix, Base::x, Base::in_parts;
   using typename Base::A;
   using typename Base::Int;
 
@@ -165,16 +165,18 @@ struct Backward : Block<T, kChannelsLast> {
     const int64_t h = p.hidden, M = passes, C = p.C;
     mlp_hidden(n0, n1);
     if (!h) {
-      matvec_transposed(static_cast<const A*>(p.w2), C, C, call.dlogits + n0 * C, C, int(n1 - n0),
-                        call.dpooled + n0 * M * C, M * C);
+      with_matrix(p.w2, [&](auto* w2) {
+        matvec_transposed(w2, C, C, call.dlogits + n0 * C, C, int(n1 - n0), call.dpooled + n0 * M * C, M * C);
+      });
       for (int64_t n = n0; n < n1; ++n) {
         for (int64_t k = 1; k < M; ++k)
           std::copy_n(call.dpooled + n * M * C, C, call.dpooled + (n * M + k) * C);
       }
       return;
     }
-    matvec_transposed(static_cast<const A*>(p.w2), C, h, call.dlogits + n0 * C, C, int(n1 - n0),
-                      call.dhidden + n0 * M * h, M * h);
+    with_matrix(p.w2, [&](auto* w2) {
+      matvec_transposed(w2, C, h, call.dlogits + n0 * C, C, int(n1 - n0), call.dhidden + n0 * M * h, M * h);
+    });
     for (int64_t n = n0; n < n1; ++n) {
       for (int64_t j = 0; j < h; ++j) {
         const A d = call.dhidden[n * M * h + j];
@@ -185,8 +187,10 @@ struct Backward : Block<T, kChannelsLast> {
         }
       }
     }
-    matvec_transposed(static_cast<const A*>(p.w1), h, C, call.dhidden + n0 * M * h, h, int((n1 - n0) * M),
-                      call.dpooled + n0 * M * C, C);
+    with_matrix(p.w1, [&](auto* w1) {
+      matvec_transposed(w1, h, C, call.dhidden + n0 * M * h, h, int((n1 - n0) * M), call.dpooled + n0 * M * C,
+                        C);
+    });
   }
 
   // The pools' gradients of the sample, in the terms in which dx uses them.

@@ -346,14 +346,25 @@ struct Block {
     return call.blend;
   }
 
+  // f(w) with one of the MLP's matrices as what it is.
+  template <class F>
+  void with_matrix(const void* w, F f) const {
+    if (std::is_same_v<T, A> || !p.matrices_as_x) {
+      f(static_cast<const A*>(w));
+    } else {
+      f(static_cast<const T*>(w));
+    }
+  }
+
   // First layer of the MLP for the samples [n0, n1).
   void mlp_hidden(int64_t n0, int64_t n1) const {
     const int64_t h = p.hidden, M = passes;
     const A* in = mlp_input(n0, n1);
     if (!h) return;
     const A* b1 = static_cast<const A*>(p.b1);
-    matvec(static_cast<const A*>(p.w1), h, p.C, in + n0 * M * p.C, p.C, int((n1 - n0) * M),
-           call.hidden + n0 * M * h, h);
+    with_matrix(p.w1, [&](auto* w1) {
+      matvec(w1, h, p.C, in + n0 * M * p.C, p.C, int((n1 - n0) * M), call.hidden + n0 * M * h, h);
+    });
     for (int64_t n = n0; n < n1; ++n) {
       for (int64_t j = 0; j < h; ++j) {
         A total = 0;
@@ -373,8 +384,9 @@ struct Block {
     const A* in = p.hidden ? call.hidden_sum : call.blend;
     const int64_t width = p.hidden ? p.hidden : p.C;
     const A* b2 = static_cast<const A*>(p.b2);
-    matvec(static_cast<const A*>(p.w2), p.C, width, in + n0 * width, width, int(n1 - n0),
-           call.logits + n0 * p.C, p.C);
+    with_matrix(p.w2, [&](auto* w2) {
+      matvec(w2, p.C, width, in + n0 * width, width, int(n1 - n0), call.logits + n0 * p.C, p.C);
+    });
     for (int64_t n = n0; n < n1; ++n) {
       A* l = call.logits + n * p.C;
       A* g = call.gate + n * p.C;
@@ -440,7 +452,8 @@ struct Block {
         reduce_rows<true, kIndex>(xs, p.C, p0, p1, make_slots<A>(p.C, 0), p.C, s.gate, done, also);
       } else {
         auto slots = make_slots<A>(p1 - p0, p0);
-        reduce_columns<true, kIndex>(xs + p0, p.P, 0, p.C, slots, s.gate, w.part, w.sum, w.max, w.index, also);
+        reduce_columns<true, kIndex>(xs + p0, p.P, 0, p.C, slots, s.gate, w.part, w.sum, w.max, w.index,
+                                     also);
         finish_columns<true>(xs + p0, p.P, 0, p.C, slots, s.gate, w.sum, w.max, w.index,
                              [&](int64_t l, int64_t k, auto tag) {
                                write<Write::kCached>(s.q_max + p0 + l, load(w.max + k * L), tag);

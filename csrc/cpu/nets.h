@@ -1,16 +1,17 @@
 // The two small networks: the MLP on (samples, channels) and the convolution on two maps.
+// The MLP's matrices are read as they are, in A or in a 16-bit type.
 
 // Vectors that share each load of w: as many as four rows' accumulators leave registers for.
 constexpr int kTogether = kVectorBytes == 64 ? 4 : 2;
 
 // y[i][r] = sum_c w[r][c] * v[i][c] for i < count; v rows are v_stride apart, y rows y_stride.
-template <class A>
-void matvec(const A* w, int64_t rows, int64_t cols, const A* v, int64_t v_stride, int count, A* y,
+template <class W, class A>
+void matvec(const W* w, int64_t rows, int64_t cols, const A* v, int64_t v_stride, int count, A* y,
             int64_t y_stride) {
   constexpr int L = kLanes<A>;
   auto run = [&](int64_t r, auto block, int first, auto vectors) CBAM_INLINE_LAMBDA {
     constexpr int R = decltype(block)::value, M = decltype(vectors)::value;
-    const A* row = w + r * cols;
+    const W* row = w + r * cols;
     Vec<A> acc[M][R];
     for (int i = 0; i < M; ++i) {
       for (int u = 0; u < R; ++u) acc[i][u] = Vec<A>{};
@@ -28,7 +29,8 @@ void matvec(const A* w, int64_t rows, int64_t cols, const A* v, int64_t v_stride
       A total[R];
       sum_lanes<A>(acc[i], total);
       for (int u = 0; u < R; ++u) {
-        for (int64_t t = c; t < cols; ++t) total[u] += row[u * cols + t] * v[(first + i) * v_stride + t];
+        for (int64_t t = c; t < cols; ++t)
+          total[u] += load_one(row + u * cols + t) * v[(first + i) * v_stride + t];
         y[(first + i) * y_stride + r + u] = total[u];
       }
     }
@@ -42,8 +44,8 @@ void matvec(const A* w, int64_t rows, int64_t cols, const A* v, int64_t v_stride
 }
 
 // y[i][c] = sum_r w[r][c] * v[i][r]: the transposed product, rows summed in order.
-template <class A>
-void matvec_transposed(const A* w, int64_t rows, int64_t cols, const A* v, int64_t v_stride, int count, A* y,
+template <class W, class A>
+void matvec_transposed(const W* w, int64_t rows, int64_t cols, const A* v, int64_t v_stride, int count, A* y,
                        int64_t y_stride) {
   constexpr int L = kLanes<A>;
   for (int i = 0; i < count; ++i) std::fill_n(y + i * y_stride, cols, A(0));
@@ -65,7 +67,8 @@ void matvec_transposed(const A* w, int64_t rows, int64_t cols, const A* v, int64
       for (; c < cols; ++c) {
         for (int i = 0; i < M; ++i) {
           A acc = y[(first + i) * y_stride + c];
-          for (int u = 0; u < R; ++u) acc += w[(r + u) * cols + c] * v[(first + i) * v_stride + r + u];
+          for (int u = 0; u < R; ++u)
+            acc += load_one(w + (r + u) * cols + c) * v[(first + i) * v_stride + r + u];
           y[(first + i) * y_stride + c] = acc;
         }
       }

@@ -234,9 +234,11 @@ class Call {
       STD_TORCH_CHECK(w.w2.has_value(), "cbam_fused: w2 must be a tensor");
       p.hidden = w.w1 ? w.w1->size(0) : 0;
       const int64_t width = p.hidden ? p.hidden : p.C;
-      if (w.w1) p.w1 = weight(*w.w1, p.hidden * p.C, "w1");
+      auto as_x = [&](const Tensor& t) { return t.scalar_type() == x_.scalar_type() && t.is_contiguous(); };
+      p.matrices_as_x = as_x(*w.w2) && (!w.w1 || as_x(*w.w1));
+      if (w.w1) p.w1 = weight(*w.w1, p.hidden * p.C, "w1", p.matrices_as_x);
       if (w.b1) p.b1 = weight(*w.b1, p.hidden, "b1");
-      p.w2 = weight(*w.w2, p.C * width, "w2");
+      p.w2 = weight(*w.w2, p.C * width, "w2", p.matrices_as_x);
       if (w.b2) p.b2 = weight(*w.b2, p.C, "b2");
     }
     if (p.spatial) {
@@ -319,10 +321,10 @@ class Call {
   }
   size_t element() const { return accumulate == ScalarType::Double ? 8 : 4; }
 
-  const void* weight(const Tensor& t, int64_t count, const char* name) {
+  const void* weight(const Tensor& t, int64_t count, const char* name, bool as_it_is = false) {
     STD_TORCH_CHECK(t.numel() == count, "cbam_fused: ", name, " must have ", count, " elements, got ",
                     t.numel());
-    if (t.scalar_type() == accumulate && t.is_contiguous()) return t.data_ptr();
+    if (as_it_is || (t.scalar_type() == accumulate && t.is_contiguous())) return t.data_ptr();
     Tensor copy = empty({count}, accumulate);
     accumulate == ScalarType::Double ? read_as(t, static_cast<double*>(copy.data_ptr()))
                                      : read_as(t, static_cast<float*>(copy.data_ptr()));

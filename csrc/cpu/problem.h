@@ -30,10 +30,11 @@ struct Problem {
   const void* dy = nullptr;  // as x
   void* out = nullptr;       // y or dx, as x
 
-  const void* w1 = nullptr;         // (hidden, C)  A
-  const void* b1 = nullptr;         // (hidden)     A or null
-  const void* w2 = nullptr;         // (C, hidden)  A; (C, C) for a single layer
-  const void* b2 = nullptr;         // (C)          A or null
+  const void* w1 = nullptr;  // (hidden, C)  A, or x's dtype where matrices_as_x
+  const void* b1 = nullptr;  // (hidden)     A or null
+  const void* w2 = nullptr;  // (C, hidden)  as w1; (C, C) for a single layer
+  const void* b2 = nullptr;  // (C)          A or null
+  bool matrices_as_x = false;
   const void* planes = nullptr;     // (2, kD, kH, kW)  A: weights on the max map, then the mean map
   double scale = 1.0, shift = 0.0;  // spatial logits = scale * conv + shift
 

@@ -308,9 +308,9 @@ CBAM_INLINE void fold_lanes(const V (&v)[4], S (&out)[4], Op op) {
   if constexpr (n >= 4) {
     V pair[2];
     for (int k = 0; k < 2; ++k) {
-      pair[k] = op(
-          gather_lanes<I>(v[2 * k], v[2 * k + 1], [](int i) { return i < half ? i : i + half; }),
-          gather_lanes<I>(v[2 * k], v[2 * k + 1], [](int i) { return i < half ? i + half : i + n; }));
+      pair[k] =
+          op(gather_lanes<I>(v[2 * k], v[2 * k + 1], [](int i) { return i < half ? i : i + half; }),
+             gather_lanes<I>(v[2 * k], v[2 * k + 1], [](int i) { return i < half ? i + half : i + n; }));
     }
     auto at = [](int i) { return i / quarter * half + i % quarter; };
     V all = op(gather_lanes<I>(pair[0], pair[1], at),
