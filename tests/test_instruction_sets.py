@@ -1,0 +1,44 @@
+"""The CPU kernels of the instruction sets that this machine would not choose, in processes of their own."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cbam_fused import backends
+
+HERE = Path(__file__).parent
+# Every dtype and option, several tiles, tails of vectors, and the lanes that NaN takes.
+CASES = "test_dtypes or test_large or test_ties or test_nan_and_infinity or test_strides_of_x"
+
+
+def _flags() -> set:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    line = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    return set(line.partition(":")[2].split())
+
+
+@pytest.mark.parametrize("name, needs", [("avx2", {"avx2", "fma", "f16c"}), ("baseline", set())])
+def test_against_the_reference(name, needs):
+    if (reason := backends()["cpu"]) is not True:
+        pytest.skip(f"no CPU kernels: {reason}")
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip(f"{platform.machine()} has one set of kernels, which the other tests run")
+    if missing := needs - _flags():
+        pytest.skip(f"this processor lacks {', '.join(sorted(missing))}")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+        + [str(HERE / "test_forward_backward.py"), "-k", f"({CASES}) and not triton"],
+        env={**os.environ, "CBAM_FUSED_ISA": name},
+        capture_output=True,
+        text=True,
+        cwd=HERE.parent,
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
+    assert " passed" in run.stdout
