@@ -15,8 +15,9 @@ from torch import Tensor
 from benchmarks.providers import Candidate
 from benchmarks.shapes import Case
 
-# A call shorter than this is repeated within a sample, so that the clock's own cost disappears.
-SAMPLE_SECONDS = 0.05e-3
+# A call shorter than this is repeated within a sample: the clock's own cost disappears, and what the
+# candidate before has left in caches and heap fades.
+SAMPLE_SECONDS = 2e-3
 
 
 @dataclass
