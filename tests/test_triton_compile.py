@@ -71,7 +71,8 @@ def test_every_configuration(target):
 
 
 def test_other_options():
-    check(launches("sm_90", (torch.bfloat16,), OTHERS), "sm_90")
+    shapes = (SHAPES["large"], SHAPES["tiny"])
+    check(launches("sm_90", (torch.bfloat16,), OTHERS, shapes), "sm_90")
 
 
 def test_odd_maps():

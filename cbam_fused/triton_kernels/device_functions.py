@@ -13,11 +13,13 @@ UNROLLED_WIDTH = tl.constexpr(7)
 
 @triton.jit
 def divide(a, b):
-    # `/` of float32 is approximate; its exact twin takes nothing else.
-    if b.dtype == tl.float64:
-        return a / b
-    else:
-        return tl.div_rn(a, b)
+    # `/` of float32 is approximate. Its exact twin is a call, around which registers spill; one step of
+    # refinement is not, and leaves an infinite or zero divisor's quotient alone.
+    q = a / b
+    if b.dtype != tl.float64:
+        rest = tl.fma(-q, b + tl.zeros_like(q), a + tl.zeros_like(q))
+        q = tl.where(rest == rest, q + rest / b, q)
+    return q
 
 
 @triton.jit
