@@ -11,15 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device_functions import (
-    NO_INDEX,
-    divide,
-    finite_or_zero,
-    reduce_maximum,
-    replace_nan,
-    root,
-    track_maximum,
-)
+from .device_functions import NO_INDEX, finite_or_zero, reduce_maximum, replace_nan, root, track_maximum
 
 
 @triton.jit
@@ -103,7 +95,7 @@ def channel_pool_forward_kernel(
 
     out = pooled + (n * SEGMENTS + seg) * ROWS * C + rc
     s = tl.sum(total, 1)
-    mean = divide(s, P.to(ACC))
+    mean = s / P.to(ACC)
     if AVG:
         tl.store(out, s if SEGMENTED else mean, mask=cmask)  # [BC]
     if MAX:
