@@ -68,11 +68,15 @@ class _Gradients:
 
     def __init__(self, x: Tensor, pr: Problem, mlp, conv, norm: Norm):
         self.pr, self.mlp, self.conv, self.norm = pr, mlp, conv, norm
-        like = lambda t: None if t is None else torch.empty_like(t)  # noqa: E731
         w1, b1, w2, b2 = mlp
-        self.dw1, self.db1, self.dw2, self.db2 = (like(t) for t in mlp)
-        self.dconv = [like(t) for t in conv]
-        self.dnorm = [like(t) for t in norm[:2]]
+
+        def like(t: Optional[Tensor], used: int) -> Optional[Tensor]:
+            # A gate that is switched off may have its weights all the same, and no launch fills theirs.
+            return None if t is None else torch.empty_like(t) if used else torch.zeros_like(t)
+
+        self.dw1, self.db1, self.dw2, self.db2 = (like(t, pr.pools) for t in mlp)
+        self.dconv = [like(t, pr.spatial) for t in conv]
+        self.dnorm = [like(t, pr.spatial) for t in norm[:2]]
 
         def acc(*shape: int) -> Tensor:
             return x.new_empty(shape, dtype=pr.acc)
