@@ -150,7 +150,9 @@ def main() -> int:
         f"\nIn units of S, the bytes of x; modelled and counted, not measured on a GPU; "
         f"{time.perf_counter() - start:.0f} s."
     )
-    print(f"{count - len(failed)} of {count} rows are within the bars{''.join(f'{chr(10)}  not: {f}' for f in failed)}")
+    print(
+        f"{count - len(failed)} of {count} rows are within the bars{''.join(f'{chr(10)}  not: {f}' for f in failed)}"
+    )
     return 1 if failed else 0
 
 
