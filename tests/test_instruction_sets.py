@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,3 +43,18 @@ def test_against_the_reference(name, needs):
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
     assert " passed" in run.stdout
+
+
+def test_an_unknown_name_is_an_error():
+    if (reason := backends()["cpu"]) is not True:
+        pytest.skip(f"no CPU kernels: {reason}")
+    code = "import torch, cbam_fused; cbam_fused.FusedCBAM(16, backend='cpu')(torch.ones(1, 16, 4, 4))"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "CBAM_FUSED_ISA": "avx1024"},
+        capture_output=True,
+        text=True,
+        cwd=HERE.parent,
+    )
+    assert run.returncode != 0
+    assert re.search(r"CBAM_FUSED_ISA must be one of .*baseline on this processor, got avx1024", run.stderr)

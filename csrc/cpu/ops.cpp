@@ -33,28 +33,34 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-const Kernels* pick_kernels() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    return kernels_avx512();
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kernels_avx2();
-#endif
-  return kernels_baseline();
-}
+struct InstructionSet {
+  const char* name;
+  bool available;
+  const Kernels* (*kernels)();
+};
 
+// The widest that this processor has, or what CBAM_FUSED_ISA names.
 const Kernels& kernels() {
-  // CBAM_FUSED_ISA=baseline|avx2|avx512 overrides the choice, for tests.
   static const Kernels* chosen = [] {
-    const char* name = std::getenv("CBAM_FUSED_ISA");
-    if (name && !std::strcmp(name, "baseline")) return kernels_baseline();
+    const InstructionSet sets[] = {
 #if defined(__x86_64__)
-    if (name && !std::strcmp(name, "avx2")) return kernels_avx2();
-    if (name && !std::strcmp(name, "avx512")) return kernels_avx512();
+        {"avx512",
+         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),
+         kernels_avx512},
+        {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), kernels_avx2},
 #endif
-    return pick_kernels();
+        {"baseline", true, kernels_baseline},
+    };
+    const char* wanted = std::getenv("CBAM_FUSED_ISA");
+    std::string names;
+    for (const InstructionSet& s : sets) {
+      if (!s.available) continue;
+      if (!wanted || !std::strcmp(wanted, s.name)) return s.kernels();
+      names += (names.empty() ? "" : ", ") + std::string(s.name);
+    }
+    STD_TORCH_CHECK(false, "cbam_fused: CBAM_FUSED_ISA must be one of ", names, " on this processor, got ",
+                    wanted);
   }();
   return *chosen;
 }
