@@ -11,13 +11,14 @@ float64 before it is timed. Without a GPU it says so and exits with 2.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
-import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Dict, List, Tuple
+from typing import Dict, List, Tuple
 
 import torch
 
@@ -25,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.gate import Gate, make_inputs  # noqa: E402
+from benchmarks.measure import Step, candidate_step, copy_step, time_interleaved  # noqa: E402
 from benchmarks.providers import Candidate, build, fused_candidate, make_weights  # noqa: E402
 from benchmarks.shapes import Case  # noqa: E402
 
@@ -32,7 +34,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Tests whose problems a sanitizer ends with in minutes.
 SANITIZED = ("tests/test_forward_backward.py", "tests/test_ops.py")
 SHAPE, SAMPLES = (256, 56, 56), 32
-ROUNDS, WARM_UP = 50, 5
+ROUNDS = 50
 # What is measured, as a ratio, and the least that it has to be.
 BARS = {
     "forward: share of the copy's bandwidth": 0.85,
@@ -55,74 +57,52 @@ def sanitizer() -> str:
     return found or "compute-sanitizer"
 
 
-def times(jobs: Dict[str, Callable[[], object]]) -> Dict[str, float]:
-    """Median milliseconds of each job, interleaved, each with a cache full of other data."""
-    l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    other = torch.empty(2 * l2, dtype=torch.uint8, device="cuda")
-    measured: Dict[str, List[float]] = {name: [] for name in jobs}
-    for i in range(WARM_UP + ROUNDS):
-        for name, job in jobs.items():
-            other.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            job()
-            end.record()
-            end.synchronize()
-            if i >= WARM_UP:
-                measured[name].append(start.elapsed_time(end))
-    return {name: statistics.median(values) for name, values in measured.items()}
-
-
-def candidates(case: Case) -> Tuple[Dict[str, Candidate], torch.Tensor, torch.Tensor]:
-    """Eager, compiled with max-autotune, and backend "cuda", each with the same weights."""
+def candidates(case: Case, backend: str) -> Tuple[List[Candidate], torch.Tensor, torch.Tensor]:
+    """Eager, compiled with max-autotune, and fused, each with the same weights; x and dy."""
     weights = make_weights(case)
     x, dy = make_inputs(case, weights)
-    eager = build(case, ("eager",), weights)[0][0]
-    plain = build(case, ("eager",), weights)[0][0].owner
-    compiled = torch.compile(plain, mode="max-autotune", dynamic=False)
-    found = {
-        "eager": eager,
-        "compiled": Candidate("compile", compiled, plain, case.threads),
-        "fused": fused_candidate(case, weights, "cuda"),
-    }
-    verdict = Gate(case, weights, x, dy).check(found["fused"])
+    eager, plain = build(case, ("eager", "eager"), weights)[0]
+    compiled = torch.compile(plain.owner, mode="max-autotune", dynamic=False)
+    fused = fused_candidate(case, weights, backend)
+    verdict = Gate(case, weights, x, dy).check(fused)
     print(f"gate, {case.mode}: {verdict}", flush=True)
     if not verdict.green:
         raise SystemExit("the fused result is wrong: nothing is timed")
-    return found, x, dy
+    return [eager, Candidate("compile", compiled, plain.owner, case.threads), fused], x, dy
 
 
-def measure() -> Dict[str, float]:
-    found, x, dy = candidates(Case("gpu", SAMPLES, SHAPE, "infer", "bfloat16", device="cuda"))
-    copy = torch.empty_like(x)
-    with torch.no_grad():
-        forward = times(
-            {"copy": lambda: copy.copy_(x), **{n: (lambda c=c: c.module(x)) for n, c in found.items()}}
-        )
-    found, x, dy = candidates(Case("gpu", SAMPLES, SHAPE, "train", "bfloat16", device="cuda"))
-    leaf = x.detach().requires_grad_()
+def times(what: str, case: Case, steps: List[Step]) -> Dict[str, float]:
+    """Median milliseconds of each step."""
+    time_interleaved(case, steps, ROUNDS, math.inf)
+    print(what, ", ".join(f"{s.label} {s.median:.4f} ms" for s in steps), flush=True)
+    return {s.label: s.median for s in steps}
 
-    def step(c: Candidate) -> None:
-        c.module(leaf).backward(dy)
-        leaf.grad = None
-        c.owner.zero_grad(set_to_none=True)
 
-    train = times({n: (lambda c=c: step(c)) for n, c in found.items()})
-    y = found["fused"].module(leaf)
-    wanted = (leaf, *found["fused"].owner.parameters())
-    backward = times({"fused": lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)})
-    for what, rows in (("forward", forward), ("training step", train), ("backward", backward)):
-        print(what, ", ".join(f"{name} {ms:.4f} ms" for name, ms in rows.items()), flush=True)
-    moved = x.numel() * x.element_size() * 2
-    print(f"copy: {moved / forward['copy'] / 1e6:.0f} GB/s", flush=True)
+def measure(infer: Case, backend: str = "cuda") -> Dict[str, float]:
+    """The ratios of BARS for a case and its training twin."""
+    found, x, dy = candidates(infer, backend)
+    forward = times(
+        "forward", infer, [copy_step(infer, x, dy), *(candidate_step(infer, c, x, dy) for c in found)]
+    )
+    training = replace(infer, mode="train")
+    found, x, dy = candidates(training, backend)
+    train = times("training step", training, [candidate_step(training, c, x, dy) for c in found])
+    fused, leaf = found[-1], x.detach().requires_grad_()
+    y, wanted = fused.module(leaf), (leaf, *fused.owner.parameters())
+
+    def backward() -> None:
+        torch.autograd.grad(y, wanted, dy, retain_graph=True)
+
+    alone = times("backward", training, [Step(fused.label, backward, training.threads)])
+    print(f"copy: {2 * infer.x_bytes / forward['copy'] / 1e6:.0f} GB/s", flush=True)
     return {
         # Forward moves as many bytes as the copy, backward half as many again.
         "forward: share of the copy's bandwidth": forward["copy"] / forward["fused"],
-        "backward: share of the copy's bandwidth": 1.5 * forward["copy"] / backward["fused"],
+        "backward: share of the copy's bandwidth": 1.5 * forward["copy"] / alone["fused"],
         "forward: times as fast as eager": forward["eager"] / forward["fused"],
-        "forward: times as fast as compiled": forward["compiled"] / forward["fused"],
+        "forward: times as fast as compiled": forward["compile"] / forward["fused"],
         "training step: times as fast as eager": train["eager"] / train["fused"],
-        "training step: times as fast as compiled": train["compiled"] / train["fused"],
+        "training step: times as fast as compiled": train["compile"] / train["fused"],
     }
 
 
@@ -145,7 +125,7 @@ def main() -> None:
             command = [sanitizer(), "--tool", tool, "--error-exitcode", "1", "--target-processes", "all"]
             run(f"compute-sanitizer {tool}", [*command, *python, *SANITIZED, "-k", "cuda"], outcomes)
     if "bars" not in a.skip:
-        for name, value in measure().items():
+        for name, value in measure(Case("gpu", SAMPLES, SHAPE, "infer", "bfloat16", device="cuda")).items():
             outcomes[f"{name}: {value:.2f}, bar {BARS[name]:g}"] = value >= BARS[name]
     print(f"\n{torch.cuda.get_device_name(0)}, torch {torch.__version__}")
     for name, passed in outcomes.items():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
-import glob
 import statistics
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Callable, Dict, List, Sequence
 
 import torch
@@ -87,13 +87,12 @@ def copy_step(case: Case, x: Tensor, dy: Tensor) -> Step:
 
 
 def _last_level_cache() -> int:
-    """Bytes of the largest cache that a core sees; 32 MiB where Linux's table is missing."""
-    sizes = [32 << 20]
-    for path in glob.glob("/sys/devices/system/cpu/cpu0/cache/index3/size"):
-        with open(path) as file:
-            text = file.read().strip()
-        sizes = [int(text[:-1]) << {"K": 10, "M": 20}[text[-1]]]
-    return max(sizes)
+    """Bytes of the third-level cache that a core sees; 32 MiB where Linux's table has none."""
+    table = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    if not table.exists():
+        return 32 << 20
+    text = table.read_text().strip()
+    return int(text[:-1]) << {"K": 10, "M": 20}[text[-1]]
 
 
 class _Cpu:
@@ -152,7 +151,7 @@ def time_interleaved(
         torch.set_num_threads(step.threads)
         step.call()
         fastest = min(clock.time(step) for _ in range(2))
-        if not cuda:
+        if not cuda and not cold:  # a repeated call would not be cold
             step.repeat = max(1, min(1000, int(SAMPLE_SECONDS * 1e3 / max(fastest, 1e-6)) + 1))
     gc.collect()
     gc.disable()

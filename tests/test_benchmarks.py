@@ -13,7 +13,7 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from benchmarks import bars, bench  # noqa: E402
+from benchmarks import bars, bench, gpu  # noqa: E402
 from benchmarks.gate import Gate, make_inputs  # noqa: E402
 from benchmarks.measure import (  # noqa: E402
     Step,
@@ -304,6 +304,23 @@ def test_rows_are_appended_and_the_header_written_once(tmp_path):
     CsvLog(path).add([row])
     CsvLog(path).add([row, row])
     assert len(read(path)) == 3
+
+
+@pytest.mark.parametrize("cold, calls", [(False, "many"), (True, "one")])
+def test_a_cold_sample_is_one_call(cold, calls):
+    step = Step("nothing", lambda: None, 1)
+    time_interleaved(case(), [step], rounds=5, seconds=60, cold=cold)
+    assert len(step.samples) == 5 and (step.repeat == 1) == (calls == "one")
+
+
+def test_the_bars_of_the_gpu_are_measured_where_they_are_judged(monkeypatch):
+    """The same code as on a GPU, on the CPU, with a compilation that does nothing."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda module, **options: asked.append(options) or module)
+    monkeypatch.setattr(gpu, "ROUNDS", 5)
+    ratios = gpu.measure(case("infer", dtype="bfloat16"), backend="auto")
+    assert ratios.keys() == gpu.BARS.keys() and all(0 < r < 1000 for r in ratios.values())
+    assert [o["mode"] for o in asked] == ["max-autotune"] * 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
