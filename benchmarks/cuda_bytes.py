@@ -58,8 +58,12 @@ RESIDENT_TIME = {"forward": 1.15, "backward": 1.1}
 
 
 def verdict(value: float, bar: float) -> str:
-    """Judged as printed, to three places."""
-    return f"{'pass' if round(value, 3) <= bar else 'MISS'} (bar {bar:g})"
+    return f"{'pass' if value <= bar else 'MISS'} (bar {bar:g})"
+
+
+def title(name, samples, shape, dtype, last) -> str:
+    layout = "last" if last else "contiguous"
+    return f"{name:19} {','.join(map(str, (samples, *shape))):14} {str(dtype)[6:]:9} {layout:10}"
 
 
 def resident_fits(x, p, operation) -> bool:
@@ -95,7 +99,7 @@ def counted(tier, samples, shape, dtype, last) -> None:
     saved = cs.cbam_forward(x, p, Config(), cs.NO_NORM, streamed)
     for name in ("forward", "backward"):
         if tier == "resident" and not (dtype != torch.float64 and resident_fits(x, p, f"cbam_{name}")):
-            print(f"resident {name:9} {','.join(map(str, (samples, *shape))):14} goes to the streamed tier")
+            print(title(f"{tier} {name}", samples, shape, dtype, last), "goes to the streamed tier")
             continue
         machine = cr.ResidentMachine(resident=16) if tier == "resident" else streamed
         if name == "forward":
@@ -109,7 +113,7 @@ def counted(tier, samples, shape, dtype, last) -> None:
         small = sum(traffic.values()) - big - weights - scratch
         judged = big if tier == "resident" else big + scratch
         print(
-            f"{tier} {name:9} {','.join(map(str, (samples, *shape))):14} {str(dtype)[6:]:9} {'last' if last else 'contiguous':10}"
+            f"{title(f'{tier} {name}', samples, shape, dtype, last)}"
             f" x-sized {big / size:5.3f} S   scratch {scratch / size:5.3f} S   saved and gates {small / size:5.3f} S"
             f"   weights {weights / size:6.3f} S   {verdict(judged / size, COUNTED[tier, name])}",
             flush=True,
@@ -127,7 +131,7 @@ def modelled_resident(samples, shape, dtype, last, l2) -> None:
         apart = (machine.dram(name) - machine.small_bytes[name]) / floor
         time = crp.time_over_copy(machine, name, samples, floor)
         print(
-            f"resident {name:9} {','.join(map(str, (samples, *shape))):14} {str(dtype)[6:]:9} {'last' if last else 'contiguous':10}"
+            f"{title(f'resident {name}', samples, shape, dtype, last)}"
             f" DRAM {traffic:5.3f} of the floor, {apart:5.3f} without small tensors {verdict(apart, RESIDENT_TRAFFIC)}"
             f"   time / copy at N = 16 {time:5.3f} {verdict(time, RESIDENT_TIME[name])}",
             flush=True,
@@ -141,7 +145,7 @@ def modelled(samples, shape, dtype, last, l2) -> None:
 
     def row(name, floor, nbytes):
         print(
-            f"{name:18} {','.join(map(str, (samples, *shape))):14} {str(dtype)[6:]:9} {'last' if last else 'contiguous':10}"
+            f"{title(name, samples, shape, dtype, last)}"
             f" L2 {l2 >> 20} MB   DRAM {nbytes / size:5.3f} S, {nbytes / size / floor:5.3f} of the floor of {floor} S   "
             + verdict(nbytes / size / floor, MODELLED[name]),
             flush=True,
