@@ -42,7 +42,11 @@ def _setup(folder: Path, *arguments: str, before: str = "", **environment: str):
 LEAVES_OUT = {
     "not wanted": ("", "0", "CBAM_FUSED_CUDA=0"),
     "torch without CUDA": ("import torch; torch.version.cuda = None", "", "is built without CUDA"),
-    "another CUDA": ("import torch; torch.version.cuda = '9.2'", "", "nvcc is .* and torch .* CUDA 9.2|nvcc"),
+    "another CUDA": (
+        "import torch; torch.version.cuda = '9.2'",
+        "",
+        r"nvcc is \d+\.\d+ and torch is built with CUDA 9\.2|no CUDA toolkit \(bin/nvcc",
+    ),
 }
 
 
