@@ -113,11 +113,13 @@ struct Block {
     const int64_t sample = p.C * p.P * int64_t(sizeof(T)) * (backward ? 2 : 1);
     const int64_t wanted = std::min((4 * weights + sample - 1) / sample, (int64_t(4) << 20) / sample);
     const int64_t share = std::max<int64_t>(1, p.N / p.threads), most = std::clamp<int64_t>(wanted, 1, share);
-    return (share + (share + most - 1) / most - 1) / ((share + most - 1) / most);  // groups of equal size
+    const int64_t groups = (share + most - 1) / most;
+    return (share + groups - 1) / groups;  // of equal size, so that no thread waits for another's remainder
   }
 
-  // Whether whole vectors of the output can bypass the caches, and it is large enough to gain by it
-  // (measured: where all that the call reads and writes comes to about the last-level cache).
+  // Whether whole vectors of the output can bypass the caches, and it is large enough to gain by it.
+  // Measured with 32 MiB of cache: at 6 MiB forward loses a quarter, where x and y stay in it together,
+  // and backward, with x, dy and dx, gains a tenth; at 12 MiB both gain a quarter.
   static bool can_stream(const Problem& p, bool backward) {
     const int64_t row = (kChannelsLast ? p.C : p.P) * int64_t(sizeof(T)), width = L * int64_t(sizeof(T));
     return row % width == 0 && reinterpret_cast<uintptr_t>(p.out) % size_t(width) == 0 &&

@@ -6,7 +6,7 @@
 // A pass reads each element of x (and dy) once; what it keeps per lane stays in the L1 cache.
 
 constexpr int kBlock = 4;
-constexpr int64_t kLongRow = 2048;  // bytes
+constexpr int64_t kLongRow = 2048;  // bytes, from where on a reduction takes rows one by one
 
 // How a row of `count` lanes is cut into vectors ("slots"). A last, incomplete slot is moved left
 // over lanes that the slot before it has covered ("overlap"), so that it can be loaded whole. Where
