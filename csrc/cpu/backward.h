@@ -8,8 +8,8 @@ struct Backward : Block<T, kChannelsLast> {
   using Base = Block<T, kChannelsLast>;
   using Base::Base;
   using Base::call, Base::dy, Base::element, Base::L, Base::load_gate, Base::mlp_hidden, Base::out, Base::p,
-      Base::pad, Base::passes, Base::place_maps, Base::pools_count, Base::streams, Base::tile,
-      Base::tile_dgate, Base::tile_end, Base::tiles, Base::with_matrix, Base::x, Base::in_parts;
+      Base::pad, Base::passes, Base::period, Base::place_maps, Base::pools_count, Base::repeat, Base::streams,
+      Base::tile, Base::tile_dgate, Base::tile_end, Base::tiles, Base::with_matrix, Base::x, Base::in_parts;
   using typename Base::A;
   using typename Base::Int;
 
@@ -238,22 +238,28 @@ struct Backward : Block<T, kChannelsLast> {
     const Int* q_index = s.q_index;
     if constexpr (kChannelsLast) {
       map_rows<kWrite>(dy(s.n), out(s.n), p.C, p0, p1, make_slots<A>(p.C, 0),
-                       [=](Vec<A> d, int64_t r, int64_t l, auto) {
-                         VecInt<A> hit = iota<A>() + splat_int<A>(l) == splat_int<A>(q_index[r]);
-                         Vec<A> inner = d * sp[r] + dq_mean[r];
-                         inner = hit ? inner + dq_max[r] : inner;
+                       [=](Vec<A> d, auto rows, int64_t l, auto) {
+                         VecInt<A> hit = iota<A>() + splat_int<A>(l) == splat_int<A>(q_index[rows.r]);
+                         Vec<A> inner = d * rows(sp) + rows(dq_mean);
+                         inner = hit ? inner + rows(dq_max) : inner;
                          Vec<A> v = load(gate + l) * inner + load(da + l);
                          return kResidual ? v + d : v;
                        });
     } else {
-      map_rows<kWrite>(dy(s.n) + p0, out(s.n) + p0, p.P, 0, p.C, make_slots<A>(p1 - p0, p0),
-                       [=](Vec<A> d, int64_t r, int64_t l, auto) {
-                         VecInt<A> hit = load(q_index + p0 + l) == splat_int<A>(r);
-                         Vec<A> inner = d * load(sp + p0 + l) + load(dq_mean + p0 + l);
-                         inner = hit ? inner + load(dq_max + p0 + l) : inner;
-                         Vec<A> v = gate[r] * inner + da[r];
-                         return kResidual ? v + d : v;
-                       });
+      auto f = [=](Vec<A> d, auto rows, int64_t l, auto) {
+        VecInt<A> hit = load(q_index + l) == rows.template index<A>();
+        Vec<A> inner = d * load(sp + l) + load(dq_mean + l);
+        inner = hit ? inner + load(dq_max + l) : inner;
+        Vec<A> v = rows(gate) * inner + rows(da);
+        return kResidual ? v + d : v;
+      };
+      if (period) {
+        repeat(s.s), repeat(s.dq_mean), repeat(s.dq_max), repeat(s.q_index);
+        map_flat<kWrite>(dy(s.n), out(s.n), p.C, p.P, period, f);
+      } else {
+        map_rows<kWrite>(dy(s.n) + p0, out(s.n) + p0, p.P, 0, p.C, make_slots<A>(p1 - p0, p0),
+                         [=](Vec<A> d, auto rows, int64_t l, auto tag) { return f(d, rows, p0 + l, tag); });
+      }
     }
     if (!(p.pools & kMax)) return;
     // One element a channel also gets the maximum's gradient; recomputed, so that it is rounded once.
@@ -299,7 +305,8 @@ struct Backward : Block<T, kChannelsLast> {
       const T* xs = x(s.n);
       map_rows<Write::kCached>(
           dy(s.n), out(s.n), p.C, p0, p1, make_slots<A>(p.C, 0),
-          [&](Vec<A> d, int64_t r, int64_t l, auto tag) {
+          [&](Vec<A> d, auto rows, int64_t l, auto tag) {
+            const int64_t r = rows.r;
             return value(d, load(xs + r * p.C + l, tag), load(s.gate + l), splat<A>(s.s[r]),
                          splat<A>(s.dq_mean[r]), splat<A>(s.dq_max[r]), pick(q_max, r),
                          iota<A>() + splat_int<A>(l) == splat_int<A>(s.q_index[r]), lanes(s.da, l),
@@ -310,7 +317,8 @@ struct Backward : Block<T, kChannelsLast> {
       const T* xs = x(s.n) + p0;
       map_rows<Write::kCached>(
           dy(s.n) + p0, out(s.n) + p0, p.P, 0, p.C, make_slots<A>(p1 - p0, p0),
-          [&](Vec<A> d, int64_t r, int64_t l, auto tag) {
+          [&](Vec<A> d, auto rows, int64_t l, auto tag) {
+            const int64_t r = rows.r;
             return value(d, load(xs + r * p.P + l, tag), splat<A>(s.gate[r]), load(s.s + p0 + l),
                          load(s.dq_mean + p0 + l), load(s.dq_max + p0 + l), lanes(q_max, p0 + l),
                          load(s.q_index + p0 + l) == splat_int<A>(r), pick(s.da, r), pick(s.dm, r),

@@ -58,6 +58,23 @@ struct Call {
   std::vector<Sample<A>> samples;  // `group` for each worker, then the shared one
 };
 
+// Indices as they are saved, of as many lanes as a vector has.
+template <class I, int kCount>
+struct IndexVector {
+  typedef I type __attribute__((vector_size(sizeof(I) * kCount)));
+};
+
+// Lanes [begin, end) of v to their places in to[0, L).
+template <class V, class U>
+CBAM_INLINE void store_lanes(U* to, V v, int begin, int end) {
+  constexpr int n = int(sizeof(V) / sizeof(v[0]));
+  if (begin == 0 && end == n) {
+    store_bytes(to, v);
+  } else {
+    for (int i = begin; i < end; ++i) to[i] = v[i];
+  }
+}
+
 template <class U>
 inline int64_t read_index(const void* base, int64_t i) {
   return static_cast<const U*>(base)[i];
@@ -73,6 +90,17 @@ inline void put_index(void* base, bool wide, int64_t i, int64_t value) {
   }
 }
 
+template <class A>
+inline void put_indices(void* base, bool wide, int64_t i, VecInt<A> v, int begin, int end) {
+  if (wide) {
+    store_lanes(static_cast<int32_t*>(base) + i,
+                __builtin_convertvector(v, typename IndexVector<int32_t, kLanes<A>>::type), begin, end);
+  } else {
+    store_lanes(static_cast<int16_t*>(base) + i,
+                __builtin_convertvector(v, typename IndexVector<int16_t, kLanes<A>>::type), begin, end);
+  }
+}
+
 template <class T, bool kChannelsLast>
 struct Block {
   using A = Acc<T>;
@@ -85,6 +113,7 @@ struct Block {
   const bool backward;
   const int pools_count, passes;  // rows of pooled; MLP passes
   const int64_t tile, tiles;
+  const int64_t period;  // of map_flat, 0 where a tile is not all of a sample
   const int64_t group;
   const bool streams;
   Call<A> call;
@@ -97,6 +126,7 @@ struct Block {
   // tile, one value after the other, loses more than the sum over tiles.
   static int64_t tile_positions(const Problem& p, bool backward) {
     int64_t bytes = p.C * int64_t(sizeof(T)) * (backward ? 2 : 1);
+    if (!backward && p.N >= p.threads && bytes * p.P <= int64_t(1) << 20) return std::min(p.P, int64_t(2048));
     int64_t positions = std::max<int64_t>((int64_t(backward ? 1536 : 512) << 10) / bytes / L * L, 64);
     return std::min({positions, int64_t(2048), p.P});
   }
@@ -104,6 +134,12 @@ struct Block {
   // A last tile of less than a vector joins the one before it: its vector would reach back over
   // positions that another thread may own, or that are already final.
   static int64_t count_tiles(int64_t P, int64_t tile) { return std::max<int64_t>(1, (P + tile - L) / tile); }
+
+  // Rows as many as end where a vector ends, unless their lanes would crowd the first-level cache.
+  static int64_t flat_period(int64_t P) {
+    const int64_t aligned = P / std::gcd(P, int64_t(L)) * L;
+    return aligned * int64_t(sizeof(A)) <= 6 << 10 ? aligned : P;
+  }
 
   // Samples that a thread takes through the pools together, so that each load of the MLP's weights
   // serves all of them: only where weights weigh against a sample.
@@ -120,8 +156,9 @@ struct Block {
   // Whether whole vectors of the output can bypass the caches, and it is large enough to gain by it.
   // Measured with 32 MiB of cache: at 6 MiB forward loses a quarter, where x and y stay in it together,
   // and backward, with x, dy and dx, gains a tenth; at 12 MiB both gain a quarter.
-  static bool can_stream(const Problem& p, bool backward) {
-    const int64_t row = (kChannelsLast ? p.C : p.P) * int64_t(sizeof(T)), width = L * int64_t(sizeof(T));
+  static bool can_stream(const Problem& p, bool backward, int64_t tiles) {
+    const int64_t whole = !kChannelsLast && tiles == 1 ? p.C : 1, width = L * int64_t(sizeof(T));
+    const int64_t row = whole * (kChannelsLast ? p.C : p.P) * int64_t(sizeof(T));
     return row % width == 0 && reinterpret_cast<uintptr_t>(p.out) % size_t(width) == 0 &&
            p.N * p.C * p.P * int64_t(sizeof(T)) > p.cache_bytes / (backward ? 8 : 3);
   }
@@ -134,8 +171,9 @@ struct Block {
         passes(problem.pools & kBlend ? 1 : count_pools(problem.pools)),
         tile(tile_positions(problem, is_backward)),
         tiles(count_tiles(problem.P, tile)),
+        period(kChannelsLast || tiles > 1 || problem.P < L ? 0 : flat_period(problem.P)),
         group(group_size(problem, is_backward)),
-        streams(can_stream(problem, is_backward)) {
+        streams(can_stream(problem, is_backward, tiles)) {
     carve(carver);
   }
 
@@ -158,7 +196,7 @@ struct Block {
       call.dplanes = c.take<A>(N * 2 * pad.taps());
       call.dnorm = c.take<double>(N * 2);
     }
-    const int64_t lanes = std::max(C, tile + L) + L, positions = P + L, channels = C + L;
+    const int64_t lanes = std::max(C, tile + L) + L, positions = std::max(P, period) + L, channels = C + L;
     const int64_t padded = p.spatial ? pad.size + 8 * L : 0;
     for (int i = 0; i < p.threads; ++i) {
       Worker<A> w{};
@@ -261,12 +299,12 @@ struct Block {
   // Pools of the channels [c0, c1); c0 is a multiple of L or 0.
   void pool(int64_t n, int64_t c0, int64_t c1, Worker<A>& w, Sample<A>& s) const {
     const T* xs = x(n);
-    auto done = [&](int64_t c, const Extremum<A>& e) {
+    auto done = [&](int64_t c, int begin, int end, const Extrema<A>& e) {
       A* row = call.pooled + n * pools_count * p.C + c;
-      if (p.pools & kAvg) *row = e.sum / A(p.P), row += p.C;
-      if (p.pools & kMax) *row = e.max;
-      s.peak[c] = e.max;
-      if (p.pool_index) put_index(p.pool_index, p.wide_pool_index, n * p.C + c, e.index);
+      if (p.pools & kAvg) store_lanes(row, e.sum / A(p.P), begin, end), row += p.C;
+      if (p.pools & kMax) store_lanes(row, e.max, begin, end);
+      store_lanes(s.peak + c, e.max, begin, end);
+      if (p.pool_index) put_indices<A>(p.pool_index, p.wide_pool_index, n * p.C + c, e.index, begin, end);
     };
     auto indexed = [&](auto index) {
       constexpr bool kIndex = decltype(index)::value;
@@ -274,17 +312,16 @@ struct Block {
         auto slots = make_slots<A>(c1 - c0, c0);
         reduce_columns<false, kIndex>(xs + c0, p.C, 0, p.P, slots, (const A*)nullptr, w.part, w.sum, w.max,
                                       w.index);
-        finish_columns<false>(xs + c0, p.C, 0, p.P, slots, (const A*)nullptr, w.sum, w.max, w.index,
-                              [&](int64_t l, int64_t k, auto) {
+        finish_columns<false>(xs + c0, p.C, p.P, slots, (const A*)nullptr, w.sum, w.max, w.index,
+                              [&](int64_t l, auto, const Extrema<A>& e) {
                                 // From c0 on: what lies before belongs to another thread, which may have put
                                 // the number of its ties in place of the index.
-                                for (int i = int(std::max<int64_t>(0, -l)); i < L && c0 + l + i < c1; ++i) {
-                                  done(c0 + l + i,
-                                       Extremum<A>{w.sum[k * L + i], w.max[k * L + i], w.index[k * L + i]});
-                                }
+                                done(c0 + l, int(std::max<int64_t>(0, -l)),
+                                     int(std::min<int64_t>(L, c1 - c0 - l)), e);
                               });
       } else {
-        reduce_rows<false, kIndex>(xs, p.P, c0, c1, make_slots<A>(p.P, 0), p.P, (const A*)nullptr, done);
+        reduce_rows<false, kIndex>(xs, p.P, c0, c1, make_slots<A>(p.P, 0), p.P, (const A*)nullptr,
+                                   [&](int64_t c, int rows, const Extrema<A>& e) { done(c, 0, rows, e); });
       }
     };
     p.pool_index ? indexed(std::true_type{}) : indexed(std::false_type{});
@@ -430,10 +467,13 @@ struct Block {
             map_rows<kWrite>(in, to, p.C, begin + shift, end + shift, slots, f);
           });
         } else {
-          const int64_t q0 = done * tile;
-          spatial_pool_and(t, w, s, [=](int64_t r, int64_t l, auto tag, auto rows) CBAM_INLINE_LAMBDA {
-            map_block<kWrite>(in, to, p.P, r, q0 + l, tag, rows, f);
-          });
+          const int64_t q0 = done * tile, P = p.P;
+          spatial_pool_and(t, w, s,
+                           [=](int64_t r, int64_t step, int64_t l, auto tag, auto rows) CBAM_INLINE_LAMBDA {
+                             constexpr int R = decltype(rows)::value;
+                             map_block<kWrite>(RowPointers<const T, R>(in, P, r, step),
+                                               RowPointers<T, R>(to, P, r, step), r, step, q0 + l, tag, f);
+                           });
         }
       });
     }
@@ -446,22 +486,22 @@ struct Block {
     auto indexed = [&](auto with_index) {
       constexpr bool kIndex = decltype(with_index)::value;
       if constexpr (kChannelsLast) {
-        auto done = [&](int64_t pos, const Extremum<A>& e) {
-          s.q_max[pos] = e.max;
-          s.q_mean[pos] = e.sum / A(p.C);
-          s.q_index[pos] = Int(e.index);
+        auto done = [&](int64_t pos, int rows, const Extrema<A>& e) {
+          store_lanes(s.q_max + pos, e.max, 0, rows);
+          store_lanes(s.q_mean + pos, e.sum / A(p.C), 0, rows);
+          if (kIndex) store_lanes(s.q_index + pos, e.index, 0, rows);
         };
         reduce_rows<true, kIndex>(xs, p.C, p0, p1, make_slots<A>(p.C, 0), p.C, s.gate, done, also);
       } else {
         auto slots = make_slots<A>(p1 - p0, p0);
         reduce_columns<true, kIndex>(xs + p0, p.P, 0, p.C, slots, s.gate, w.part, w.sum, w.max, w.index,
                                      also);
-        finish_columns<true>(xs + p0, p.P, 0, p.C, slots, s.gate, w.sum, w.max, w.index,
-                             [&](int64_t l, int64_t k, auto tag) {
-                               write<Write::kCached>(s.q_max + p0 + l, load(w.max + k * L), tag);
-                               write<Write::kCached>(s.q_mean + p0 + l, load(w.sum + k * L) / A(p.C), tag);
-                               for (int i = 0; kIndex && i < L && p0 + l + i < p1; ++i)
-                                 s.q_index[p0 + l + i] = w.index[k * L + i];
+        finish_columns<true>(xs + p0, p.P, p.C, slots, s.gate, w.sum, w.max, w.index,
+                             [&](int64_t l, auto, const Extrema<A>& e) {
+                               const int end = int(std::min<int64_t>(L, p1 - p0 - l));
+                               store_lanes(s.q_max + p0 + l, e.max, 0, end);
+                               store_lanes(s.q_mean + p0 + l, e.sum / A(p.C), 0, end);
+                               if (kIndex) store_lanes(s.q_index + p0 + l, e.index, 0, end);
                              });
       }
     };
@@ -534,15 +574,21 @@ struct Block {
     static constexpr Write value = kWrite;
   };
 
-  // g(how to write, y as a function of x, row, first lane and tag), the last pass of the block.
+  // What map_flat asks of an array of positions.
+  template <class U>
+  void repeat(U* a) const {
+    for (int64_t i = p.P; i < period + L; ++i) a[i] = a[i - p.P];
+  }
+
+  // g(how to write, y as a function of x, its rows, first lane and tag), the last pass of the block.
   template <class G>
   void with_output(const Sample<A>& s, G g) const {
     const A *gate = s.gate, *sp = s.s;
-    auto plain = [=](Vec<A> v, int64_t r, int64_t l, auto) CBAM_INLINE_LAMBDA {
-      return kChannelsLast ? v * load(gate + l) * sp[r] : v * gate[r] * load(sp + l);
+    auto plain = [=](Vec<A> v, auto rows, int64_t l, auto) CBAM_INLINE_LAMBDA {
+      return kChannelsLast ? v * load(gate + l) * rows(sp) : v * rows(gate) * load(sp + l);
     };
-    auto residual = [=](Vec<A> v, int64_t r, int64_t l, auto tag)
-                        CBAM_INLINE_LAMBDA { return plain(v, r, l, tag) + v; };
+    auto residual = [=](Vec<A> v, auto rows, int64_t l, auto tag)
+                        CBAM_INLINE_LAMBDA { return plain(v, rows, l, tag) + v; };
     if (streams) {
       p.residual ? g(WriteAs<Write::kStreamed>{}, residual) : g(WriteAs<Write::kStreamed>{}, plain);
     } else {
@@ -555,10 +601,13 @@ struct Block {
       constexpr Write kWrite = decltype(write_as)::value;
       if constexpr (kChannelsLast) {
         map_rows<kWrite>(x(s.n), out(s.n), p.C, p0, p1, make_slots<A>(p.C, 0), f);
+      } else if (period) {
+        repeat(s.s);
+        map_flat<kWrite>(x(s.n), out(s.n), p.C, p.P, period, f);
       } else {
         map_rows<kWrite>(x(s.n) + p0, out(s.n) + p0, p.P, 0, p.C, make_slots<A>(p1 - p0, p0),
-                         [=](Vec<A> v, int64_t r, int64_t l, auto tag)
-                             CBAM_INLINE_LAMBDA { return f(v, r, p0 + l, tag); });
+                         [=](Vec<A> v, auto rows, int64_t l, auto tag)
+                             CBAM_INLINE_LAMBDA { return f(v, rows, p0 + l, tag); });
       }
     });
   }

@@ -6,7 +6,8 @@
 // A pass reads each element of x (and dy) once; what it keeps per lane stays in the L1 cache.
 
 constexpr int kBlock = 4;
-constexpr int64_t kLongRow = 2048;  // bytes, from where on a reduction takes rows one by one
+// Bytes: shorter rows are reduced four at a time; in longer ones, places are kept by chunks.
+constexpr int64_t kShortRow = 512, kLongRow = 2048;
 
 // How a row of `count` lanes is cut into vectors ("slots"). A last, incomplete slot is moved left
 // over lanes that the slot before it has covered ("overlap"), so that it can be loaded whole. Where
@@ -84,12 +85,6 @@ CBAM_INLINE void write(T* p, Vec<Acc<T>> v, Tail<A> t) {
   }
 }
 
-// Fetches the same lanes of the next block of rows.
-template <class T, int kRows>
-CBAM_INLINE void prefetch_next(const T* p, int64_t stride) {
-  for (int u = 0; u < kRows; ++u) __builtin_prefetch(p + (kRows + u) * stride);
-}
-
 // f(first row, rows as a constant) for blocks of kBlock rows and then single rows.
 template <int kRows>
 struct Rows {
@@ -102,6 +97,35 @@ CBAM_INLINE void for_blocks(int64_t begin, int64_t end, F&& f) {
   for (; r < end; ++r) f(r, Rows<1>{});
 }
 
+// f(first row, step, rows as a constant) for blocks of kBlock rows a step apart, and then single rows.
+// Short rows that lie next to each other share pages, and four at a time the processor sees no order in
+// what is read there (measured from memory, rows of 1 KiB: half the speed); so each of the
+// four goes through a quarter of the rows instead.
+template <class T, class F>
+CBAM_INLINE void for_streams(int64_t begin, int64_t end, int64_t stride, F&& f) {
+  const bool short_rows = stride * int64_t(sizeof(T)) <= 2048;
+  const int64_t blocks = (end - begin) / kBlock;
+  const int64_t step = short_rows ? blocks : 1, advance = short_rows ? 1 : kBlock;
+  for (int64_t i = 0; i < blocks; ++i) f(begin + i * advance, step, Rows<kBlock>{});
+  for (int64_t r = begin + kBlock * blocks; r < end; ++r) f(r, int64_t(1), Rows<1>{});
+}
+
+// The rows of one block of for_streams.
+template <class T, int R>
+struct RowPointers {
+  T* row[R];
+  int64_t next;  // from here to the same lanes of the next block
+
+  CBAM_INLINE RowPointers(T* x, int64_t stride, int64_t r, int64_t step)
+      : next((step == 1 ? R : 1) * stride) {
+    row[0] = x + r * stride;
+    for (int u = 1; u < R; ++u) row[u] = row[u - 1] + step * stride;
+  }
+  CBAM_INLINE void prefetch(int64_t l) const {
+    for (int u = 0; u < R; ++u) __builtin_prefetch(row[u] + l + next);
+  }
+};
+
 // Sum of the rows of a block by halves: shorter chains of additions, so less is lost, and more at a time.
 template <class V>
 CBAM_INLINE V sum_block(const V (&v)[1]) {
@@ -111,6 +135,14 @@ template <class V>
 CBAM_INLINE V sum_block(const V (&v)[4]) {
   return (v[0] + v[1]) + (v[2] + v[3]);
 }
+template <class V>
+CBAM_INLINE V sum_block_beside_max(const V (&v)[1]) {
+  return v[0];
+}
+template <class V>
+CBAM_INLINE V sum_block_beside_max(const V (&v)[4]) {
+  return add_beside_max(add_beside_max(v[0], v[1]), add_beside_max(v[2], v[3]));
+}
 
 // Work of another tile that is done along with a pass: reads of one and writes of the other overlap.
 struct Nothing {
@@ -118,27 +150,30 @@ struct Nothing {
   CBAM_INLINE void operator()(const Args&...) const {}
 };
 
-// A statistic of one lane or row: sum and first maximum with its index.
+// Sums and first maxima with their indices, one a lane.
 template <class A>
-struct Extremum {
-  A sum, max;
-  int64_t index;
+struct Extrema {
+  Vec<A> sum, max;
+  VecInt<A> index;
 };
 
-// Exact first maximum of `count` values where the sum came out NaN: a NaN wins, the first one.
-// Without a NaN among the values (infinity minus infinity), the vector result stands.
+// The exact first maximum of those lanes whose sum came out NaN: a NaN wins, the first one. Without a NaN
+// among the values (infinity minus infinity), the vector result stands. get(lane, i): value i of a lane.
 template <class A, class Get>
-void settle_nan(Extremum<A>& e, int64_t count, Get get) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (A v = get(i); v != v) {
-      e.max = v;
-      e.index = i;
-      return;
+void settle_nan(Extrema<A>& e, int lanes, int64_t count, Get get) {
+  for (int lane = 0; lane < lanes; ++lane) {
+    for (int64_t i = 0; e.sum[lane] != e.sum[lane] && i < count; ++i) {
+      if (A v = get(lane, i); v != v) {
+        e.max[lane] = v;
+        e.index[lane] = typename Lanes<A>::Int(i);
+        break;
+      }
     }
   }
 }
 
-// Running sum and maximum of the lanes of a row; with kIndex, where the maximum was first met.
+// Running sum and maximum of the lanes of a row; with kIndex, where the maximum was first met: the
+// lane, or where `where` says so the chunk of slots.
 template <class A, bool kIndex>
 struct RowState {
   Vec<A> sum, max;
@@ -149,98 +184,151 @@ struct RowState {
       : sum(Vec<A>{}), max(splat<A>(-std::numeric_limits<A>::infinity())), index(VecInt<A>{}) {}
   template <class Tag>
   CBAM_INLINE void take(Vec<A> v, int64_t l, Tag tag) {
-    sum += only_fresh(v, tag, Vec<A>{});
-    v = only_fresh(v, tag, splat<A>(-std::numeric_limits<A>::infinity()));
-    VecInt<A> greater = v > max;
-    if constexpr (kIndex) index = greater ? iota<A>() + splat_int<A>(l) : index;
-    max = greater ? v : max;
+    sum = add_beside_max(only_fresh(v, tag, Vec<A>{}), sum);
+    raise(only_fresh(v, tag, splat<A>(-std::numeric_limits<A>::infinity())),
+          [l] { return iota<A>() + splat_int<A>(l); });
   }
-  CBAM_INLINE void join(const RowState& o) {
-    sum += o.sum;
-    VecInt<A> theirs = o.max > max;
-    if constexpr (kIndex) {
-      VecInt<A> same = o.max == max;
-      index = theirs ? o.index : index;
-      index = same && o.index < index ? o.index : index;
-    }
-    max = theirs ? o.max : max;
+  template <class Where>
+  CBAM_INLINE void raise(Vec<A> v, Where where) {
+    if constexpr (kIndex) index = v > max ? where() : index;
+    max = greater_of(v, max);
   }
 };
 
-// The statistics of R rows from their states.
-template <class A, bool kIndex, int R>
-CBAM_INLINE void finish_rows(const RowState<A, kIndex> (&state)[R], Extremum<A> (&e)[R]) {
-  Vec<A> v[R];
-  A sum[R], max[R];
-  for (int u = 0; u < R; ++u) v[u] = state[u].sum;
-  sum_lanes<A>(v, sum);
-  for (int u = 0; u < R; ++u) v[u] = state[u].max;
-  max_lanes<A>(v, max);
-  typename Lanes<A>::Int index[R] = {};
-  if constexpr (kIndex) {
-    VecInt<A> where[R], far = splat_int<A>(std::numeric_limits<int32_t>::max());
-    for (int u = 0; u < R; ++u) where[u] = v[u] == splat<A>(max[u]) ? state[u].index : far;
-    min_lanes<A>(where, index);
+// Slots of a long row whose maxima are compared before their place is kept; found within them afterwards.
+constexpr int kTogetherSlots = 8;
+
+// Row state of a long row: with kIndex, the index is a chunk of kTogetherSlots slots, the last one longer.
+template <bool kIndex, class A, class Value>
+CBAM_INLINE RowState<A, kIndex> reduce_long_row(const Slots<A>& slots, Value value) {
+  constexpr int L = kLanes<A>, n = kTogetherSlots;
+  RowState<A, kIndex> best;
+  RowState<A, false> part[kBlock];
+  const int64_t chunks = std::max<int64_t>(1, slots.full / n);
+  for (int64_t j = 0; j < chunks; ++j) {
+    const int64_t end = j + 1 == chunks ? slots.full : (j + 1) * n;
+    int64_t k = j * n;
+    for (; k + kBlock <= end; k += kBlock) {
+      for (int u = 0; u < kBlock; ++u) part[u].take(value((k + u) * L, Full{}), 0, Full{});
+    }
+    for (; k < end; ++k) part[0].take(value(k * L, Full{}), 0, Full{});
+    if (j + 1 == chunks && slots.tail_count) {
+      Tail<A> tag{slots};
+      part[1].take(value(slots.tail_start, tag), 0, tag);
+    }
+    // The maxima so far, so that a chunk is kept only if it is the first with its maximum.
+    if (kIndex || j + 1 == chunks) {
+      Vec<A> max = greater_of(greater_of(part[0].max, part[1].max), greater_of(part[2].max, part[3].max));
+      best.raise(max, [j] { return splat_int<A>(j); });
+    }
   }
-  for (int u = 0; u < R; ++u) {
-    e[u] = {sum[u], max[u], max[u] == -std::numeric_limits<A>::infinity() ? 0 : int64_t(index[u])};
-  }
+  best.sum = (part[0].sum + part[1].sum) + (part[2].sum + part[3].sum);
+  return best;
 }
 
-// Sum and first maximum over the lanes of each row in [r0, r1): done(row, Extremum).
-// kScaled multiplies lane l by lane_scale[l] first. Long rows are read one by one, which memory
-// serves best (measured: a third faster than four at a time), short ones four at a time.
-// also(begin, end) follows each row or block of rows.
+// The first lane of chunk j that equals `max`.
+template <class A, class Value>
+CBAM_INLINE typename Lanes<A>::Int find_in_chunk(const Slots<A>& slots, int64_t j, A max, Value value) {
+  constexpr int L = kLanes<A>, n = kTogetherSlots;
+  const VecInt<A> far = splat_int<A>(std::numeric_limits<int32_t>::max());
+  const bool last = j + 1 >= slots.full / n;
+  VecInt<A> first = far;
+  for (int64_t k = j * n; k < (last ? slots.full : (j + 1) * n); ++k) {
+    VecInt<A> at = value(k * L, Full{}) == splat<A>(max) ? iota<A>() + splat_int<A>(k * L) : far;
+    first = at < first ? at : first;
+  }
+  if (last && slots.tail_count) {
+    Tail<A> tag{slots};
+    VecInt<A> equal = only_fresh(value(slots.tail_start, tag) == splat<A>(max), tag, VecInt<A>{});
+    VecInt<A> at = equal ? iota<A>() + splat_int<A>(slots.tail_start) : far;
+    first = at < first ? at : first;
+  }
+  return min_lanes<A>(first);
+}
+
+// Sum and first maximum over the lanes of each row in [r0, r1), for up to kLanes rows at a time:
+// done(first row, rows, Extrema). kScaled multiplies lane l by lane_scale[l] first. Memory is read row by
+// row, as it serves best (measured: a third faster than four rows at a time in cache, twice as
+// fast from memory), but for the shortest rows. also(begin, end) follows each row or block of rows.
 template <bool kScaled, bool kIndex, class T, class A, class Done, class Also = Nothing>
 void reduce_rows(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots, int64_t count,
                  const A* lane_scale, Done done, Also also = {}) {
   constexpr int L = kLanes<A>;
-  auto value = [&](const T* row, int64_t l, auto tag) CBAM_INLINE_LAMBDA {
-    Vec<A> v = load(row + l, tag);  // [lanes]
-    return kScaled ? v * load(lane_scale + l) : v;
+  const int64_t bytes = slots.full * L * int64_t(sizeof(T));
+  auto value_of = [&](int64_t r) CBAM_INLINE_LAMBDA {
+    const T* row = x + r * stride;
+    return [=](int64_t l, auto tag) CBAM_INLINE_LAMBDA {
+      Vec<A> v = load(row + l, tag);  // [lanes]
+      return kScaled ? v * load(lane_scale + l) : v;
+    };
   };
-  auto finish = [&](int64_t r, Extremum<A> e) {
-    if (e.sum != e.sum) {
-      settle_nan(e, count, [&](int64_t l) {
-        A v = load_one(x + r * stride + l);
+  Vec<A> sum[L], max[L];
+  VecInt<A> index[L];
+  for (int u = 0; u < L; ++u) {
+    sum[u] = max[u] = Vec<A>{};
+    index[u] = VecInt<A>{};
+  }
+  auto keep = [&](int u, const RowState<A, kIndex>& s) CBAM_INLINE_LAMBDA {
+    sum[u] = s.sum;
+    max[u] = s.max;
+    if constexpr (kIndex) index[u] = s.index;
+  };
+  for (int64_t first = r0; first < r1; first += L) {
+    const int rows = int(std::min<int64_t>(L, r1 - first));
+    if (bytes >= kLongRow) {
+      for (int u = 0; u < rows; ++u) {
+        keep(u, reduce_long_row<kIndex, A>(slots, value_of(first + u)));
+        also(first + u, first + u + 1);
+      }
+    } else if (bytes >= kShortRow) {
+      for (int u = 0; u < rows; ++u) {
+        RowState<A, kIndex> state;
+        auto value = value_of(first + u);
+        for_slots(slots, [&](int64_t l, int64_t, auto tag)
+                             CBAM_INLINE_LAMBDA { state.take(value(l, tag), l, tag); });
+        keep(u, state);
+        also(first + u, first + u + 1);
+      }
+    } else {
+      for_blocks(first, first + rows, [&](int64_t r, auto block) {
+        constexpr int R = decltype(block)::value;
+        RowState<A, kIndex> state[R];
+        for_slots(slots, [&](int64_t l, int64_t, auto tag) CBAM_INLINE_LAMBDA {
+          for (int u = 0; u < R; ++u) state[u].take(value_of(r + u)(l, tag), l, tag);
+        });
+        for (int u = 0; u < R; ++u) keep(int(r - first) + u, state[u]);
+        also(r, r + R);
+      });
+    }
+    Extrema<A> e{fold_to_lanes<A>(sum, [](Vec<A> a, Vec<A> b) CBAM_INLINE_LAMBDA { return a + b; }),
+                 fold_to_lanes<A>(max, [](Vec<A> a, Vec<A> b) CBAM_INLINE_LAMBDA { return b > a ? b : a; }),
+                 VecInt<A>{}};
+    if constexpr (kIndex) {
+      const VecInt<A> far = splat_int<A>(std::numeric_limits<int32_t>::max());
+      A top[L];
+      store(top, e.max);
+      VecInt<A> where[L];
+      for (int u = 0; u < L; ++u) where[u] = max[u] == splat<A>(top[u]) ? index[u] : far;
+      e.index =
+          fold_to_lanes<A>(where, [](VecInt<A> a, VecInt<A> b) CBAM_INLINE_LAMBDA { return b < a ? b : a; });
+      if (bytes >= kLongRow) {
+        typename Lanes<A>::Int chunk[L];
+        store(chunk, e.index);
+        for (int u = 0; u < rows; ++u)
+          chunk[u] = find_in_chunk<A>(slots, chunk[u], top[u], value_of(first + u));
+        e.index = load(chunk);
+      }
+      // Nothing was greater than what the states began with.
+      e.index = e.max == splat<A>(-std::numeric_limits<A>::infinity()) ? VecInt<A>{} : e.index;
+    }
+    if (any_nan(e.sum)) {
+      settle_nan(e, rows, count, [&](int lane, int64_t l) {
+        A v = load_one(x + (first + lane) * stride + l);
         return kScaled ? v * lane_scale[l] : v;
       });
     }
-    done(r, e);
-  };
-  if (slots.full * L * int64_t(sizeof(T)) >= kLongRow) {
-    for (int64_t r = r0; r < r1; ++r) {
-      const T* row = x + r * stride;
-      RowState<A, kIndex> state[kBlock];
-      int64_t k = 0;
-      for (; k + kBlock <= slots.full; k += kBlock) {
-        for (int u = 0; u < kBlock; ++u) state[u].take(value(row, (k + u) * L, Full{}), (k + u) * L, Full{});
-      }
-      for (; k < slots.full; ++k) state[0].take(value(row, k * L, Full{}), k * L, Full{});
-      if (slots.tail_count) {
-        Tail<A> tag{slots};
-        state[1].take(value(row, slots.tail_start, tag), slots.tail_start, tag);
-      }
-      for (int u = 1; u < kBlock; ++u) state[0].join(state[u]);
-      Extremum<A> e[1];
-      RowState<A, kIndex> joined[1] = {state[0]};
-      finish_rows(joined, e);
-      finish(r, e[0]);
-      also(r, r + 1);
-    }
-    return;
+    done(first, rows, e);
   }
-  for_blocks(r0, r1, [&](int64_t r, auto rows) {
-    constexpr int R = decltype(rows)::value;
-    RowState<A, kIndex> state[R];
-    for_slots(slots, [&](int64_t l, int64_t, auto tag) {
-      for (int u = 0; u < R; ++u) state[u].take(value(x + (r + u) * stride, l, tag), l, tag);
-    });
-    Extremum<A> e[R];
-    finish_rows(state, e);
-    for (int u = 0; u < R; ++u) finish(r + u, e[u]);
-    also(r, r + R);
-  });
 }
 
 // Rows whose sums are added up one block after the other before they join the total: one running sum
@@ -276,7 +364,7 @@ void fold(const Slots<A>& slots, A* part, A* total) {
 // Sum and first maximum over the rows [r0, r1) of each lane, in slot order: state arrays of
 // slots.size() vectors, `part` among them as scratch. kScaled multiplies row r by row_scale[r] first;
 // without kIndex the index is not kept.
-// also(row, first lane, tag, rows) follows each block of rows and slot.
+// also(row, step, first lane, tag, rows) follows each block of rows and slot.
 template <bool kScaled, bool kIndex, class T, class A, class Also = Nothing>
 void reduce_columns(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots,
                     const A* row_scale, A* part, A* sum, A* max, typename Lanes<A>::Int* index,
@@ -288,59 +376,65 @@ void reduce_columns(const T* x, int64_t stride, int64_t r0, int64_t r1, const Sl
     store(max + k * L, splat<A>(-std::numeric_limits<A>::infinity()));
     store(index + k * L, VecInt<A>{});
   }
-  for_chunks(r0, r1, [&](int64_t c0, int64_t c1) {
-    for_blocks(c0, c1, [&](int64_t r, auto rows) {
-      constexpr int R = decltype(rows)::value;
-      const T* row = x + r * stride;
-      Vec<A> scale[R];
-      if constexpr (kScaled) {
-        for (int u = 0; u < R; ++u) scale[u] = splat<A>(row_scale[r + u]);
+  auto block = [&](int64_t r, int64_t step, auto rows) CBAM_INLINE_LAMBDA {
+    constexpr int R = decltype(rows)::value;
+    const RowPointers<const T, R> xs(x, stride, r, step);
+    Vec<A> scale[R];
+    if constexpr (kScaled) {
+      for (int u = 0; u < R; ++u) scale[u] = splat<A>(row_scale[r + u * step]);
+    }
+    for_slots(slots, [&](int64_t l, int64_t k, auto tag) CBAM_INLINE_LAMBDA {
+      xs.prefetch(l);
+      Vec<A> m = load(max + k * L);
+      VecInt<A> i{};
+      if constexpr (kIndex) i = load(index + k * L);
+      Vec<A> value[R];
+      for (int u = 0; u < R; ++u) {
+        Vec<A> v = load(xs.row[u] + l, tag);  // [R, lanes]
+        if constexpr (kScaled) v = v * scale[u];
+        value[u] = v;
       }
-      for_slots(slots, [&](int64_t l, int64_t k, auto tag) {
-        prefetch_next<T, R>(row + l, stride);
-        Vec<A> m = load(max + k * L);
-        VecInt<A> i{};
-        if constexpr (kIndex) i = load(index + k * L);
-        Vec<A> value[R];
-        for (int u = 0; u < R; ++u) {
-          Vec<A> v = load(row + u * stride + l, tag);  // [R, lanes]
-          if constexpr (kScaled) v = v * scale[u];
-          value[u] = v;
-          VecInt<A> greater = v > m;
-          m = greater ? v : m;
-          if constexpr (kIndex) i = greater ? splat_int<A>(r + u) : i;
+      if constexpr (kIndex) {
+        // The first of the block's rows with their maximum.
+        Vec<A> top = value[0];
+        for (int u = 1; u < R; ++u) top = greater_of(value[u], top);
+        VecInt<A> at = splat_int<A>(r + (R - 1) * step);
+        for (int u = R - 2; u >= 0; --u) at = value[u] == top ? splat_int<A>(r + u * step) : at;
+        if (step > 1 && any_equal(top, m)) {  // streams do not pass in the order of the rows
+          i = (top == m) & (at < i) ? at : i;
         }
-        store(part + k * L, load(part + k * L) + sum_block(value));
-        store(max + k * L, m);
-        if constexpr (kIndex) store(index + k * L, i);
-        also(r, l, tag, rows);
-      });
+        i = top > m ? at : i;
+        m = greater_of(top, m);
+      } else {
+        for (int u = 0; u < R; ++u) m = greater_of(value[u], m);
+      }
+      store(part + k * L, add_beside_max(sum_block_beside_max(value), load(part + k * L)));
+      store(max + k * L, m);
+      if constexpr (kIndex) store(index + k * L, i);
+      also(r, step, l, tag, rows);
     });
+  };
+  for_chunks(r0, r1, [&](int64_t c0, int64_t c1) {
+    for_streams<T>(c0, c1, stride, block);
     fold(slots, part, sum);
   });
 }
 
-// Settles the NaN lanes of a reduce_columns and hands over each slot: done(first lane, slot, tag).
+// Settles the NaN lanes of a reduce_columns over [0, rows) and hands over each slot: done(first lane, tag,
+// Extrema).
 template <bool kScaled, class T, class A, class Done>
-void finish_columns(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots,
-                    const A* row_scale, A* sum, A* max, typename Lanes<A>::Int* index, Done done) {
+void finish_columns(const T* x, int64_t stride, int64_t rows, const Slots<A>& slots, const A* row_scale,
+                    A* sum, A* max, typename Lanes<A>::Int* index, Done done) {
   constexpr int L = kLanes<A>;
-  for_slots(slots, [&](int64_t l, int64_t k, auto tag) {
-    Vec<A> s = load(sum + k * L);
-    if (any_lane<A>(s != s)) {
-      int lanes = slots.partial && k == slots.full ? slots.tail_count : L;
-      for (int i = 0; i < lanes; ++i) {
-        if (s[i] == s[i]) continue;
-        Extremum<A> e{s[i], max[k * L + i], index[k * L + i] - r0};
-        settle_nan(e, r1 - r0, [&](int64_t r) {
-          A v = load_one(x + (r0 + r) * stride + l + i);
-          return kScaled ? v * row_scale[r0 + r] : v;
-        });
-        max[k * L + i] = e.max;
-        index[k * L + i] = typename Lanes<A>::Int(e.index + r0);
-      }
+  for_slots(slots, [&](int64_t l, int64_t k, auto tag) CBAM_INLINE_LAMBDA {
+    Extrema<A> e{load(sum + k * L), load(max + k * L), load(index + k * L)};
+    if (any_nan(e.sum)) {
+      settle_nan(e, slots.partial && k == slots.full ? slots.tail_count : L, rows, [&](int lane, int64_t r) {
+        A v = load_one(x + r * stride + l + lane);
+        return kScaled ? v * row_scale[r] : v;
+      });
     }
-    done(l, k, tag);
+    done(l, tag, e);
   });
 }
 
@@ -351,21 +445,20 @@ void weigh_product(const T* x, const T* dy, int64_t stride, int64_t r0, int64_t 
                    const A* row_weight, const A* lane_weight, A* row_out, A* part, A* lane_out) {
   constexpr int L = kLanes<A>;
   for_chunks(r0, r1, [&](int64_t c0, int64_t c1) {
-    for_blocks(c0, c1, [&](int64_t r, auto rows) {
+    for_streams<T>(c0, c1, stride, [&](int64_t r, int64_t step, auto rows) CBAM_INLINE_LAMBDA {
       constexpr int R = decltype(rows)::value;
-      const int64_t offset = r * stride;
+      const RowPointers<const T, R> xs(x, stride, r, step), dys(dy, stride, r, step);
       Vec<A> weight[R], acc[R], total[R];
       for (int u = 0; u < R; ++u) {
-        weight[u] = splat<A>(row_weight[r + u]);
+        weight[u] = splat<A>(row_weight[r + u * step]);
         acc[u] = total[u] = Vec<A>{};
       }
-      for_slots(slots, [&](int64_t l, int64_t k, auto tag) {
-        prefetch_next<T, R>(x + offset + l, stride);
-        prefetch_next<T, R>(dy + offset + l, stride);
+      for_slots(slots, [&](int64_t l, int64_t k, auto tag) CBAM_INLINE_LAMBDA {
+        xs.prefetch(l);
+        dys.prefetch(l);
         Vec<A> lane = load(lane_weight + l), product[R];
         for (int u = 0; u < R; ++u) {
-          Vec<A> t =
-              load(x + offset + u * stride + l, tag) * load(dy + offset + u * stride + l, tag);  // [R, lanes]
+          Vec<A> t = load(xs.row[u] + l, tag) * load(dys.row[u] + l, tag);  // [R, lanes]
           acc[u] += only_fresh(t * lane, tag, Vec<A>{});
           product[u] = t * weight[u];
         }
@@ -375,7 +468,7 @@ void weigh_product(const T* x, const T* dy, int64_t stride, int64_t r0, int64_t 
       A sum[R];
       for (int u = 0; u < R; ++u) total[u] += acc[u];
       sum_lanes<A>(total, sum);
-      for (int u = 0; u < R; ++u) row_out[r + u] = sum[u];
+      for (int u = 0; u < R; ++u) row_out[r + u * step] = sum[u];
     });
     fold(slots, part, lane_out);
   });
@@ -385,22 +478,22 @@ void weigh_product(const T* x, const T* dy, int64_t stride, int64_t r0, int64_t 
 template <class T, class A, class F>
 CBAM_INLINE void sum_rows(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots,
                           A* row_out, F f) {
-  for_blocks(r0, r1, [&](int64_t r, auto rows) {
+  for_streams<T>(r0, r1, stride, [&](int64_t r, int64_t step, auto rows) CBAM_INLINE_LAMBDA {
     constexpr int R = decltype(rows)::value;
-    const T* row = x + r * stride;
+    const RowPointers<const T, R> xs(x, stride, r, step);
     Vec<A> acc[R], total[R];
     for (int u = 0; u < R; ++u) acc[u] = total[u] = Vec<A>{};
-    for_slots(slots, [&](int64_t l, int64_t k, auto tag) {
+    for_slots(slots, [&](int64_t l, int64_t k, auto tag) CBAM_INLINE_LAMBDA {
       for (int u = 0; u < R; ++u) {
-        Vec<A> v = load(row + u * stride + l, tag);  // [R, lanes]
-        acc[u] += only_fresh(f(v, r + u, l), tag, Vec<A>{});
+        Vec<A> v = load(xs.row[u] + l, tag);  // [R, lanes]
+        acc[u] += only_fresh(f(v, r + u * step, l), tag, Vec<A>{});
       }
       join_chain(k, acc, total);
     });
     A sum[R];
     for (int u = 0; u < R; ++u) total[u] += acc[u];
     sum_lanes<A>(total, sum);
-    for (int u = 0; u < R; ++u) row_out[r + u] += sum[u];
+    for (int u = 0; u < R; ++u) row_out[r + u * step] += sum[u];
   });
 }
 
@@ -409,37 +502,97 @@ template <class T, class A, class F>
 CBAM_INLINE void sum_columns(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots,
                              A* lane_out, F f) {
   constexpr int L = kLanes<A>;
-  for_blocks(r0, r1, [&](int64_t r, auto rows) {
+  for_streams<T>(r0, r1, stride, [&](int64_t r, int64_t step, auto rows) CBAM_INLINE_LAMBDA {
     constexpr int R = decltype(rows)::value;
-    const T* row = x + r * stride;
-    for_slots(slots, [&](int64_t l, int64_t k, auto tag) {
+    const RowPointers<const T, R> xs(x, stride, r, step);
+    for_slots(slots, [&](int64_t l, int64_t k, auto tag) CBAM_INLINE_LAMBDA {
       Vec<A> part[R];
-      for (int u = 0; u < R; ++u) part[u] = f(load(row + u * stride + l, tag), r + u, l);  // [R, lanes]
+      for (int u = 0; u < R; ++u) part[u] = f(load(xs.row[u] + l, tag), r + u * step, l);  // [R, lanes]
       store(lane_out + k * L, load(lane_out + k * L) + sum_block(part));
     });
   });
 }
 
-// out = f(in, row, first lane) for one block of rows and one slot, [R, lanes].
-template <Write kWrite, class T, class Tag, class Block, class F>
-CBAM_INLINE void map_block(const T* in, T* out, int64_t stride, int64_t r, int64_t l, Tag tag, Block, F f) {
-  constexpr int R = Block::value;
-  const int64_t offset = r * stride + l;
+// What f of the passes below reads per row, for a vector within row r: rows(a) is a[r] in every lane.
+struct OneRow {
+  int64_t r;
+
+  template <class A>
+  CBAM_INLINE Vec<A> operator()(const A* a) const {
+    return splat<A>(a[r]);
+  }
+  template <class A>
+  CBAM_INLINE VecInt<A> index() const {
+    return splat_int<A>(r);
+  }
+};
+// The same for a vector that ends in row r + 1.
+template <class I>
+struct TwoRows {
+  int64_t r;
+  I second;  // mask of the lanes in row r + 1
+
+  template <class A>
+  CBAM_INLINE Vec<A> operator()(const A* a) const {
+    return second ? splat<A>(a[r + 1]) : splat<A>(a[r]);
+  }
+  template <class A>
+  CBAM_INLINE VecInt<A> index() const {
+    return splat_int<A>(r) - second;
+  }
+};
+
+// out = f(in, rows, first lane, tag) for one block of rows and one slot, [R, lanes].
+template <Write kWrite, class T, int R, class Tag, class F>
+CBAM_INLINE void map_block(const RowPointers<const T, R>& in, const RowPointers<T, R>& out, int64_t r,
+                           int64_t step, int64_t l, Tag tag, F f) {
   Vec<Acc<T>> result[R];  // all of them before the first store, so that what f loads per lane is loaded once
-  for (int u = 0; u < R; ++u) result[u] = f(load(in + offset + u * stride, tag), r + u, l, tag);
-  for (int u = 0; u < R; ++u) write<kWrite>(out + offset + u * stride, result[u], tag);
+  for (int u = 0; u < R; ++u) result[u] = f(load(in.row[u] + l, tag), OneRow{r + u * step}, l, tag);
+  for (int u = 0; u < R; ++u) write<kWrite>(out.row[u] + l, result[u], tag);
 }
 
 // The same over the rows [r0, r1).
 template <Write kWrite, class T, class A, class F>
 CBAM_INLINE void map_rows(const T* in, T* out, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots,
                           F f) {
-  for_blocks(r0, r1, [&](int64_t r, auto rows) {
-    for_slots(slots, [&](int64_t l, int64_t, auto tag) {
-      prefetch_next<T, decltype(rows)::value>(in + r * stride + l, stride);
-      map_block<kWrite>(in, out, stride, r, l, tag, rows, f);
+  for_streams<T>(r0, r1, stride, [&](int64_t r, int64_t step, auto rows) CBAM_INLINE_LAMBDA {
+    constexpr int R = decltype(rows)::value;
+    const RowPointers<const T, R> from(in, stride, r, step);
+    const RowPointers<T, R> to(out, stride, r, step);
+    for_slots(slots, [&](int64_t l, int64_t, auto tag) CBAM_INLINE_LAMBDA {
+      from.prefetch(l);
+      map_block<kWrite>(from, to, r, step, l, tag, f);
     });
   });
+}
+
+// The same over all of a matrix without gaps, as one run of vectors that pay no regard to where a row of
+// `count` >= L lanes ends: aligned where the matrix is, each line of memory written once and in order.
+// (Measured at rows of 196 floats: 0.8 of map_rows' time in cache, 0.7 from memory.) What f loads per lane
+// repeats with the rows: f's lane runs over [0, period), `period` being a multiple of count, of L as
+// well where that keeps f's loads aligned, and a vector may reach L lanes further.
+template <Write kWrite, class T, class F>
+CBAM_INLINE void map_flat(const T* in, T* out, int64_t rows, int64_t count, int64_t period, F f) {
+  using A = Acc<T>;
+  constexpr int L = kLanes<A>;
+  int64_t l = 0, at = 0;
+  auto next = [&] {
+    l += L;
+    at += L;
+    if (at >= period) at -= period;
+  };
+  for (int64_t r = 0; r < rows; ++r, in += count, out += count, l -= count) {
+    for (; l + L <= count; next()) write<kWrite>(out + l, f(load(in + l), OneRow{r}, at, Full{}), Full{});
+    if (l == count) continue;
+    if (r + 1 < rows) {
+      TwoRows<VecInt<A>> two{r, iota<A>() >= splat_int<A>(count - l)};
+      write<kWrite>(out + l, f(load(in + l), two, at, Full{}), Full{});
+      next();
+    } else {
+      const int rest = int(count - l);
+      store_first(out + l, f(load_first(in + l, rest), OneRow{r}, at, Full{}), rest);
+    }
+  }
 }
 
 // Copies slot-ordered state to its lanes; `out` has room for a whole last slot.

@@ -9,9 +9,9 @@ template <class W, class A>
 void matvec(const W* w, int64_t rows, int64_t cols, const A* v, int64_t v_stride, int count, A* y,
             int64_t y_stride) {
   constexpr int L = kLanes<A>;
-  auto run = [&](int64_t r, auto block, int first, auto vectors) CBAM_INLINE_LAMBDA {
+  auto run = [&](int64_t r, int64_t step, auto block, int first, auto vectors) CBAM_INLINE_LAMBDA {
     constexpr int R = decltype(block)::value, M = decltype(vectors)::value;
-    const W* row = w + r * cols;
+    const RowPointers<const W, R> ws(w, cols, r, step);
     Vec<A> acc[M][R];
     for (int i = 0; i < M; ++i) {
       for (int u = 0; u < R; ++u) acc[i][u] = Vec<A>{};
@@ -19,7 +19,7 @@ void matvec(const W* w, int64_t rows, int64_t cols, const A* v, int64_t v_stride
     int64_t c = 0;
     for (; c + L <= cols; c += L) {
       Vec<A> k[R];
-      for (int u = 0; u < R; ++u) k[u] = load(row + u * cols + c);
+      for (int u = 0; u < R; ++u) k[u] = load(ws.row[u] + c);
       for (int i = 0; i < M; ++i) {
         Vec<A> in = load(v + (first + i) * v_stride + c);
         for (int u = 0; u < R; ++u) acc[i][u] += k[u] * in;
@@ -30,20 +30,20 @@ void matvec(const W* w, int64_t rows, int64_t cols, const A* v, int64_t v_stride
       sum_lanes<A>(acc[i], total);
       for (int u = 0; u < R; ++u) {
         for (int64_t t = c; t < cols; ++t)
-          total[u] += load_one(row + u * cols + t) * v[(first + i) * v_stride + t];
-        y[(first + i) * y_stride + r + u] = total[u];
+          total[u] += load_one(ws.row[u] + t) * v[(first + i) * v_stride + t];
+        y[(first + i) * y_stride + r + u * step] = total[u];
       }
     }
   };
   // A block of rows stays in the first-level cache while the vectors pass.
-  for_blocks(0, rows, [&](int64_t r, auto block) {
+  for_streams<W>(0, rows, cols, [&](int64_t r, int64_t step, auto block) {
     int i = 0;
-    for (; i + kTogether <= count; i += kTogether) run(r, block, i, Rows<kTogether>{});
-    for (; i < count; ++i) run(r, block, i, Rows<1>{});
+    for (; i + kTogether <= count; i += kTogether) run(r, step, block, i, Rows<kTogether>{});
+    for (; i < count; ++i) run(r, step, block, i, Rows<1>{});
   });
 }
 
-// y[i][c] = sum_r w[r][c] * v[i][r]: the transposed product, rows summed in order.
+// y[i][c] = sum_r w[r][c] * v[i][r]: the transposed product, in an order that depends on the sizes alone.
 template <class W, class A>
 void matvec_transposed(const W* w, int64_t rows, int64_t cols, const A* v, int64_t v_stride, int count, A* y,
                        int64_t y_stride) {
@@ -51,16 +51,17 @@ void matvec_transposed(const W* w, int64_t rows, int64_t cols, const A* v, int64
   for (int i = 0; i < count; ++i) std::fill_n(y + i * y_stride, cols, A(0));
   auto run = [&](int first, auto vectors) {
     constexpr int M = decltype(vectors)::value;
-    for_blocks(0, rows, [&](int64_t r, auto block) {
+    for_streams<W>(0, rows, cols, [&](int64_t r, int64_t step, auto block) {
       constexpr int R = decltype(block)::value;
+      const RowPointers<const W, R> ws(w, cols, r, step);
       int64_t c = 0;
       for (; c + L <= cols; c += L) {
         Vec<A> k[R];
-        for (int u = 0; u < R; ++u) k[u] = load(w + (r + u) * cols + c);
+        for (int u = 0; u < R; ++u) k[u] = load(ws.row[u] + c);
         for (int i = 0; i < M; ++i) {
           A* out = y + (first + i) * y_stride + c;
           Vec<A> acc = load(out);
-          for (int u = 0; u < R; ++u) acc += k[u] * v[(first + i) * v_stride + r + u];
+          for (int u = 0; u < R; ++u) acc += k[u] * v[(first + i) * v_stride + r + u * step];
           store(out, acc);
         }
       }
@@ -68,7 +69,7 @@ void matvec_transposed(const W* w, int64_t rows, int64_t cols, const A* v, int64
         for (int i = 0; i < M; ++i) {
           A acc = y[(first + i) * y_stride + c];
           for (int u = 0; u < R; ++u)
-            acc += load_one(w + (r + u) * cols + c) * v[(first + i) * v_stride + r + u];
+            acc += load_one(ws.row[u] + c) * v[(first + i) * v_stride + r + u * step];
           y[(first + i) * y_stride + c] = acc;
         }
       }
@@ -85,23 +86,24 @@ template <class A>
 void outer_products(int64_t r0, int64_t r1, int64_t cols, int64_t count, const A* a, int64_t a_stride,
                     const A* b, int64_t b_stride, A* dw) {
   constexpr int L = kLanes<A>;
-  for_blocks(r0, r1, [&](int64_t r, auto block) {
+  for_streams<A>(r0, r1, cols, [&](int64_t r, int64_t step, auto block) {
     constexpr int R = decltype(block)::value;
+    const RowPointers<A, R> to(dw, cols, r, step);
     int64_t c = 0;
     for (; c + L <= cols; c += L) {
       Vec<A> acc[R];
       for (int u = 0; u < R; ++u) acc[u] = Vec<A>{};
       for (int64_t i = 0; i < count; ++i) {
         Vec<A> v = load(b + i * b_stride + c);
-        for (int u = 0; u < R; ++u) acc[u] += v * a[i * a_stride + r + u];
+        for (int u = 0; u < R; ++u) acc[u] += v * a[i * a_stride + r + u * step];
       }
-      for (int u = 0; u < R; ++u) store(dw + (r + u) * cols + c, acc[u]);
+      for (int u = 0; u < R; ++u) store(to.row[u] + c, acc[u]);
     }
     for (; c < cols; ++c) {
       for (int u = 0; u < R; ++u) {
         A acc = 0;
-        for (int64_t i = 0; i < count; ++i) acc += b[i * b_stride + c] * a[i * a_stride + r + u];
-        dw[(r + u) * cols + c] = acc;
+        for (int64_t i = 0; i < count; ++i) acc += b[i * b_stride + c] * a[i * a_stride + r + u * step];
+        to.row[u][c] = acc;
       }
     }
   });

@@ -79,7 +79,7 @@ struct Schedule : Backward<T, kChannelsLast> {
           Sample<A>& s = call.samples[worker * group];
           for (int64_t n = n0; pools && n < n1; ++n) pool(n, 0, p.C, w, s);
           if (pools) mlp(n0, n1);
-          for (int64_t n = n0; n < n1; ++n) {
+          for (int64_t n = n1; n-- > n0;) {  // the last one read is still in cache
             load_gate(n, s);
             forward_tiles(w, s, stage);
           }
@@ -135,7 +135,7 @@ struct Schedule : Backward<T, kChannelsLast> {
           }
           if (!rest) return;
           if (p.pools) mlp_backward(n0, n1);
-          for (int64_t n = n0; n < n1; ++n) {
+          for (int64_t n = n1; n-- > n0;) {
             Sample<A>& s = call.samples[worker * group + n - n0];
             load_pool_gradients(s);
             for (int64_t t = 0; t < tiles; ++t) dx(t, s);

@@ -58,7 +58,7 @@ using Acc = typename Accumulate<T>::type;
 
 template <class A>
 CBAM_INLINE Vec<A> splat(A v) {
-  return Vec<A>{} + v;
+  return v - Vec<A>{};  // a plain broadcast: v + 0 would have to turn -0 into 0
 }
 template <class A>
 CBAM_INLINE VecInt<A> splat_int(int64_t v) {
@@ -100,9 +100,16 @@ CBAM_INLINE VecDI load(const int64_t* p) {
   return v;
 }
 CBAM_INLINE VecF load(const bf16* p) {
-  VecU16 v;
-  __builtin_memcpy(&v, p, sizeof(v));
-  return bit_cast<VecF>(__builtin_convertvector(v, VecFU) << 16);
+#if CBAM_VECTOR_BYTES == 64  // in one instruction, where GCC makes five of a convertvector
+  VecFU v = bit_cast<VecFU>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif CBAM_VECTOR_BYTES == 32
+  VecFU v = bit_cast<VecFU>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  VecU16 bits;
+  __builtin_memcpy(&bits, p, sizeof(bits));
+  VecFU v = __builtin_convertvector(bits, VecFU);
+#endif
+  return bit_cast<VecF>(v << 16);
 }
 CBAM_INLINE VecF load(const half* p) {
 #if CBAM_VECTOR_BYTES == 64
@@ -130,7 +137,12 @@ CBAM_INLINE VecU16 to_bf16(VecF f) {
   // Round to nearest even; a NaN keeps its top bits and stays quiet.
   VecFU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   VecFU quiet = (u >> 16) | 0x40u;
-  return __builtin_convertvector(f != f ? quiet : rounded, VecU16);
+  VecFU bits = f != f ? quiet : rounded;
+#if CBAM_VECTOR_BYTES == 64
+  return bit_cast<VecU16>(_mm512_cvtepi32_epi16(bit_cast<__m512i>(bits)));
+#else
+  return __builtin_convertvector(bits, VecU16);
+#endif
 }
 CBAM_INLINE VecU16 to_half(VecF f) {
 #if CBAM_VECTOR_BYTES == 64
@@ -256,6 +268,33 @@ CBAM_INLINE V rotate(V v, I) {
 #endif
 }
 
+// v where it is greater than m, else m, also where either is NaN.
+CBAM_INLINE VecF greater_of(VecF v, VecF m) {
+#if CBAM_VECTOR_BYTES == 64
+  return bit_cast<VecF>(_mm512_max_ps(bit_cast<__m512>(v), bit_cast<__m512>(m)));
+#else
+  return v > m ? v : m;
+#endif
+}
+CBAM_INLINE VecD greater_of(VecD v, VecD m) {
+  return v > m ? v : m;
+}
+
+// a + b, next to maxima: on AMD's processors these take the adders, and leave the multipliers idle.
+// (Measured on Zen 4: a sum and a maximum a vector, 2.0 cycles with an addition, 1.15 with this.)
+CBAM_INLINE VecF add_beside_max(VecF a, VecF b) {
+#if CBAM_VECTOR_BYTES == 64
+  return bit_cast<VecF>(_mm512_fmadd_ps(bit_cast<__m512>(a), _mm512_set1_ps(1.0f), bit_cast<__m512>(b)));
+#elif CBAM_VECTOR_BYTES == 32
+  return bit_cast<VecF>(_mm256_fmadd_ps(bit_cast<__m256>(a), _mm256_set1_ps(1.0f), bit_cast<__m256>(b)));
+#else
+  return a + b;
+#endif
+}
+CBAM_INLINE VecD add_beside_max(VecD a, VecD b) {
+  return a + b;
+}
+
 // Reductions over lanes in a fixed tree: lane i with lane i + n / 2, and so on.
 template <class A, int kBy = kLanes<A> / 2>
 CBAM_INLINE A sum_lanes(Vec<A> v) {
@@ -348,9 +387,43 @@ CBAM_INLINE void min_lanes(const VecInt<A> (&v)[1], typename Lanes<A>::Int (&out
   out[0] = min_lanes<A>(v[0]);
 }
 
-template <class A>
-CBAM_INLINE bool any_lane(VecInt<A> mask) {
-  return min_lanes<A>(mask) != 0;
+// One vector of n totals from n = kLanes vectors: lane u is the reduction of v[u], by the same trees.
+template <class A, int kSegment = kLanes<A>, class V, int kCount, class Op>
+CBAM_INLINE V fold_to_lanes(const V (&v)[kCount], Op op) {
+  if constexpr (kCount == 1) {
+    return v[0];
+  } else {
+    // Each vector holds whole segments, one a row; two vectors' segments fold in half into one vector.
+    V next[kCount / 2];
+    constexpr int half = kSegment / 2;
+    auto low = [](int i) { return i / half * kSegment + i % half; };
+    for (int k = 0; k < kCount / 2; ++k) {
+      next[k] = op(gather_lanes<VecInt<A>>(v[2 * k], v[2 * k + 1], low),
+                   gather_lanes<VecInt<A>>(v[2 * k], v[2 * k + 1], [low](int i) { return low(i) + half; }));
+    }
+    return fold_to_lanes<A, half>(next, op);
+  }
+}
+
+CBAM_INLINE bool any_nan(VecF v) {
+#if CBAM_VECTOR_BYTES == 64
+  return _mm512_cmp_ps_mask(bit_cast<__m512>(v), bit_cast<__m512>(v), _CMP_UNORD_Q) != 0;
+#else
+  return min_lanes<float>(v != v) != 0;
+#endif
+}
+CBAM_INLINE bool any_equal(VecF a, VecF b) {
+#if CBAM_VECTOR_BYTES == 64
+  return _mm512_cmp_ps_mask(bit_cast<__m512>(a), bit_cast<__m512>(b), _CMP_EQ_OQ) != 0;
+#else
+  return min_lanes<float>(a == b) != 0;
+#endif
+}
+CBAM_INLINE bool any_equal(VecD a, VecD b) {
+  return min_lanes<double>(a == b) != 0;
+}
+CBAM_INLINE bool any_nan(VecD v) {
+  return min_lanes<double>(v != v) != 0;
 }
 
 // exp to about one unit in the last place; NaN stays, overflow gives infinity, underflow zero.
