@@ -1,9 +1,11 @@
 // The passes over x as operations on a matrix of rows and lanes, shared by both memory layouts.
 //
 // Contiguous x has channels as rows and positions as lanes; channels-last x has positions as rows
-// and channels as lanes. Either way memory is read row by row, four rows at a time: the vectors
-// that belong to lanes (gates, running maxima, sums) are then loaded once for four rows.
-// A pass reads each element of x (and dy) once; what it keeps per lane stays in the L1 cache.
+// and channels as lanes. A pass reads each element of x (and dy) once; what it keeps per lane (gates,
+// running maxima, sums) stays in the L1 cache and is loaded once for four rows. What counts most is the
+// order in which memory is read, since the processor fetches ahead only where it sees one: reductions of
+// rows take them one by one, other passes four streams that are far apart (for_streams), and
+// an output that is a function of one input is one run from end to end where it can (map_flat).
 
 constexpr int kBlock = 4;
 // Bytes: shorter rows are reduced four at a time; in longer ones, places are kept by chunks.
