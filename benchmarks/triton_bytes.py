@@ -1,6 +1,6 @@
 """Bytes that the Triton kernels move, counted by running their compiled PTX on the CPU.
 
-    python benchmarks/triton_bytes.py [--shapes 256,56,56 ...] [--batch 8] [--dtype bfloat16 float32]
+    python benchmarks/triton_bytes.py [--shapes 256,56,56 ...] [--batch N] [--dtype bfloat16 float32]
         [--layout contiguous channels_last] [--norm-training]
 
 Nothing here is measured on a GPU. Needs ptxcpu, an optional sibling directory (../shared/ptxcpu), and g++.
@@ -33,7 +33,6 @@ from triton_recording import DEVICES, make_inputs, recording, run_ops, run_split
 from cbam_fused._config import Config  # noqa: E402
 
 L2 = 50 << 20
-LARGEST_BATCH = 8
 NETWORKS = {"ResNet-50": SETS["resnet50"].shapes, "YOLOv8s": SETS["yolov8s"].shapes[2:]}
 
 
@@ -67,10 +66,10 @@ HEAD = f"{'x-sized':>8}{'to L2':>8}{'DRAM':>8}{'apart':>8}  bars"
 
 
 def batch_for(shape: Tuple[int, ...], dtype: torch.dtype) -> int:
-    """The largest power of two up to LARGEST_BATCH whose x, dy and dx fill at most 4/5 of L2; at least 1."""
+    """The largest power of two whose x, dy and dx fill at most 4/5 of L2; at least 1."""
     sample = torch.Size(shape).numel() * dtype.itemsize
     fitting = max(1, L2 * 4 // 5 // (3 * sample))
-    return min(LARGEST_BATCH, 1 << (fitting.bit_length() - 1))
+    return 1 << (fitting.bit_length() - 1)
 
 
 def measure(
@@ -116,7 +115,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shapes", nargs="+", metavar="C,H,W", help="instead of ResNet-50's and YOLOv8s's")
-    parser.add_argument("--batch", type=int, help=f"default: what L2 holds, at most {LARGEST_BATCH}")
+    parser.add_argument("--batch", type=int, help="default: what L2 holds, by shape")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bfloat16"])
     parser.add_argument("--layout", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
     parser.add_argument(

@@ -17,9 +17,9 @@ import torch
 import torch.nn as nn
 from triton_recording import DEVICES, make_inputs, recording, run_ops
 
-from cbam_fused import _autograd, cbam
+from cbam_fused import _autograd, cbam, masks
 from cbam_fused import _config as cfg
-from cbam_fused._config import Config
+from cbam_fused._config import Config, Parameters
 from cbam_fused.triton_kernels import arguments, configurations, covers, launchers, load, problem
 from cbam_fused.triton_kernels.configurations import Device
 
@@ -148,7 +148,6 @@ def run_public(x, weights, norm, backend, options):
     if options["pool_types"] is not None:
         return cbam(x, *weights.values(), norm=norm, backend=backend, **options)
     from cbam_fused import functional
-    from cbam_fused._config import Parameters
 
     config = Config(
         0, cfg.SPATIAL_MAX_MEAN, cfg.TIES[options.get("ties", "first")], options.get("residual", False)
@@ -374,6 +373,47 @@ def test_channels_last_weights():
     case = Case((2, 8, 5, 5), kernel=3)
     case.weights["conv_weight"] = case.weights["conv_weight"].to(memory_format=torch.channels_last)
     case.check()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("pools", [3, 19], ids=["avg, max", "light"])
+def test_a_channel_gate_alone(pools, channels_last):
+    """attention_backward without dz: `masks` hands it a zero dy and the gate's gradient."""
+    check_mask(lambda x, p, backend: masks.channel_mask(x, p, Config(pools=pools), backend), channels_last)
+
+
+@pytest.mark.parametrize("norm", [None, nn.BatchNorm2d(1).double()], ids=["no norm", "norm in training"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_spatial_gate_alone(norm, channels_last):
+    """attention_backward without a channel gate's gradient."""
+    norm = None if norm is None else copy.deepcopy(norm).to(DEVICE)
+    check_mask(lambda x, p, backend: masks.spatial_mask(x, p, Config(), norm, backend), channels_last)
+
+
+@pytest.mark.parametrize("arrangement", ["spatial_first", "parallel"])
+def test_arrangements(arrangement):
+    config = Config(residual=True)
+    check_mask(lambda x, p, backend: masks.arranged(arrangement, x, p, config, None, backend), False)
+
+
+def check_mask(f, channels_last: bool) -> None:
+    """A function of x and the parameters: the same in fp64 as on the reference, with every gradient."""
+    case = Case((2, 6, 5, 7), kernel=3, hidden=2, channels_last=channels_last)
+    found = []
+    for backend in ("reference", "triton"):
+        x = case.x.to(DEVICE).detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        p = Parameters(**{k: t.to(DEVICE).detach().clone().requires_grad_() for k, t in case.weights.items()})
+        out = f(x, p, backend)
+        dy = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+        grads = torch.autograd.grad(out, (x, *p), dy, allow_unused=True)
+        assert out.abs().max() > 0 and grads[0].abs().max() > 0
+        found.append((out, *grads))
+    for want, got in zip(*found, strict=True):
+        if want is None:
+            # A weight that this gate does not use: no gradient, or none to speak of.
+            assert got is None or not got.any()
+        else:
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)
 
 
 def test_empty_batch():

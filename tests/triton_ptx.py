@@ -32,6 +32,9 @@ def _ptxcpu():
     return importlib.import_module("ptxcpu")
 
 
+ARENA = 4 << 30
+ALIGNMENT = 512
+
 _ADDRESS = re.compile(r"\[\s*(%rd\d+)")
 _REGISTER = re.compile(r"%[a-z]+\d+")
 
@@ -93,12 +96,20 @@ class Machine:
         self.options = dict(l2=l2, nsm=multiprocessors)
         self.target = target
         self.memory: Dict[int, Tuple[torch.UntypedStorage, np.ndarray]] = {}
+        # One arena, filled from its start: which lines share a set of L2 must not vary from run to run.
+        # Its pages come into being as they are touched.
+        raw = np.empty(ARENA, np.uint8)
+        self.arena = raw[-raw.ctypes.data % ALIGNMENT :]
+        self.used = 0
         self.modules: Dict[Tuple, object] = {}
 
     def _place(self, t: torch.Tensor):
         storage = t.untyped_storage()
         if storage.data_ptr() not in self.memory:
-            buffer = _ptxcpu().dempty((max(1, storage.nbytes()),), np.uint8)
+            end = self.used + max(1, storage.nbytes())
+            buffer = self.arena[self.used : end]
+            # A gap behind each, so that a small step out of one does not land in the next.
+            self.used = -(-end // ALIGNMENT) * ALIGNMENT + ALIGNMENT
             view = torch.frombuffer(buffer, dtype=torch.uint8)
             view[: storage.nbytes()] = torch.tensor([], dtype=torch.uint8).set_(storage)
             self.memory[storage.data_ptr()] = (storage, buffer)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device_functions import convolve_transposed, folded_norm, sum_parts
+from .device_functions import convolve_transposed, divide, folded_norm, sum_parts
 
 
 @triton.jit(do_not_specialize=["c_units", "p_units", "parts", "splits", "split_tiles", "D", "H", "W"])
@@ -53,10 +53,10 @@ def attention_backward_kernel(
     scale, _, _, _ = folded_norm(bn_weight, bn_bias, bn_mean, bn_var, BN_EPS, ACC)
     # Zero beyond the map, where an infinite weight would otherwise put a NaN into the sums.
     dpeak = tl.where(pmask, dpeak * scale, 0.0)
-    dmean = tl.where(pmask, dmean * scale / C.to(ACC), 0.0)
+    dmean = tl.where(pmask, divide(dmean * scale, C.to(ACC)), 0.0)
     found = tl.load(spatial_index + n * P + rp, mask=pmask, other=1).to(tl.int32)  # [BP]
     if SPLIT:
-        dpeak = dpeak / found.to(ACC)
+        dpeak = divide(dpeak, found.to(ACC))
         peak = tl.load(spatial_pool + n * 2 * P + rp, mask=pmask, other=0.0)  # [BP]
     write = pmask & (split == 0)
     tl.store(dmaps + n * 2 * P + rp, dpeak, mask=write)  # [BP]

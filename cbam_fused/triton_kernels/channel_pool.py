@@ -11,7 +11,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device_functions import NO_INDEX, finite_or_zero, reduce_maximum, replace_nan, root, track_maximum
+from .device_functions import (
+    NO_INDEX,
+    divide,
+    finite_or_zero,
+    reduce_maximum,
+    replace_nan,
+    root,
+    track_maximum,
+)
 
 
 @triton.jit
@@ -95,7 +103,7 @@ def channel_pool_forward_kernel(
 
     out = pooled + (n * SEGMENTS + seg) * ROWS * C + rc
     s = tl.sum(total, 1)
-    mean = s / P.to(ACC)
+    mean = divide(s, P.to(ACC))
     if AVG:
         tl.store(out, s if SEGMENTED else mean, mask=cmask)  # [BC]
     if MAX:

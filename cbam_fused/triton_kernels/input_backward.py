@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device_functions import load_pooled, relu, sum_parts
+from .device_functions import divide, load_pooled, relu, sum_parts
 
 
 @triton.jit
@@ -86,18 +86,18 @@ def _pools_backward(
             da = _row(du, 0, KP)
             if BLEND:
                 da *= 0.5
-            tl.store(at, da / P.to(ACC), mask=cmask)  # [MC]
+            tl.store(at, divide(da, P.to(ACC)), mask=cmask)  # [MC]
         if MAX:
             dm = _row(du, 0 if BLEND else AVG, KP)
             if BLEND:
                 dm *= 0.5
             if SPLIT:
-                dm /= tl.load(pool_index + n * C + rc, mask=cmask, other=1).to(ACC)  # [MC]
+                dm = divide(dm, tl.load(pool_index + n * C + rc, mask=cmask, other=1).to(ACC))  # [MC]
             tl.store(at + AVG * width, dm, mask=cmask)  # [MC]
         if LP:
             norm = tl.load(pooled + (n * ROWS + AVG + MAX) * C + rc, mask=cmask, other=1.0)  # [MC]
             # The subgradient of a norm at zero is zero, as in torch.
-            dn = tl.where(norm == 0.0, 0.0, _row(du, AVG + MAX, KP) / norm)
+            dn = tl.where(norm == 0.0, 0.0, divide(_row(du, AVG + MAX, KP), norm))
             tl.store(at + (AVG + MAX) * width, dn, mask=cmask)  # [MC]
         if LSE:
             tl.store(at + (AVG + MAX + LP) * width, _row(du, AVG + MAX + LP, KP), mask=cmask)  # [MC]

@@ -65,8 +65,8 @@ def _pools_forward(x: Tensor, weights, pr: Problem, saved: Saved, rows: slice):
     pb.launch(
         spatial_pool_forward_kernel,
         programs,
-        (x, part, part_index, acc(programs, pr.rows, pr.c) if segments > 1 else None, pooled, pool_index,
-         hidden_part, acc(programs, pr.hidden) if pr.pools else None, acc(programs, own) if pr.pools else None,
+        (x, part, part_index, pooled, pool_index, hidden_part,
+         acc(programs, pr.hidden) if pr.pools else None, acc(programs, own) if pr.pools and tiles > 1 else None,
          w1, b1, w2, b2, part_of(saved.channel_gate, rows), maps if part_maps is None else part_maps,
          maps_index if part_maps is None else part_maps_index,
          u["c_units"], u["p_units"], pr.hidden, segments, channel_tiles, splits, each),
