@@ -58,7 +58,7 @@ class Configuration:
 
     meta: Mapping[str, int]
     warps: int
-    fill: int
+    fill: float
 
 
 def interpreting() -> bool:

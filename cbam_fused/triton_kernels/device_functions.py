@@ -245,6 +245,17 @@ def _shifted(dz, at, w, dw, inside, W):
 
 
 @triton.jit
+def channels_and_positions(first, lane, P):
+    """Elements first + lane [B] of maps of P positions, one after the other -> (map [B], position [B])."""
+    c = first // P
+    rest = first - c * P + lane
+    # In floating point, which is exact for so few, as an integer division takes many instructions: the sum
+    # stays below 2**20, the quotient is off by less than 2**-21 of itself and by at least 1 / 2P from whole.
+    q = ((rest.to(tl.float32) + 0.5) / P.to(tl.float32)).to(tl.int32)
+    return c + q, rest - q * P
+
+
+@triton.jit
 def load_pooled(base, C, rc, cmask, K: tl.constexpr, KP: tl.constexpr, BLEND: tl.constexpr):
     """Rows of pooled [K, C] at channels rc -> what the MLP reads, [KP, len(rc)]; padded rows are 0."""
     if BLEND:

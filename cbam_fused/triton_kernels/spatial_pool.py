@@ -101,7 +101,7 @@ def merge_segments(
 @triton.jit
 def _channel_gate(
     n, part, part_index, pooled, pool_index, hidden_part, my_hidden, my_gates, w1, b1, w2, b2, channel_gate,
-    c0, c1, C, H, P, SEGMENTS, channel_tiles, write,
+    c0, c1, C, H, P, SEGMENTS, shares, write,
     POOLS: tl.constexpr, SPLIT: tl.constexpr, WITH_INDEX: tl.constexpr,
     ROWS: tl.constexpr, RUNS: tl.constexpr, KP: tl.constexpr, BLEND: tl.constexpr,
     SEGMENTED: tl.constexpr, MC: tl.constexpr, HB: tl.constexpr, ACC: tl.constexpr,
@@ -137,9 +137,7 @@ def _channel_gate(
                     w = tl.load(w1 + at, mask=mask, other=0.0).to(ACC)  # [HB, MC]
                     pre += tl.sum(w[None, :, :] * u[:, None, :], 2)
             else:
-                pre = sum_parts(
-                    hidden_part + n * channel_tiles * RUNS * H, channel_tiles, RUNS, H, rh, KP, HB, ACC
-                )
+                pre = sum_parts(hidden_part + n * shares * RUNS * H, shares, RUNS, H, rh, KP, HB, ACC)
             if b1 is not None:
                 pre += tl.load(b1 + rh, mask=hmask, other=0.0).to(ACC)[None, :]  # [HB]
             used = (tl.arange(0, KP) < RUNS)[:, None]
@@ -165,10 +163,10 @@ def _channel_gate(
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["c_units", "p_units", "splits", "split_tiles", "channel_tiles"])
+@triton.jit(do_not_specialize=["c_units", "p_units", "splits", "split_tiles", "shares"])
 def spatial_pool_forward_kernel(
     x, part, part_index, pooled, pool_index, hidden_part, hidden, gates, w1, b1, w2, b2,
-    channel_gate, maps, maps_index, c_units, p_units, H, SEGMENTS, channel_tiles, splits, split_tiles,
+    channel_gate, maps, maps_index, c_units, p_units, H, SEGMENTS, shares, splits, split_tiles,
     POOLS: tl.constexpr, SPATIAL: tl.constexpr, SPLIT: tl.constexpr,
     SEGMENTED: tl.constexpr, WITH_INDEX: tl.constexpr, EVEN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, CV: tl.constexpr, PV: tl.constexpr,
@@ -203,7 +201,7 @@ def spatial_pool_forward_kernel(
         _channel_gate(
             n, part, part_index, pooled, pool_index, hidden_part, hidden + pid.to(tl.int64) * H,
             None if gates is None else my_gates, w1, b1, w2, b2, channel_gate,
-            c0, c1, C, H, P, SEGMENTS, channel_tiles, tile == 0,
+            c0, c1, C, H, P, SEGMENTS, shares, tile == 0,
             POOLS, SPLIT, WITH_INDEX, ROWS, RUNS, KP, BLEND, SEGMENTED, MC, HB, ACC,
         )  # fmt: skip
 
