@@ -90,10 +90,7 @@ class _Gradients:
         if pr.spatial:
             found, device = self.small_jobs()
             steps = cdiv(pr.p, found.meta["BQ"])
-            self.tap_blocks = cdiv(pr.taps, found.meta["TB"])
-            self.segments, self.segment_tiles = pb.split_loop(
-                pr.n * (self.tap_blocks + 1), steps, found.fill, device
-            )
+            self.segments, self.segment_tiles = pb.split_loop(pr.n, steps, found.fill, device)
             self.dtaps = acc(pr.n, self.segments, pr.planes * pr.taps)
             self.sums = acc(pr.n, self.segments, 2)
 
@@ -182,7 +179,7 @@ def _attention_backward_chunk(
             jobs = blocks = cdiv(pr.c, block_tiles * found.meta["MC"])
             hidden_part = None if w1 is None else acc(n, blocks, 1 + pr.runs, pr.hidden)
         if pr.spatial:
-            jobs += (grads.tap_blocks + 1) * grads.segments
+            jobs += grads.segments
         pb.launch(
             sample_backward_kernel,
             n * jobs,

@@ -1,9 +1,9 @@
 """Third launch of the backward: everything small that one sample needs, each job on its own program.
 
-Jobs of the MLP take a block of channels each: the gate's gradient from its partial sums, where it has
-more than one, and the block's share of both products that the hidden layer needs. Jobs of the convolution take a segment of
-positions each: they correlate dz with the maps for a block of taps, or sum dz for the biases and the
-norm. Nothing here reads a tensor of x's size.
+Jobs of the MLP take a block of channels each: the gate's gradient from its partial sums, where there is
+more than one, and the block's share of both products that the hidden layer needs. Jobs of the convolution
+take a segment of positions each: they correlate dz with the maps for every tap, and sum dz for the biases
+and the norm. Nothing here reads a tensor of x's size.
 """
 
 from __future__ import annotations
@@ -177,19 +177,17 @@ def sample_backward_kernel(
     if SPATIAL:
         TAPS: tl.constexpr = KD * KH * KW
         PLANES: tl.constexpr = 1 if SPATIAL == 3 else 2
-        TAP_BLOCKS: tl.constexpr = (TAPS + TB - 1) // TB
         if job >= 0:
-            segment = job % segments
-            p0 = segment * segment_tiles * BQ
+            # One job has all taps of its segment: the maps and dz then come from L1 but for the first time.
+            p0 = job * segment_tiles * BQ
             p1 = tl.minimum(p0 + segment_tiles * BQ, P)
-            row = n * segments + segment
-            if job // segments == TAP_BLOCKS:
-                _norm_backward(
-                    n, p0, p1, spatial_pool, dz, conv_weight, conv_bias, bn_weight, bn_bias, bn_mean, bn_var,
-                    dnorm + row * 2, P, D, H, W, BN_EPS, KD, KH, KW, SPATIAL, BQ, ACC,
-                )  # fmt: skip
-            else:
+            row = n * segments + job
+            for first in range(0, TAPS, TB):
                 _taps_backward(
-                    n, job // segments * TB, p0, p1, spatial_pool, dz, dtaps + row * PLANES * TAPS, P, D, H, W,
+                    n, first, p0, p1, spatial_pool, dz, dtaps + row * PLANES * TAPS, P, D, H, W,
                     KD, KH, KW, SPATIAL, TB, BQ, ACC,
                 )  # fmt: skip
+            _norm_backward(
+                n, p0, p1, spatial_pool, dz, conv_weight, conv_bias, bn_weight, bn_bias, bn_mean, bn_var,
+                dnorm + row * 2, P, D, H, W, BN_EPS, KD, KH, KW, SPATIAL, BQ, ACC,
+            )  # fmt: skip
