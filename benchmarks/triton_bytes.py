@@ -1,16 +1,22 @@
 """Bytes that the Triton kernels move, counted by running their compiled PTX on the CPU.
 
-    python benchmarks/triton_bytes.py [--shapes 256,56,56 ...] [--batch 8] [--dtype bfloat16 float32]
-        [--layout contiguous channels_last] [--norm-training]
+    python benchmarks/triton_bytes.py [--shapes 256,56,56 ...] [--batch N] [--dtype bfloat16 float32]
+        [--layout contiguous channels_last] [--norm-training] [--launches]
 
 Nothing here is measured on a GPU. Needs ptxcpu, an optional sibling directory (../shared/ptxcpu), and g++.
 In units of S, the size of x in bytes:
-- x-sized: what loads and stores of x, dy, y and dx ask of global memory. At most 4.1 forward, 5.2 backward.
-- to L2: all that passes between L1 and L2, in whole sectors, with weights, saved tensors and scratch.
+- global: what passes between L1 and L2 in whole sectors, loads that L1 does not hold and all stores, of
+  x, dy, y and dx ("x-sized") and of "scratch", which is whatever one launch leaves for a later one and no op
+  returns. Both together at most 4.1 forward, 5.2 backward.
+- saved, weights: the same traffic of the tensors that a forward returns for the backward, and of weights and
+  their gradients; every time that a program reads them counts.
 - DRAM: what a model of an H100's L2 (50 MB, 132 multiprocessors, kept from launch to launch, empty before
-  each pass) leaves for memory, less what is counted apart. At most 2.1 forward, 3.3 backward.
-- apart: weights, their gradients and the saved tensors, each once.
-The batch is one whose x, dy and dx L2 holds together; a larger one streams more or is cut into chunks.
+  each pass) leaves for memory, less "once". At most 2.1 forward, 3.3 backward.
+- once: the bytes of weights, their gradients and saved tensors; what DRAM traffic they cause beyond that
+  stays in the column before.
+The batch is the largest power of two whose x, dy and dx fill at most 4/5 of L2: it holds what the bars on
+DRAM speak of, and a larger one streams more or is cut into chunks. A small map then has many samples, as
+in training: one sample's weights and gates are shared among few positions.
 """
 
 from __future__ import annotations
@@ -33,48 +39,59 @@ from triton_recording import DEVICES, make_inputs, recording, run_ops, run_split
 from cbam_fused._config import Config  # noqa: E402
 
 L2 = 50 << 20
-LARGEST_BATCH = 8
 NETWORKS = {"ResNet-50": SETS["resnet50"].shapes, "YOLOv8s": SETS["yolov8s"].shapes[2:]}
 
 
 class Bars(NamedTuple):
     """The most that a pass may move, in S."""
 
-    x_sized: float
+    traffic: float
     dram: float
 
 
-FORWARD, BACKWARD = Bars(4.1, 2.1), Bars(5.2, 3.3)
+PASSES = {"forward": Bars(4.1, 2.1), "backward": Bars(5.2, 3.3)}
 
 
 class Row(NamedTuple):
     """One pass over one shape, in S."""
 
     x_sized: float
-    to_l2: float
+    scratch: float
+    saved: float
+    weights: float
     dram: float
-    apart: float
+    once: float
 
     def passes(self, bars: Bars) -> bool:
-        return self.x_sized <= bars.x_sized and self.dram <= bars.dram
+        return self.x_sized + self.scratch <= bars.traffic and self.dram <= bars.dram
 
     def text(self, bars: Bars) -> str:
+        both = f"{self.x_sized + self.scratch:8.3f}"
         verdict = "pass" if self.passes(bars) else "MISS"
-        return f"{self.x_sized:8.3f}{self.to_l2:8.3f}{self.dram:8.3f}{self.apart:8.3f}  {verdict}"
+        return f"{both}{''.join(f'{value:8.3f}' for value in self)}  {verdict}"
 
 
-HEAD = f"{'x-sized':>8}{'to L2':>8}{'DRAM':>8}{'apart':>8}  bars"
+HEAD = (
+    "".join(f"{name:>8}" for name in ("global", "x-sized", "scratch", "saved", "weights", "DRAM", "once"))
+    + "  bars"
+)
+OWNERS = ("x-sized", "scratch", "saved", "weights")
 
 
 def batch_for(shape: Tuple[int, ...], dtype: torch.dtype) -> int:
-    """The largest power of two up to LARGEST_BATCH whose x, dy and dx fill at most 4/5 of L2; at least 1."""
+    """The largest power of two whose x, dy and dx fill at most 4/5 of L2; at least 1."""
     sample = torch.Size(shape).numel() * dtype.itemsize
     fitting = max(1, L2 * 4 // 5 // (3 * sample))
-    return min(LARGEST_BATCH, 1 << (fitting.bit_length() - 1))
+    return 1 << (fitting.bit_length() - 1)
 
 
 def measure(
-    samples: int, shape: Tuple[int, ...], dtype: torch.dtype, channels_last: bool, training: bool
+    samples: int,
+    shape: Tuple[int, ...],
+    dtype: torch.dtype,
+    channels_last: bool,
+    training: bool = False,
+    each: bool = False,
 ) -> Tuple[Row, Row]:
     x, weights, bn = make_inputs(
         (samples, *shape), dtype, channels_last=channels_last, norm=not training, device="cpu"
@@ -90,17 +107,26 @@ def measure(
     def size(*tensors) -> int:
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
+    owners = {}
+    for owner, tensors in (
+        ("x-sized", (x, dy, forward[0], gradients[0])),
+        ("saved", forward[1:]),
+        ("weights", (*weights, *bn, *gradients[1:])),
+    ):
+        owners.update({t.untyped_storage().data_ptr(): owner for t in tensors if t is not None and t.numel()})
     s = size(x)
     machine = triton_ptx.Machine(l2=L2)
     kept = size(*weights, *bn, *forward[1:])
-    apart = (kept, kept + size(*gradients[1:]))
+    once = (kept, kept + size(*gradients[1:]))
     rows = []
     for part, some in enumerate((launches[:first], launches[first:])):
-        traffic = machine.run(some, large=s)
-        total = {k: sum(getattr(t, k) for t in traffic) for k in ("large", "to_l2", "dram")}
-        rows.append(
-            Row(total["large"] / s, total["to_l2"] / s, (total["dram"] - apart[part]) / s, apart[part] / s)
-        )
+        traffic = machine.run(some, owners)
+        if each:
+            for t in traffic:
+                moved = "".join(f"{t.by_owner.get(owner, 0) / s:8.3f}" for owner in OWNERS)
+                print(f"  {t.kernel:34}{moved}{t.dram / s:8.3f} DRAM with all")
+        moved = [sum(t.by_owner.get(owner, 0) for t in traffic) / s for owner in OWNERS]
+        rows.append(Row(*moved, (sum(t.dram for t in traffic) - once[part]) / s, once[part] / s))
     return rows[0], rows[1]
 
 
@@ -116,12 +142,13 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shapes", nargs="+", metavar="C,H,W", help="instead of ResNet-50's and YOLOv8s's")
-    parser.add_argument("--batch", type=int, help=f"default: what L2 holds, at most {LARGEST_BATCH}")
+    parser.add_argument("--batch", type=int, help="default: what L2 holds, by shape")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bfloat16"])
     parser.add_argument("--layout", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
     parser.add_argument(
         "--norm-training", action="store_true", help="cut around a BatchNorm in training; the norm left out"
     )
+    parser.add_argument("--launches", action="store_true", help="each launch's traffic too")
     options = parser.parse_args()
     reason = triton_ptx.unavailable()
     if reason is not None:
@@ -129,8 +156,8 @@ def main() -> int:
         return 1
     start = time.perf_counter()
     where = f"{'network':10} {'x':18} {'dtype':9} {'layout':14}"
-    print(f"{'':{len(where)}}{f'forward (<= {FORWARD.x_sized} x-sized, {FORWARD.dram} DRAM)':>38}", end="")
-    print(f"{f'backward (<= {BACKWARD.x_sized} x-sized, {BACKWARD.dram} DRAM)':>40}")
+    for_each = (f"{name} (<= {bars.traffic} global, {bars.dram} DRAM)" for name, bars in PASSES.items())
+    print(" " * len(where) + "  ".join(f"{text:>{len(HEAD)}}" for text in for_each))
     print(f"{where}{HEAD}  {HEAD}", flush=True)
     failed: List[str] = []
     count = 0
@@ -139,12 +166,17 @@ def main() -> int:
             for name, shape in cases(options):
                 samples = options.batch or batch_for(shape, DTYPES[dtype])
                 found = measure(
-                    samples, shape, DTYPES[dtype], layout == "channels_last", options.norm_training
+                    samples,
+                    shape,
+                    DTYPES[dtype],
+                    layout == "channels_last",
+                    options.norm_training,
+                    options.launches,
                 )
                 what = f"{name:10} {'x'.join(map(str, (samples, *shape))):18} {dtype:9} {layout:14}"
-                print(f"{what}{found[0].text(FORWARD)}  {found[1].text(BACKWARD)}", flush=True)
+                print(what + "  ".join(map(Row.text, found, PASSES.values())), flush=True)
                 count += 1
-                if not (found[0].passes(FORWARD) and found[1].passes(BACKWARD)):
+                if not all(map(Row.passes, found, PASSES.values())):
                     failed.append(" ".join(what.split()))
     print(
         f"\nIn units of S, the bytes of x; modelled and counted, not measured on a GPU; "

@@ -22,11 +22,11 @@ from .triton_kernels import configurations, load
 from .triton_kernels.configurations import Configuration
 
 # A typical tensor of each kind of map: (N, C, H, W).
-SHAPES = {"large": (16, 256, 56, 56), "small": (32, 1024, 14, 14)}
+SHAPES = {"large": (16, 256, 56, 56), "small": (32, 1024, 14, 14), "tiny": (64, 2048, 7, 7)}
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 TILES = ((8, 128), (8, 256), (8, 512), (16, 64), (16, 128), (16, 256), (32, 32), (32, 64), (64, 32), (64, 64))
 WARPS = (4, 8)
-FILLS = (1, 2, 4, 8)
+FILLS = (0.5, 1, 2, 4, 8)
 REPEATS = 20
 # A candidate replaces the best so far only if it is this much faster: less is noise.
 MARGIN = 0.98

@@ -52,6 +52,61 @@ def test_tuner_says_why_it_cannot_run(capsys):
     assert "cannot tune" in capsys.readouterr().err
 
 
+def pretend_to_tune(monkeypatch, price):
+    """Tuning with no GPU: steps run nothing, a fake timer prices the configurations that the step would use."""
+    device = configurations.Device("sm_90", 132, 50 << 20)
+    monkeypatch.setattr(tune, "load", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(configurations, "describe", lambda _: device)
+    monkeypatch.setattr(tune, "SHAPES", {"large": (2, 64, 28, 28)})
+    monkeypatch.setattr(tune, "DTYPES", {2: torch.bfloat16})
+    monkeypatch.setattr(tune, "_inputs", lambda *_: (torch.empty(0), [], []))
+    monkeypatch.setattr(tune, "_step", lambda *_: [torch.ones(1)])
+
+    def milliseconds(_):
+        used = [configurations._look_up(k, *KEY[1:]) for k in configurations.KERNELS]
+        return float(sum(price(k, found) for k, found in zip(configurations.KERNELS, used)))
+
+    monkeypatch.setattr(tune, "_milliseconds", milliseconds)
+
+
+def test_the_fastest_is_written_and_then_used(monkeypatch, capsys):
+    best = {**configurations._look_up(*KEY).meta, "BC": 8, "BP": 128}
+    pinned = {k: configurations._look_up(k, *KEY[1:]) for k in configurations.KERNELS}
+    with monkeypatch.context() as pretended:
+        pretend_to_tune(
+            pretended,
+            lambda k, found: 1.0 if k == KEY[0] and found.meta == best and found.warps == 8 else 10.0,
+        )
+        assert tune.main([]) == 0
+    assert "1 configurations faster" in capsys.readouterr().out
+    configurations.forget()
+    rows = json.loads(configurations.user_table_path().read_text())["rows"]
+    assert {(row["kernel"], row["layout"]) for row in rows} == {(KEY[0], "contiguous")}
+    found = configurations._look_up(*KEY)
+    assert found.meta == best and found.warps == 8
+    for kernel in configurations.KERNELS[:2]:
+        assert configurations._look_up(kernel, *KEY[1:]) == pinned[kernel]
+
+
+def test_noise_is_no_reason_to_leave_the_pinned_table(monkeypatch):
+    pinned = configurations._look_up(*KEY)
+    pretend_to_tune(monkeypatch, lambda k, found: 10.0 if found == pinned else 9.99)
+    assert tune.tune(lambda _: None) == []
+
+
+def test_a_wrong_result_never_wins(monkeypatch):
+    pinned = configurations._look_up(*KEY)
+    pretend_to_tune(monkeypatch, lambda k, found: 1.0)
+    monkeypatch.setattr(
+        tune, "_step",
+        lambda *_: [torch.ones(1) if configurations._look_up(*KEY) == pinned else torch.tensor([float("nan")])],
+    )  # fmt: skip
+    prices = iter(range(10_000, 0, -1))
+    monkeypatch.setattr(tune, "_milliseconds", lambda _: float(next(prices)))
+    assert all(row["kernel"] != KEY[0] or row["layout"] != KEY[2] for row in tune.tune(lambda _: None))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="tuning needs a GPU")
 def test_tuner_writes_a_table_that_is_used(monkeypatch):
     monkeypatch.setattr(tune, "SHAPES", {"small": (2, 64, 14, 14)})

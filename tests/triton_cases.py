@@ -15,11 +15,11 @@ from typing import Dict, Optional, Tuple
 import pytest
 import torch
 import torch.nn as nn
-from triton_recording import DEVICES, make_inputs, recording, run_ops
+from triton_recording import DEVICES, make_inputs, recording, run_ops, run_split_ops
 
-from cbam_fused import _autograd, cbam
+from cbam_fused import FusedCBAM, _autograd, cbam, masks
 from cbam_fused import _config as cfg
-from cbam_fused._config import Config
+from cbam_fused._config import Config, Parameters
 from cbam_fused.triton_kernels import arguments, configurations, covers, launchers, load, problem
 from cbam_fused.triton_kernels.configurations import Device
 
@@ -148,7 +148,6 @@ def run_public(x, weights, norm, backend, options):
     if options["pool_types"] is not None:
         return cbam(x, *weights.values(), norm=norm, backend=backend, **options)
     from cbam_fused import functional
-    from cbam_fused._config import Parameters
 
     config = Config(
         0, cfg.SPATIAL_MAX_MEAN, cfg.TIES[options.get("ties", "first")], options.get("residual", False)
@@ -161,19 +160,14 @@ def test_loads():
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "shape",
     [(2, 16, 7, 7), (2, 3, 1, 1), (1, 1, 13, 57), (2, 65, 9, 5), (1, 257, 7, 7), (3, 16, 17, 16)],
     ids=str,
 )
-def test_shapes(shape, channels_last):
-    Case(shape, torch.float32, channels_last=channels_last).check()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_dtypes(dtype, channels_last):
-    Case((2, 24, 9, 11), dtype, channels_last=channels_last).check()
+def test_shapes(shape, dtype, channels_last):
+    Case(shape, dtype, channels_last=channels_last).check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -227,6 +221,12 @@ def test_one_and_three_dimensions(shape, kernel, channels_last):
 SPLITS = {
     "small map, shares": ((1, 257, 7, 7), False, {}),
     "small map, shares, channels-last": ((1, 130, 7, 7), True, dict(ties="split")),
+    "small map, one stretch": ((2, 40, 14, 14), False, dict(residual=True)),
+    "small map, one stretch, split": (
+        (2, 33, 7, 7),
+        False,
+        dict(ties="split", pools=("avg", "max", "lp", "lse")),
+    ),
     "large map": ((1, 35, 17, 16), False, {}),
     "large map, segments": ((1, 20, 17, 16), True, dict(pools=("avg", "max", "lp", "lse"))),
     "large map, segments, split": ((1, 20, 17, 16), True, dict(ties="split", one_layer=True)),
@@ -376,6 +376,47 @@ def test_channels_last_weights():
     case.check()
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("pools", [3, 19], ids=["avg, max", "light"])
+def test_a_channel_gate_alone(pools, channels_last):
+    """attention_backward without dz: `masks` hands it a zero dy and the gate's gradient."""
+    check_mask(lambda x, p, backend: masks.channel_mask(x, p, Config(pools=pools), backend), channels_last)
+
+
+@pytest.mark.parametrize("norm", [None, nn.BatchNorm2d(1).double()], ids=["no norm", "norm in training"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_spatial_gate_alone(norm, channels_last):
+    """attention_backward without a channel gate's gradient."""
+    norm = None if norm is None else copy.deepcopy(norm).to(DEVICE)
+    check_mask(lambda x, p, backend: masks.spatial_mask(x, p, Config(), norm, backend), channels_last)
+
+
+@pytest.mark.parametrize("arrangement", ["spatial_first", "parallel"])
+def test_arrangements(arrangement):
+    config = Config(residual=True)
+    check_mask(lambda x, p, backend: masks.arranged(arrangement, x, p, config, None, backend), False)
+
+
+def check_mask(f, channels_last: bool) -> None:
+    """A function of x and the parameters: the same in fp64 as on the reference, with every gradient."""
+    case = Case((2, 6, 5, 7), kernel=3, hidden=2, channels_last=channels_last)
+    found = []
+    for backend in ("reference", "triton"):
+        x = case.x.to(DEVICE).detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        p = Parameters(**{k: t.to(DEVICE).detach().clone().requires_grad_() for k, t in case.weights.items()})
+        out = f(x, p, backend)
+        dy = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+        grads = torch.autograd.grad(out, (x, *p), dy, allow_unused=True)
+        assert out.abs().max() > 0 and grads[0].abs().max() > 0
+        found.append((out, *grads))
+    for want, got in zip(*found, strict=True):
+        if want is None:
+            # A weight that this gate does not use: no gradient, or none to speak of.
+            assert got is None or not got.any()
+        else:
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)
+
+
 def test_empty_batch():
     x, weights, bn = make_inputs((0, 8, 5, 5), torch.float32, kernel=(3, 3), device="cpu")
     weights = [t.to(DEVICE).requires_grad_() for t in weights]
@@ -432,26 +473,42 @@ def test_nothing_is_saved_for_inference():
     assert all(t.numel() == 0 for t in forward[1:])
 
 
-def test_opcheck():
-    x, weights, bn = make_inputs((2, 8, 5, 5), torch.float32, kernel=(3, 3), device="cpu")
+@pytest.mark.parametrize("op", launchers.OPS)
+@pytest.mark.parametrize("config", [Config(), Config(pools=15, ties=1, residual=True)], ids=str)
+def test_opcheck(op, config):
+    """Schema, fake and dynamic shapes. The ops have no autograd of their own: that of `_autograd` is checked above."""
+    x, weights, bn = make_inputs((2, 8, 5, 5), torch.float32, config, kernel=(3, 3), device="cpu")
     x, weights, bn = x.to(DEVICE), [t.to(DEVICE) for t in weights], [t.to(DEVICE) for t in bn]
-    op = torch.ops.cbam_fused_triton.cbam_forward.default
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(op, (x, *weights, *bn, 1e-5, 3, 1, 0, False, True), test_utils=tests)
-    saved = op(x, *weights, *bn, 1e-5, 3, 1, 0, False, True)[1:]
-    op = torch.ops.cbam_fused_triton.cbam_backward.default
-    torch.library.opcheck(op, (x, x, *weights, *bn, 1e-5, *saved, 3, 1, 0, False), test_utils=tests)
+    options = (config.pools, config.spatial, config.ties)
+    (_, *saved), _ = run_ops(x, weights, bn, config, backward=False)
+    (_, z, *_), _ = run_split_ops(x, weights, bn, config, backward=False)
+    *kept, s = saved
+    arguments = {
+        "cbam_forward": (x, *weights, *bn, 1e-5, *options, config.residual, True),
+        "cbam_backward": (x, x, *weights, *bn, 1e-5, *saved, *options, config.residual),
+        "attention_forward": (x, *weights, *options, True),
+        "attention_backward": (x, x, *weights, *kept, s, z, kept[2] * 0.5, *options, config.residual),
+        "scale_forward": (x, kept[2], z, config.residual),
+        "scale_backward": (x, x, kept[2], s),
+    }[op]
+    torch.library.opcheck(getattr(torch.ops.cbam_fused_triton, op).default, arguments)
 
 
-def test_compiles_without_a_graph_break():
-    x, weights, _ = make_inputs((2, 8, 5, 5), torch.float32, kernel=(3, 3), device="cpu")
-    x, weights = x.to(DEVICE), [t.to(DEVICE) for t in weights]
-    f = lambda t: cbam(t, *weights, backend="triton")  # noqa: E731
-    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-    a, b = (t.detach().clone().requires_grad_() for t in (x, x))
-    f(a).sum().backward()
-    compiled(b).sum().backward()
-    assert torch.equal(a.grad, b.grad)
+@pytest.mark.parametrize("mode", ["norm in eval", "norm in training", "inference"])
+def test_compiles_without_a_graph_break(mode):
+    block = FusedCBAM(8, 4, 3, backend="triton").to(DEVICE).train(mode == "norm in training")
+    x = torch.randn(2, 8, 5, 5, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    compiled = torch.compile(copy.deepcopy(block), fullgraph=True, backend="aot_eager")
+    found = []
+    for f in (block, compiled):
+        leaf = x.clone().requires_grad_(mode != "inference")
+        with torch.set_grad_enabled(mode != "inference"):
+            y = f(leaf)
+        if mode != "inference":
+            (y * y).sum().backward()
+        found.append((y, leaf.grad, *(p.grad for p in f.parameters())))
+    for plain, other in zip(*found, strict=True):
+        assert plain is None and other is None or torch.equal(plain, other)
 
 
 def test_covers_says_why_not():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import re
+import ctypes
+import functools
+import importlib.util
+import os
 import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterable, List, Optional, Set, Tuple
+from typing import Dict, Iterable, List, Mapping, Optional, Tuple
 
 import numpy as np
 import torch
@@ -26,44 +29,47 @@ def unavailable() -> Optional[str]:
     return None
 
 
+# ptxcpu counts a launch as a whole. Put into its runtime, this counts what passes between L1 and L2 by
+# allocation too: text after which, or instead of which, goes the other.
+_TALLY = r"""
+extern "C" { u64 owner_base[4096], owner_count, owner_sectors[4096]; }
+static void tally(u64 sector) {
+  u64 *end = owner_base + owner_count, *at = std::upper_bound(owner_base, end, sector << 5);
+  if (at != owner_base) owner_sectors[at - owner_base - 1]++; }
+"""
+_ANCHORS = (
+    ("static void trace_global(Warp *w,", _TALLY + "static void trace_global(Warp *w,"),
+    ("if (l1ok) s.l1_miss++;", "if (l1ok) s.l1_miss++; tally(sec[i]);"),
+    ("else g->l2.write(sec[i]);", "else { tally(sec[i]); g->l2.write(sec[i]); }"),
+)
+
+
+@functools.lru_cache(maxsize=1)
 def _ptxcpu():
+    """ptxcpu with the runtime above, as a module of its own: other tests run it as it is."""
     if str(DIRECTORY) not in sys.path:
         sys.path.insert(0, str(DIRECTORY))
-    return importlib.import_module("ptxcpu")
+    spec = importlib.util.spec_from_file_location("ptxcpu_by_owner", DIRECTORY / "ptxcpu.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    runtime = (DIRECTORY / "runtime.h").read_text()
+    for anchor, replacement in _ANCHORS:
+        if runtime.count(anchor) != 1:
+            raise RuntimeError(
+                f"ptxcpu's runtime.h must have {anchor!r} once, it has it {runtime.count(anchor)} times"
+            )
+        runtime = runtime.replace(anchor, replacement)
+    folder = Path(module.CACHE) / "by_owner"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+        file.write(runtime)
+    os.replace(file.name, folder / "runtime.h")
+    module.HERE = module.CACHE = str(folder)
+    return module
 
 
-_ADDRESS = re.compile(r"\[\s*(%rd\d+)")
-_REGISTER = re.compile(r"%[a-z]+\d+")
-
-
-def _without(ptx: str, parameters: Set[int]) -> str:
-    """The PTX without global loads and stores through pointers that come from these parameters."""
-    lines = ptx.splitlines()
-    tainted: Set[str] = set()
-    names = {f"param_{i}" for i in parameters}
-    grew = True
-    while grew:
-        grew = False
-        for line in lines:
-            if " ld.global" in line or " st." in line or "\tst." in line:
-                continue
-            registers = _REGISTER.findall(line.split("//")[0])
-            if not registers:
-                continue
-            hit = any(r in tainted for r in registers[1:])
-            if "ld.param" in line:
-                hit = any(re.search(rf"{n}(?!\d)", line) for n in names)
-            if hit and registers[0].startswith("%rd") and registers[0] not in tainted:
-                tainted.add(registers[0])
-                grew = True
-    kept = []
-    for line in lines:
-        access = re.search(r"\b(ld|st)\.global", line)
-        address = _ADDRESS.search(line)
-        if access and address and address.group(1) in tainted:
-            continue
-        kept.append(line)
-    return "\n".join(kept) + "\n"
+ARENA = 4 << 30
+ALIGNMENT = 512
 
 
 def _check_races(name: str, result) -> None:
@@ -76,14 +82,16 @@ def _check_races(name: str, result) -> None:
 
 @dataclass
 class Traffic:
-    """Bytes of one launch: requested from global memory, of these by tensors of x's size; from L1 to L2; DRAM."""
+    """Bytes of one launch: between L1 and L2 in whole sectors, in all and by owner; and to and from DRAM."""
 
     kernel: str
-    requested: int
-    large: int
     to_l2: int
+    by_owner: Dict[str, int]
     dram: int
-    result: object
+
+
+def _table(library: ctypes.CDLL, name: str) -> np.ndarray:
+    return np.ctypeslib.as_array((ctypes.c_uint64 * 4096).in_dll(library, name))
 
 
 class Machine:
@@ -93,31 +101,42 @@ class Machine:
         self.options = dict(l2=l2, nsm=multiprocessors)
         self.target = target
         self.memory: Dict[int, Tuple[torch.UntypedStorage, np.ndarray]] = {}
+        # One arena, filled from its start: which lines share a set of L2 must not vary from run to run.
+        # Its pages come into being as they are touched.
+        raw = np.empty(ARENA, np.uint8)
+        self.arena = raw[-raw.ctypes.data % ALIGNMENT :]
+        self.used = 0
         self.modules: Dict[Tuple, object] = {}
 
     def _place(self, t: torch.Tensor):
         storage = t.untyped_storage()
         if storage.data_ptr() not in self.memory:
-            buffer = _ptxcpu().dempty((max(1, storage.nbytes()),), np.uint8)
+            end = self.used + max(1, storage.nbytes())
+            buffer = self.arena[self.used : end]
+            # A gap behind each, so that a small step out of one does not land in the next.
+            self.used = -(-end // ALIGNMENT) * ALIGNMENT + ALIGNMENT
             view = torch.frombuffer(buffer, dtype=torch.uint8)
             view[: storage.nbytes()] = torch.tensor([], dtype=torch.uint8).set_(storage)
             self.memory[storage.data_ptr()] = (storage, buffer)
         offset = t.storage_offset() * t.element_size()
         return self.memory[storage.data_ptr()][1], offset
 
-    def _module(self, launch: Launch, without: Set[int] = frozenset()):
-        key = (launch.key(), tuple(sorted(without)))
+    def _module(self, launch: Launch):
+        key = launch.key()
         if key not in self.modules:
             compiled = launch.compile(self.target)
-            ptx = compiled.asm["ptx"]
-            module = _ptxcpu().PtxModule(_without(ptx, without) if without else ptx)
+            module = _ptxcpu().PtxModule(compiled.asm["ptx"])
             self.modules[key] = (module, compiled.metadata.shared)
         return self.modules[key]
 
     def run(
-        self, launches: Iterable[Launch], large: Optional[int] = None, keep: bool = False, **options
+        self,
+        launches: Iterable[Launch],
+        owners: Optional[Mapping[int, str]] = None,
+        keep: bool = False,
+        **options,
     ) -> List[Traffic]:
-        """Runs them in order. With `large`, tensors of at least that many bytes are counted apart."""
+        """Runs them in order. `owners` names storages by address; all others are "scratch"."""
         found = []
         for i, launch in enumerate(launches):
             args = launch.runtime_args()
@@ -125,25 +144,22 @@ class Machine:
             module, shared = self._module(launch)
             common = dict(grid=(launch.programs,), block=(32 * launch.warps,), smem=shared, **self.options)
             name = launch.name
-            small = None
-            if large is not None:
-                big = {
-                    k for k, a in enumerate(args)
-                    if isinstance(a, torch.Tensor) and a.numel() * a.element_size() >= large
-                }  # fmt: skip
-                before = {k: b.copy() for k, (_, b) in self.memory.items()}
-                stripped, _ = self._module(launch, big)
-                # Untraced: the modelled L2 is the process's, and must not see this launch.
-                r = stripped.launch(name, args=placed, trace=False, check=False, **common)
-                small = r.stats["ld_bytes"] + r.stats["st_bytes"]
-                for k, b in before.items():
-                    self.memory[k][1][...] = b
+            _, library = module.compile(name)
+            starts = sorted((b.ctypes.data, key) for key, (_, b) in self.memory.items())
+            sectors = _table(library, "owner_sectors")
+            _table(library, "owner_base")[: len(starts)] = [at for at, _ in starts]
+            sectors[:] = 0
+            ctypes.c_uint64.in_dll(library, "owner_count").value = len(starts)
             r = module.launch(name, args=placed, keep_l2=keep or i > 0, check=False, **common, **options)
             _check_races(name, r)
-            total = r.stats["ld_bytes"] + r.stats["st_bytes"]
+            by_owner: Dict[str, int] = {}
+            for (_, key), count in zip(starts, sectors.tolist()):
+                owner = (owners or {}).get(key, "scratch")
+                by_owner[owner] = by_owner.get(owner, 0) + 32 * count
             to_l2 = 32 * (r.stats["l2_hit"] + r.stats["l2_miss"] + r.stats["st_sec"])
+            assert to_l2 == sum(by_owner.values()), f"{name}: traffic that no tensor owns"
             dram = r.stats["dram_read_bytes"] + r.stats["dram_write_bytes"]
-            found.append(Traffic(name, total, total - (small or 0), to_l2, dram, r))
+            found.append(Traffic(name, to_l2, by_owner, dram))
         return found
 
     def read_back(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
@@ -200,8 +202,19 @@ def run_split_ops(x, weights, bn, config: Config, save: bool = True, backward: b
     )
 
 
-def resources(compiled, target: str) -> Dict[str, int]:
-    """Registers, instructions (NVIDIA) or registers (AMD) that spill, and shared memory of a compiled kernel."""
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel uses: registers a thread, spills (instructions that touch a stack, or AMD's
+    vector registers), bytes of shared memory; and whether some loop has a 16-byte load from global memory."""
+
+    registers: int
+    spilled: int
+    shared: int
+    wide_loop: bool
+
+
+def resources(compiled, target: str) -> Resources:
+    shared = compiled.metadata.shared
     if TARGETS[target][0] == "hip":
         text = compiled.asm["amdgcn"]
 
@@ -209,24 +222,57 @@ def resources(compiled, target: str) -> Dict[str, int]:
             return int(text.split(f".{name}:")[1].split()[0])
 
         # Spilled scalar registers go to lanes of a vector register, not to memory.
-        spilled = field("vgpr_spill_count")
-        return {"registers": field("vgpr_count"), "spilled": spilled, "shared": compiled.metadata.shared}
-    sass = disassemble(compiled)
-    registers = int(re.search(r"\bREG:(\d+)", _cuobjdump(compiled, "-res-usage")).group(1))
-    spilled = len(re.findall(r"\b(?:STL|LDL)\b", sass))
-    return {"registers": registers, "spilled": spilled, "shared": compiled.metadata.shared}
+        return Resources(field("vgpr_count"), field("vgpr_spill_count"), shared, _wide_loop_amd(text))
+    report = _cuobjdump(compiled)
+    registers = int(re.search(r"\bREG:(\d+)", report).group(1))
+    return Resources(registers, len(re.findall(r"\b(?:STL|LDL)\b", report)), shared, _wide_loop(report))
 
 
-def _cuobjdump(compiled, option: str) -> str:
+def _cuobjdump(compiled) -> str:
+    """SASS and the report of resources of a kernel compiled for NVIDIA."""
     import triton
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, option, str(path)]
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(path)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def disassemble(compiled) -> str:
-    """SASS of a kernel compiled for NVIDIA."""
-    return _cuobjdump(compiled, "-sass")
+def _inside(loops: List[Tuple[int, int]], loads: List[int]) -> bool:
+    return any(first <= at <= last for first, last in loops for at in loads)
+
+
+def _wide_loop(sass: str) -> bool:
+    code = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass)]
+    loads = [at for at, text in code if re.search(r"\bLDG\.E[\w.]*\.(128|256)", text)]
+    jumps = [(at, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for at, text in code]
+    loops = [(int(m[1], 16), at) for at, m in jumps if m and int(m[1], 16) < at]
+    return _inside(loops, loads)
+
+
+def _wide_loop_amd(text: str) -> bool:
+    lines = text.splitlines()
+    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"(\.L\w+):", line))}
+    loads = [i for i, line in enumerate(lines) if re.search(r"(global|buffer)_load_dwordx4", line)]
+    jumps = [(i, re.search(r"s_c?branch\w*\s+(\.L\w+)", line)) for i, line in enumerate(lines)]
+    loops = [(labels[m[1]], i) for i, m in jumps if m and labels.get(m[1], i) < i]
+    return _inside(loops, loads)
+
+
+_work: Tuple[List[Launch], str] = ([], "")
+
+
+def _inspect(i: int) -> Resources:
+    some, target = _work
+    return resources(some[i].compile(target), target)
+
+
+def inspect_all(some: List[Launch], target: str) -> List[Resources]:
+    """Compiles them, on every core: forked workers inherit the launches, which cannot be sent to others."""
+    global _work
+    _work = (some, target)
+    if "fork" not in multiprocessing.get_all_start_methods():
+        return [_inspect(i) for i in range(len(some))]
+    with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
+        return pool.map(_inspect, range(len(some)), chunksize=1)

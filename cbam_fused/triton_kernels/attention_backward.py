@@ -9,12 +9,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device_functions import convolve_transposed, folded_norm, sum_parts
+from .device_functions import convolve_transposed, divide, folded_norm, sum_parts
 
 
 @triton.jit(do_not_specialize=["c_units", "p_units", "parts", "splits", "split_tiles", "D", "H", "W"])
 def attention_backward_kernel(
-    x, channel_gate, spatial_gate, spatial_pool, spatial_index, ds_part, merged, dz, dmaps, dgate_part,
+    x, channel_gate, spatial_gate, spatial_pool, spatial_index, ds_part, merged, dz, dmaps, dgate_a, dgate_part,
     conv_weight, bn_weight, bn_bias, bn_mean, bn_var, c_units, p_units, parts, splits, split_tiles, D, H, W,
     BN_EPS: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SPATIAL: tl.constexpr, SPLIT: tl.constexpr,
@@ -24,6 +24,7 @@ def attention_backward_kernel(
     """dmaps (N, 2, P): what each maximum and each element of a column receives. dgate_part (N, tiles, C).
 
     ds_part (N, parts, P) or None: dz is computed from it, in every program for itself.
+    dgate_a (N, C) or None: the first launch's sums, which make dgate_part the gradient of the gate's logits.
     """
     C = c_units * CV
     P = p_units * PV
@@ -53,10 +54,10 @@ def attention_backward_kernel(
     scale, _, _, _ = folded_norm(bn_weight, bn_bias, bn_mean, bn_var, BN_EPS, ACC)
     # Zero beyond the map, where an infinite weight would otherwise put a NaN into the sums.
     dpeak = tl.where(pmask, dpeak * scale, 0.0)
-    dmean = tl.where(pmask, dmean * scale / C.to(ACC), 0.0)
+    dmean = tl.where(pmask, divide(dmean * scale, C.to(ACC)), 0.0)
     found = tl.load(spatial_index + n * P + rp, mask=pmask, other=1).to(tl.int32)  # [BP]
     if SPLIT:
-        dpeak = dpeak / found.to(ACC)
+        dpeak = divide(dpeak, found.to(ACC))
         peak = tl.load(spatial_pool + n * 2 * P + rp, mask=pmask, other=0.0)  # [BP]
     write = pmask & (split == 0)
     tl.store(dmaps + n * 2 * P + rp, dpeak, mask=write)  # [BP]
@@ -83,4 +84,9 @@ def attention_backward_kernel(
             else:
                 is_peak = rc[:, None] == found[None, :]
             through = v * tl.where(is_peak, dboth[None, :], dmean[None, :])
-            tl.store(dgate_part + (n * tiles + tile) * C + rc, tl.sum(through, 1), mask=cmask)  # [BC]
+            dgate = tl.sum(through, 1)
+            if dgate_a is not None:
+                dgate += tl.load(dgate_a + n * C + rc, mask=cmask, other=0.0)  # [BC]
+                g = tl.load(channel_gate + n * C + rc, mask=cmask, other=0.0)  # [BC]
+                dgate *= g * (1.0 - g)
+            tl.store(dgate_part + (n * tiles + tile) * C + rc, dgate, mask=cmask)  # [BC]

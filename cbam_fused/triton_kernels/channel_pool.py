@@ -1,7 +1,7 @@
-"""First launch of the forward: every channel pool of x in one read, a tile of channels a program.
+"""First launch of the forward: every channel pool of x in one read, a share of the channels a program.
 
-Reads x (S bytes), writes pooled (N, SEGMENTS, K, C) and the tile's share of the MLP's first layer,
-(N, tiles, RUNS, H). With one segment the pools are final; with more (small batches in channels-last,
+Reads x (S bytes), writes pooled (N, SEGMENTS, K, C) and what the share adds to the MLP's first layer,
+(N, shares, RUNS, H). With one segment the pools are final; with more (small batches in channels-last,
 where a tile of channels must stay a whole sector wide) the second launch merges them in order, and
 computes the first layer itself.
 """
@@ -11,7 +11,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device_functions import NO_INDEX, finite_or_zero, reduce_maximum, replace_nan, root, track_maximum
+from .device_functions import (
+    NO_INDEX,
+    divide,
+    finite_or_zero,
+    load_pooled,
+    reduce_maximum,
+    replace_nan,
+    root,
+    track_maximum,
+)
 
 
 @triton.jit
@@ -39,30 +48,21 @@ def _pool_tile(
     return total, squares, peak, index, level, exps
 
 
-@triton.jit(do_not_specialize=["c_units", "p_units", "segment_tiles"])
-def channel_pool_forward_kernel(
-    x, pooled, pool_index, w1, hidden_part, c_units, p_units, segment_tiles, SEGMENTS, H,
+@triton.jit
+def _pool_channels(
+    x, pooled, pool_index, n, seg, channel_tile, C, P, segment_tiles, SEGMENTS,
     POOLS: tl.constexpr, SPLIT: tl.constexpr, SEGMENTED: tl.constexpr, WITH_INDEX: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, CV: tl.constexpr, PV: tl.constexpr,
-    BC: tl.constexpr, BP: tl.constexpr, HB: tl.constexpr, ACC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """Every pool of a tile of channels over a segment of positions, stored."""
     AVG: tl.constexpr = POOLS % 2
     MAX: tl.constexpr = (POOLS // 2) % 2
     LP: tl.constexpr = (POOLS // 4) % 2
     LSE: tl.constexpr = (POOLS // 8) % 2
-    BLEND: tl.constexpr = POOLS // 16
     ROWS: tl.constexpr = AVG + MAX + LP + LSE
-    RUNS: tl.constexpr = 1 if BLEND else ROWS
-    # Written as products, so that the compiler sees by what they divide and loads whole vectors.
-    C = c_units * CV
-    P = p_units * PV
     SC = 1 if CHANNELS_LAST else P
     SP = C if CHANNELS_LAST else 1
-    channel_tiles = tl.cdiv(C, BC)
-    pid = tl.program_id(0)
-    seg = (pid // channel_tiles) % SEGMENTS
-    n = (pid // (channel_tiles * SEGMENTS)).to(tl.int64)
-    rc = (pid % channel_tiles) * BC + tl.arange(0, BC)
+    rc = channel_tile * BC + tl.arange(0, BC)
     cmask = rc < C
     col = tl.arange(0, BP)
     tile = x + n * C * P + rc.to(tl.int64)[:, None] * SC + col.to(tl.int64)[None, :] * SP  # [BC, BP]
@@ -95,7 +95,7 @@ def channel_pool_forward_kernel(
 
     out = pooled + (n * SEGMENTS + seg) * ROWS * C + rc
     s = tl.sum(total, 1)
-    mean = s / P.to(ACC)
+    mean = divide(s, P.to(ACC))
     if AVG:
         tl.store(out, s if SEGMENTED else mean, mask=cmask)  # [BC]
     if MAX:
@@ -123,29 +123,48 @@ def channel_pool_forward_kernel(
         lse = tl.log(exps) + finite_or_zero(level)
         tl.store(out + (AVG + MAX + LP) * C, lse, mask=cmask)  # [BC]
 
+
+@triton.jit(do_not_specialize=["c_units", "p_units", "segment_tiles", "share_tiles"])
+def channel_pool_forward_kernel(
+    x, pooled, pool_index, w1, hidden_part, c_units, p_units, segment_tiles, SEGMENTS, share_tiles, H,
+    POOLS: tl.constexpr, SPLIT: tl.constexpr, SEGMENTED: tl.constexpr, WITH_INDEX: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, CV: tl.constexpr, PV: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr, MC: tl.constexpr, HB: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    BLEND: tl.constexpr = POOLS // 16
+    ROWS: tl.constexpr = POOLS % 2 + (POOLS // 2) % 2 + (POOLS // 4) % 2 + (POOLS // 8) % 2
+    RUNS: tl.constexpr = 1 if BLEND else ROWS
+    KP: tl.constexpr = 4 if RUNS == 3 else RUNS
+    # Written as products, so that the compiler sees by what they divide and loads whole vectors.
+    C = c_units * CV
+    P = p_units * PV
+    channel_tiles = tl.cdiv(C, BC)
+    shares = tl.cdiv(channel_tiles, share_tiles)
+    pid = tl.program_id(0)
+    share = pid % shares
+    seg = (pid // shares) % SEGMENTS
+    n = (pid // (shares * SEGMENTS)).to(tl.int64)
+    first = share * share_tiles
+    for tile in range(first, tl.minimum(first + share_tiles, channel_tiles)):
+        _pool_channels(
+            x, pooled, pool_index, n, seg, tile, C, P, segment_tiles, SEGMENTS,
+            POOLS, SPLIT, SEGMENTED, WITH_INDEX, CHANNELS_LAST, BC, BP, ACC,
+        )  # fmt: skip
     if hidden_part is not None:
-        part = hidden_part + pid.to(tl.int64) * RUNS * H
-        weights = w1 + rc
+        # The pools come back from memory, in the shape that the weights' tile wants.
+        tl.debug_barrier()
+        c1 = tl.minimum((first + share_tiles) * BC, C)
+        rk = tl.arange(0, KP)
         for h in range(0, H, HB):
             rh = h + tl.arange(0, HB)
             hmask = rh < H
-            cell = rh.to(tl.int64)[:, None] * C
-            w = tl.load(weights[None, :] + cell, mask=hmask[:, None] & cmask[None, :], other=0.0).to(
-                ACC
-            )  # [HB, BC]
-            if BLEND:
-                tl.store(part + rh, _product(w, 0.5 * mean + 0.5 * best, cmask), mask=hmask)  # [HB]
-            else:
-                if AVG:
-                    tl.store(part + rh, _product(w, mean, cmask), mask=hmask)  # [HB]
-                if MAX:
-                    tl.store(part + AVG * H + rh, _product(w, best, cmask), mask=hmask)  # [HB]
-                if LP:
-                    tl.store(part + (AVG + MAX) * H + rh, _product(w, norm, cmask), mask=hmask)  # [HB]
-                if LSE:
-                    tl.store(part + (AVG + MAX + LP) * H + rh, _product(w, lse, cmask), mask=hmask)  # [HB]
-
-
-@triton.jit
-def _product(w, u, cmask):
-    return tl.sum(w * tl.where(cmask, u, 0.0)[None, :], 1)
+            pre = tl.zeros([KP, HB], ACC)
+            for c in range(first * BC, c1, MC):
+                rc = c + tl.arange(0, MC)
+                cmask = rc < c1
+                u = load_pooled(pooled + n * ROWS * C, C, rc, cmask, ROWS, KP, BLEND)  # [KP, MC]
+                at = rh.to(tl.int64)[:, None] * C + rc[None, :]
+                w = tl.load(w1 + at, mask=hmask[:, None] & cmask[None, :], other=0.0).to(ACC)  # [HB, MC]
+                pre += tl.sum(w[None, :, :] * u[:, None, :], 2)
+            at = hidden_part + pid.to(tl.int64) * RUNS * H + rk[:, None] * H + rh[None, :]
+            tl.store(at, pre, mask=(rk < RUNS)[:, None] & hmask[None, :])  # [KP, HB]

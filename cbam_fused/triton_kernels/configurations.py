@@ -22,6 +22,9 @@ FORMAT = 1
 PINNED = Path(__file__).with_name("launch_table.json")
 # Positions up to which a map is "small": a tile of 64 positions then wastes little.
 SMALL_MAP = 256
+# Positions up to which it is "tiny": one tile of positions, and many channels to fill it with.
+TINY_MAP = 64
+MAPS = ("tiny", "small", "large")
 # A chunk of a batch smaller than this costs more in launches than it saves in traffic.
 SMALLEST_CHUNK = 16 << 20
 # Smallest block sizes that every kernel compiles with (vectors of 16 elements need as many channels).
@@ -55,7 +58,7 @@ class Configuration:
 
     meta: Mapping[str, int]
     warps: int
-    fill: int
+    fill: float
 
 
 def interpreting() -> bool:
@@ -118,6 +121,8 @@ def forget() -> None:
 
 
 def map_class(positions: int) -> str:
+    if positions <= TINY_MAP:
+        return "tiny"
     return "small" if positions <= SMALL_MAP else "large"
 
 

@@ -12,8 +12,19 @@ UNROLLED_WIDTH = tl.constexpr(7)
 
 
 @triton.jit
+def divide(a, b):
+    # `/` of float32 is approximate. Its exact twin is a call, around which registers spill; one step of
+    # refinement is not, and leaves an infinite or zero divisor's quotient alone.
+    q = a / b
+    if b.dtype != tl.float64:
+        rest = tl.fma(-q, b + tl.zeros_like(q), a + tl.zeros_like(q))
+        q = tl.where(rest == rest, q + rest / b, q)
+    return q
+
+
+@triton.jit
 def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    return divide(tl.full([], 1.0, x.dtype), 1.0 + tl.exp(-x))
 
 
 @triton.jit
@@ -106,7 +117,7 @@ def folded_norm(bn_weight, bn_bias, bn_mean, bn_var, BN_EPS: tl.constexpr, ACC: 
         return one, one - one, one - one, one
     else:
         mean = tl.load(bn_mean).to(ACC)
-        rstd = 1.0 / root(tl.load(bn_var).to(ACC) + tl.full([], BN_EPS, ACC))
+        rstd = divide(tl.full([], 1.0, ACC), root(tl.load(bn_var).to(ACC) + tl.full([], BN_EPS, ACC)))
         scale = load_scalar(bn_weight, 1.0, ACC) * rstd
         return scale, load_scalar(bn_bias, 0.0, ACC) - mean * scale, mean, rstd
 
@@ -234,6 +245,17 @@ def _shifted(dz, at, w, dw, inside, W):
 
 
 @triton.jit
+def channels_and_positions(first, lane, P):
+    """Elements first + lane [B] of maps of P positions, one after the other -> (map [B], position [B])."""
+    c = first // P
+    rest = first - c * P + lane
+    # In floating point, which is exact for so few, as an integer division takes many instructions: the sum
+    # stays below 2**20, the quotient is off by less than 2**-21 of itself and by at least 1 / 2P from whole.
+    q = ((rest.to(tl.float32) + 0.5) / P.to(tl.float32)).to(tl.int32)
+    return c + q, rest - q * P
+
+
+@triton.jit
 def load_pooled(base, C, rc, cmask, K: tl.constexpr, KP: tl.constexpr, BLEND: tl.constexpr):
     """Rows of pooled [K, C] at channels rc -> what the MLP reads, [KP, len(rc)]; padded rows are 0."""
     if BLEND:
@@ -244,24 +266,6 @@ def load_pooled(base, C, rc, cmask, K: tl.constexpr, KP: tl.constexpr, BLEND: tl
         rk = tl.arange(0, KP)
         mask = (rk < K)[:, None] & cmask[None, :]
         return tl.load(base + rk[:, None] * C + rc[None, :], mask=mask, other=0.0)  # [KP, MC]
-
-
-@triton.jit
-def hidden_layer(
-    u_base, w1, C, H, rh, K: tl.constexpr, KP: tl.constexpr, BLEND: tl.constexpr,
-    MC: tl.constexpr, HB: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """W1 u of hidden units rh for each pool -> [KP, HB]."""
-    hmask = rh < H
-    acc = tl.zeros([KP, HB], ACC)
-    for c in range(0, C, MC):
-        rc = c + tl.arange(0, MC)
-        cmask = rc < C
-        at = rh.to(tl.int64)[:, None] * C + rc[None, :]
-        w = tl.load(w1 + at, mask=hmask[:, None] & cmask[None, :], other=0.0).to(ACC)  # [HB, MC]
-        u = load_pooled(u_base, C, rc, cmask, K, KP, BLEND)  # [KP, MC]
-        acc += tl.sum(w[None, :, :] * u[:, None, :], 2)
-    return acc
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device_functions import load_pooled, relu, sum_parts
+from .device_functions import channels_and_positions, divide, load_pooled, relu, sum_parts
 
 
 @triton.jit
@@ -86,21 +86,99 @@ def _pools_backward(
             da = _row(du, 0, KP)
             if BLEND:
                 da *= 0.5
-            tl.store(at, da / P.to(ACC), mask=cmask)  # [MC]
+            tl.store(at, divide(da, P.to(ACC)), mask=cmask)  # [MC]
         if MAX:
             dm = _row(du, 0 if BLEND else AVG, KP)
             if BLEND:
                 dm *= 0.5
             if SPLIT:
-                dm /= tl.load(pool_index + n * C + rc, mask=cmask, other=1).to(ACC)  # [MC]
+                dm = divide(dm, tl.load(pool_index + n * C + rc, mask=cmask, other=1).to(ACC))  # [MC]
             tl.store(at + AVG * width, dm, mask=cmask)  # [MC]
         if LP:
             norm = tl.load(pooled + (n * ROWS + AVG + MAX) * C + rc, mask=cmask, other=1.0)  # [MC]
             # The subgradient of a norm at zero is zero, as in torch.
-            dn = tl.where(norm == 0.0, 0.0, _row(du, AVG + MAX, KP) / norm)
+            dn = tl.where(norm == 0.0, 0.0, divide(_row(du, AVG + MAX, KP), norm))
             tl.store(at + (AVG + MAX) * width, dn, mask=cmask)  # [MC]
         if LSE:
             tl.store(at + (AVG + MAX + LP) * width, _row(du, AVG + MAX + LP, KP), mask=cmask)  # [MC]
+
+
+@triton.jit
+def _position_terms(n, rp, pmask, spatial_gate, spatial_pool, spatial_index, dmaps, P, SPLIT: tl.constexpr):
+    """At positions rp, of any shape: s, what each element of a column gets, what its maximum gets, and how to
+    tell the maximum: by its channel, or with SPLIT by its value."""
+    s = tl.load(spatial_gate + n * P + rp, mask=pmask, other=0.0)  # [*rp]
+    dpeak = tl.load(dmaps + n * 2 * P + rp, mask=pmask, other=0.0)  # [*rp]
+    dmean = tl.load(dmaps + n * 2 * P + P + rp, mask=pmask, other=0.0)  # [*rp]
+    dboth = dmean + dpeak
+    if SPLIT:
+        # amax multiplies its gradient by a mask, which sends a NaN or an infinity to all elements.
+        dmean += dpeak * 0.0
+        key = tl.load(spatial_pool + n * 2 * P + rp, mask=pmask, other=0.0)  # [*rp]
+    else:
+        key = tl.load(spatial_index + n * P + rp, mask=pmask, other=0).to(tl.int32)  # [*rp]
+    return s, dmean, dboth, key
+
+
+@triton.jit
+def _input_gradient(
+    dy, x, dx, at, mask, cmask, n, rc, rp, own, s, dmean, dboth, key,
+    channel_gate, pooled, pool_index, dpooled, width, C,
+    POOLS: tl.constexpr, SPATIAL: tl.constexpr, SPLIT: tl.constexpr, RESIDUAL: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """dx at `at`, for channels rc (own: counted from the program's first) and positions rp, which broadcast."""
+    AVG: tl.constexpr = POOLS % 2
+    MAX: tl.constexpr = (POOLS // 2) % 2
+    LP: tl.constexpr = (POOLS // 4) % 2
+    LSE: tl.constexpr = (POOLS // 8) % 2
+    ROWS: tl.constexpr = AVG + MAX + LP + LSE
+    # Non-zero where x itself is read.
+    READS_X: tl.constexpr = LP + LSE + SPLIT * (MAX + SPATIAL)
+    upstream = tl.load(dy + at, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)  # [*at]
+    if READS_X:
+        v = tl.load(x + at, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)  # [*at]
+    out = upstream
+    if POOLS:
+        g = tl.load(channel_gate + n * C + rc, mask=cmask, other=0.0)  # [*rc]
+    if SPATIAL:
+        if SPLIT:
+            if POOLS:
+                is_peak = v * g == key
+            else:
+                is_peak = v == key
+        else:
+            is_peak = rc == key
+        out = out * s + tl.where(is_peak, dboth, dmean)
+    if POOLS:
+        out = out * g
+        du = dpooled + own
+        if AVG:
+            each = tl.load(du, mask=cmask, other=0.0)  # [*rc]
+        else:
+            each = tl.zeros_like(g)
+        if MAX:
+            dm = tl.load(du + AVG * width, mask=cmask, other=0.0)  # [*rc]
+            both = each + dm
+            if SPLIT:
+                each += dm * 0.0
+                m = tl.load(pooled + (n * ROWS + AVG) * C + rc, mask=cmask, other=0.0)  # [*rc]
+                is_pooled = v == m
+            else:
+                where = tl.load(pool_index + n * C + rc, mask=cmask, other=0).to(tl.int32)  # [*rc]
+                is_pooled = rp == where
+            out += tl.where(is_pooled, both, each)
+        else:
+            out += each
+        if LP:
+            out += v * tl.load(du + (AVG + MAX) * width, mask=cmask, other=0.0)  # [*rc]
+        if LSE:
+            lse = tl.load(pooled + (n * ROWS + AVG + MAX + LP) * C + rc, mask=cmask, other=0.0)  # [*rc]
+            dlse = tl.load(du + (AVG + MAX + LP) * width, mask=cmask, other=0.0)  # [*rc]
+            out += tl.exp(v - lse) * dlse
+    if RESIDUAL:
+        out += upstream
+    tl.store(dx + at, out.to(dx.dtype.element_ty), mask=mask, eviction_policy="evict_first")  # [*at]
 
 
 @triton.jit(do_not_specialize=["c_units", "p_units", "blocks", "splits", "split_tiles"])
@@ -109,20 +187,17 @@ def input_backward_kernel(
     w1, b1, w2, dlogits, hidden_part, dhidden, hidden, my_dhidden, dpooled,
     c_units, p_units, HIDDEN, blocks, splits, split_tiles,
     POOLS: tl.constexpr, SPATIAL: tl.constexpr, SPLIT: tl.constexpr, RESIDUAL: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, CV: tl.constexpr, PV: tl.constexpr,
+    FLAT: tl.constexpr, CHANNELS_LAST: tl.constexpr, CV: tl.constexpr, PV: tl.constexpr,
     BC: tl.constexpr, BP: tl.constexpr, MC: tl.constexpr, HB: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """my_dhidden (programs, RUNS, H) and dpooled (programs, ROWS, split_tiles * BC) are each program's own."""
-    AVG: tl.constexpr = POOLS % 2
-    MAX: tl.constexpr = (POOLS // 2) % 2
-    LP: tl.constexpr = (POOLS // 4) % 2
-    LSE: tl.constexpr = (POOLS // 8) % 2
+    """my_dhidden (programs, RUNS, H) and dpooled (programs, ROWS, split_tiles * BC) are each program's own.
+
+    FLAT: one tile of positions, contiguous; elements are taken as they lie in memory, over the ends of rows.
+    """
     BLEND: tl.constexpr = POOLS // 16
-    ROWS: tl.constexpr = AVG + MAX + LP + LSE
+    ROWS: tl.constexpr = POOLS % 2 + (POOLS // 2) % 2 + (POOLS // 4) % 2 + (POOLS // 8) % 2
     RUNS: tl.constexpr = 1 if BLEND else ROWS
     KP: tl.constexpr = 4 if RUNS == 3 else RUNS
-    # Non-zero where x itself is read.
-    READS_X: tl.constexpr = LP + LSE + SPLIT * (MAX + SPATIAL)
     C = c_units * CV
     P = p_units * PV
     SC = 1 if CHANNELS_LAST else P
@@ -162,66 +237,42 @@ def input_backward_kernel(
             )  # fmt: skip
         tl.debug_barrier()
 
-    rp = tile * BP + tl.arange(0, BP)
-    pmask = rp < P
-    row = tl.arange(0, BC)
-    if SPATIAL:
-        s = tl.load(spatial_gate + n * P + rp, mask=pmask, other=0.0)  # [BP]
-        dpeak = tl.load(dmaps + n * 2 * P + rp, mask=pmask, other=0.0)  # [BP]
-        dmean = tl.load(dmaps + n * 2 * P + P + rp, mask=pmask, other=0.0)  # [BP]
-        dboth = dmean + dpeak
-        if SPLIT:
-            # amax multiplies its gradient by a mask, which sends a NaN or an infinity to all elements.
-            dmean += dpeak * 0.0
-            peak = tl.load(spatial_pool + n * 2 * P + rp, mask=pmask, other=0.0)  # [BP]
-        else:
-            found = tl.load(spatial_index + n * P + rp, mask=pmask, other=0).to(tl.int32)  # [BP]
-    corner = n * C * P + rp.to(tl.int64)[None, :] * SP + row.to(tl.int64)[:, None] * SC  # [BC, BP]
-    for t in range(first, last):
-        rc = t * BC + row
-        cmask = rc < C
-        mask = cmask[:, None] & pmask[None, :]
-        at = corner + tl.cast(tl.multiple_of(t * BC, BC), tl.int64) * SC
-        upstream = tl.load(dy + at, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)  # [BC, BP]
-        if READS_X:
-            v = tl.load(x + at, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)  # [BC, BP]
-        out = upstream
-        if POOLS:
-            g = tl.load(channel_gate + n * C + rc, mask=cmask, other=0.0)[:, None]  # [BC, 1]
+    if not POOLS:
+        my_dpooled = dpooled
+    if not SPATIAL:
+        s, dmean, dboth, key = 0, 0, 0, 0
+    if FLAT:
+        # Whole vectors and sectors, where rows of the map would end within them.
+        begin = n * C * P + tl.cast(first * BC, tl.int64) * P
+        elements = (tl.minimum(first * BC + width, C) - first * BC) * P
+        lane = tl.arange(0, BC * BP)
+        for t in range(tl.cdiv(elements, BC * BP)):
+            i = tl.multiple_of(t * BC * BP, BC * BP)
+            rc, rp = channels_and_positions(i, lane, P)
+            mask = i + lane < elements
+            if SPATIAL:
+                s, dmean, dboth, key = _position_terms(
+                    n, rp, mask, spatial_gate, spatial_pool, spatial_index, dmaps, P, SPLIT
+                )
+            _input_gradient(
+                dy, x, dx, begin + i + lane, mask, mask, n, first * BC + rc, rp, rc, s, dmean, dboth, key,
+                channel_gate, pooled, pool_index, my_dpooled, width, C,
+                POOLS, SPATIAL, SPLIT, RESIDUAL, ACC,
+            )  # fmt: skip
+    else:
+        rp = (tile * BP + tl.arange(0, BP))[None, :]
+        pmask = rp < P
+        row = tl.arange(0, BC)[:, None]
         if SPATIAL:
-            if SPLIT:
-                if POOLS:
-                    is_peak = v * g == peak[None, :]
-                else:
-                    is_peak = v == peak[None, :]
-            else:
-                is_peak = rc[:, None] == found[None, :]
-            out = out * s[None, :] + tl.where(is_peak, dboth[None, :], dmean[None, :])
-        if POOLS:
-            out = out * g
-            du = my_dpooled + (t - first) * BC + row
-            each = tl.zeros([BC], ACC)
-            if AVG:
-                each = tl.load(du, mask=cmask, other=0.0)  # [BC]
-            if MAX:
-                dm = tl.load(du + AVG * width, mask=cmask, other=0.0)  # [BC]
-                both = each + dm
-                if SPLIT:
-                    each += dm * 0.0
-                    m = tl.load(pooled + (n * ROWS + AVG) * C + rc, mask=cmask, other=0.0)  # [BC]
-                    is_pooled = v == m[:, None]
-                else:
-                    where = tl.load(pool_index + n * C + rc, mask=cmask, other=0).to(tl.int32)  # [BC]
-                    is_pooled = rp[None, :] == where[:, None]
-                out += tl.where(is_pooled, both[:, None], each[:, None])
-            else:
-                out += each[:, None]
-            if LP:
-                out += v * tl.load(du + (AVG + MAX) * width, mask=cmask, other=0.0)[:, None]  # [BC, 1]
-            if LSE:
-                lse = tl.load(pooled + (n * ROWS + AVG + MAX + LP) * C + rc, mask=cmask, other=0.0)  # [BC]
-                dlse = tl.load(du + (AVG + MAX + LP) * width, mask=cmask, other=0.0)  # [BC]
-                out += tl.exp(v - lse[:, None]) * dlse[:, None]
-        if RESIDUAL:
-            out += upstream
-        tl.store(dx + at, out.to(dx.dtype.element_ty), mask=mask, eviction_policy="evict_first")  # [BC, BP]
+            s, dmean, dboth, key = _position_terms(
+                n, rp, pmask, spatial_gate, spatial_pool, spatial_index, dmaps, P, SPLIT
+            )
+        corner = n * C * P + rp.to(tl.int64) * SP + row.to(tl.int64) * SC  # [BC, BP]
+        for t in range(first, last):
+            rc = t * BC + row
+            at = corner + tl.cast(tl.multiple_of(t * BC, BC), tl.int64) * SC
+            _input_gradient(
+                dy, x, dx, at, (rc < C) & pmask, rc < C, n, rc, rp, rc - first * BC, s, dmean, dboth, key,
+                channel_gate, pooled, pool_index, my_dpooled, width, C,
+                POOLS, SPATIAL, SPLIT, RESIDUAL, ACC,
+            )  # fmt: skip

@@ -90,10 +90,7 @@ class _Gradients:
         if pr.spatial:
             found, device = self.small_jobs()
             steps = cdiv(pr.p, found.meta["BQ"])
-            self.tap_blocks = cdiv(pr.taps, found.meta["TB"])
-            self.segments, self.segment_tiles = pb.split_loop(
-                pr.n * (self.tap_blocks + 1), steps, found.fill, device
-            )
+            self.segments, self.segment_tiles = pb.split_loop(pr.n, steps, found.fill, device)
             self.dtaps = acc(pr.n, self.segments, pr.planes * pr.taps)
             self.sums = acc(pr.n, self.segments, 2)
 
@@ -152,41 +149,47 @@ def _attention_backward_chunk(
     def acc(*shape: int) -> Tensor:
         return x.new_empty(shape, dtype=pr.acc)
 
-    dmaps, dgate_b, tiles_b = None, None, 0
+    dmaps, dgate_b, tiles_b, whole = None, None, 0, False
+    dlogits = part_of(grads.dlogits, rows)
     if pr.spatial:
         found, device = pr.tile("attention_backward")
         tiles_b, steps = cdiv(pr.p, found.meta["BP"]), cdiv(pr.c, found.meta["BC"])
         splits, each = pb.split_loop(n * tiles_b, steps, found.fill, device) if pr.pools else (1, steps)
         dmaps = acc(n, 2, pr.p)
-        dgate_b = acc(n, tiles_b, pr.c) if pr.pools else None
+        # With all positions in one program each, the gate's gradient is complete there.
+        whole = pr.pools != 0 and tiles_b == 1 and dgate is not None and dgate.shape[1] == 1
+        dgate_b = dlogits if whole else acc(n, tiles_b, pr.c) if pr.pools else None
         pb.launch(
             attention_backward_kernel,
             n * tiles_b * splits,
             (x, gate, spatial_gate, spatial_pool, spatial_index, ds,
-             None if ds is None else acc(n * tiles_b * splits, pr.p), dz, dmaps, dgate_b, grads.conv[0], *bn,
+             None if ds is None else acc(n * tiles_b * splits, pr.p), dz, dmaps,
+             dgate if whole else None, dgate_b, grads.conv[0], *bn,
              u["c_units"], u["p_units"], 1 if ds is None else ds.shape[1], splits, each, pr.d, pr.h, pr.w),
             dict(BN_EPS=eps, SPATIAL=pr.spatial, SPLIT=pr.split(), MB=1 if ds is None else pr.merge_block(),
                  **pr.taps_meta(), **pr.layout(), **found.meta),
             found.warps,
         )  # fmt: skip
-    blocks, hidden_part = 0, None
+    blocks, block_tiles, hidden_part = 0, 1, None
     if pr.pools or pr.spatial:
         found, _ = grads.small_jobs()
         jobs = 0
         if pr.pools:
-            jobs = blocks = cdiv(pr.c, found.meta["MC"])
+            block_tiles = max(1, found.meta["JC"] // found.meta["MC"])
+            jobs = blocks = cdiv(pr.c, block_tiles * found.meta["MC"])
             hidden_part = None if w1 is None else acc(n, blocks, 1 + pr.runs, pr.hidden)
         if pr.spatial:
-            jobs += (grads.tap_blocks + 1) * grads.segments
+            jobs += grads.segments
         pb.launch(
             sample_backward_kernel,
             n * jobs,
-            (pooled, gate, spatial_pool, dz, dgate, dgate_b, w1, w2, *grads.conv, *bn,
-             part_of(grads.dlogits, rows), part_of(grads.blended, rows), hidden_part, part_of(grads.dtaps, rows),
+            (pooled, gate, spatial_pool, dz, *((None, None) if whole else (dgate, dgate_b)), w1, w2, *grads.conv, *bn,
+             dlogits, part_of(grads.blended, rows), hidden_part, part_of(grads.dtaps, rows),
              part_of(grads.sums, rows), pr.c, pr.hidden, pr.p, pr.d, pr.h, pr.w, jobs,
              grads.segments if pr.spatial else 0, grads.segment_tiles if pr.spatial else 0,
-             0 if dgate is None else dgate.shape[1], tiles_b),
-            dict(BN_EPS=eps, POOLS=pr.pools, SPATIAL=pr.spatial, ACC=pr.acc_type(), **pr.taps_meta(), **found.meta),
+             0 if dgate is None else dgate.shape[1], tiles_b, block_tiles),
+            dict(BN_EPS=eps, POOLS=pr.pools, SPATIAL=pr.spatial, ACC=pr.acc_type(), **pr.taps_meta(),
+                 **{k: v for k, v in found.meta.items() if k != "JC"}),
             found.warps,
         )  # fmt: skip
     found, device = pr.tile("input_backward", MC=pr.c, HB=max(1, pr.hidden))
@@ -197,11 +200,12 @@ def _attention_backward_chunk(
         input_backward_kernel,
         programs,
         (dy, x, dx, gate, spatial_gate, pooled, pool_index, spatial_pool, spatial_index, dmaps, w1, b1, w2,
-         part_of(grads.dlogits, rows), hidden_part, part_of(grads.dhidden, rows), part_of(grads.hidden, rows),
+         dlogits, hidden_part, part_of(grads.dhidden, rows), part_of(grads.hidden, rows),
          None if hidden_part is None else acc(programs, pr.runs, pr.hidden),
          acc(programs, pr.rows, each * found.meta["BC"]) if pr.pools else None,
          u["c_units"], u["p_units"], pr.hidden, blocks, splits, each),
-        dict(POOLS=pr.pools, SPATIAL=pr.spatial, SPLIT=pr.split(), RESIDUAL=residual, **pr.layout(), **found.meta),
+        dict(POOLS=pr.pools, SPATIAL=pr.spatial, SPLIT=pr.split(), RESIDUAL=residual, FLAT=pr.flat(found),
+             **pr.layout(), **found.meta),
         found.warps,
     )  # fmt: skip
 

@@ -28,24 +28,25 @@ def _pools_forward(x: Tensor, weights, pr: Problem, saved: Saved, rows: slice):
     def acc(*shape: int) -> Tensor:
         return x.new_empty(shape, dtype=pr.acc)
 
-    part, part_index, hidden_part, segments, channel_tiles = pooled, pool_index, None, 1, 1
+    part, part_index, hidden_part, segments, shares = pooled, pool_index, None, 1, 1
     if pr.pools:
-        found, device = pr.tile("channel_pool", HB=max(1, pr.hidden))
+        found, device = pr.tile("channel_pool", MC=pr.c, HB=max(1, pr.hidden))
         channel_tiles, steps = cdiv(pr.c, found.meta["BC"]), cdiv(pr.p, found.meta["BP"])
+        shares, share_tiles = pb.split_loop(n, channel_tiles, found.fill, device)
         each = steps
         if pr.channels_last and not pr.small():
-            segments, each = pb.split_loop(n * channel_tiles, steps, found.fill, device)
+            segments, each = pb.split_loop(n * shares, steps, found.fill, device)
         if segments > 1:
             part = acc(n, segments, pr.rows, pr.c)
             part_index = (
                 None if pool_index is None else x.new_empty((n, segments, pr.c), dtype=pool_index.dtype)
             )
         elif w1 is not None:
-            hidden_part = acc(n, channel_tiles, pr.runs, pr.hidden)
+            hidden_part = acc(n, shares, pr.runs, pr.hidden)
         pb.launch(
             channel_pool_forward_kernel,
-            n * segments * channel_tiles,
-            (x, part, part_index, w1, hidden_part, u["c_units"], u["p_units"], each, segments, pr.hidden),
+            n * segments * shares,
+            (x, part, part_index, w1, hidden_part, u["c_units"], u["p_units"], each, segments, share_tiles, pr.hidden),
             dict(POOLS=pr.pools, SPLIT=pr.split(), SEGMENTED=segments > 1, WITH_INDEX=saved.with_index,
                  **pr.layout(), **found.meta),
             found.warps,
@@ -65,11 +66,11 @@ def _pools_forward(x: Tensor, weights, pr: Problem, saved: Saved, rows: slice):
     pb.launch(
         spatial_pool_forward_kernel,
         programs,
-        (x, part, part_index, acc(programs, pr.rows, pr.c) if segments > 1 else None, pooled, pool_index,
-         hidden_part, acc(programs, pr.hidden) if pr.pools else None, acc(programs, own) if pr.pools else None,
+        (x, part, part_index, pooled, pool_index, hidden_part,
+         acc(programs, pr.hidden) if pr.pools else None, acc(programs, own) if pr.pools and tiles > 1 else None,
          w1, b1, w2, b2, part_of(saved.channel_gate, rows), maps if part_maps is None else part_maps,
          maps_index if part_maps is None else part_maps_index,
-         u["c_units"], u["p_units"], pr.hidden, segments, channel_tiles, splits, each),
+         u["c_units"], u["p_units"], pr.hidden, segments, shares, splits, each),
         dict(POOLS=pr.pools, SPATIAL=pr.spatial, SPLIT=pr.split(), SEGMENTED=segments > 1,
              WITH_INDEX=saved.with_index, EVEN=pr.c % found.meta["BC"] == 0, **pr.layout(), **found.meta),
         found.warps,
@@ -94,7 +95,7 @@ def _scale_launch(
         programs * splits,
         (x, y, gate, maps, maps_index, *parts, merged, logits, spatial_gate, *conv, *bn,
          u["c_units"], u["p_units"], 1 if parts[0] is None else parts[0].shape[1], splits, each, pr.d, pr.h, pr.w),
-        dict(BN_EPS=eps, SPATIAL=pr.spatial, SPLIT=pr.split(), RESIDUAL=residual,
+        dict(BN_EPS=eps, SPATIAL=pr.spatial, SPLIT=pr.split(), RESIDUAL=residual, FLAT=pr.flat(found),
              MB=1 if merged is None else pr.merge_block(), **pr.taps_meta(), **pr.layout(), **found.meta),
         found.warps,
     )  # fmt: skip

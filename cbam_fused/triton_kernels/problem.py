@@ -17,6 +17,8 @@ from .configurations import Configuration, Device
 
 # Vectors are at most 16 bytes, so no kernel gains from knowing that an extent divides by more.
 WIDEST_VECTOR = 16
+# Bytes that L1 and L2 hand to each other; a part of one costs as much.
+SECTOR = 32
 
 
 def _largest_divisor(extent: int) -> int:
@@ -101,6 +103,12 @@ class Problem:
         """Positions, padded, of the maps that programs merge each for itself; only small maps are."""
         return 1 << (self.p - 1).bit_length() if self.small() else 1
 
+    def flat(self, found: Configuration) -> bool:
+        """Whether a program writes its maps as one stretch: rows of a tile would end within sectors."""
+        row = self.p * self.dtype.itemsize
+        covered = self.small() and self.p <= found.meta["BP"] and self.c * self.p < 2**31
+        return not self.channels_last and covered and row % SECTOR != 0
+
     def small(self) -> bool:
         return self.p <= configurations.SMALL_MAP
 
@@ -152,9 +160,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def split_loop(programs: int, steps: int, fill: int, device: Device) -> Tuple[int, int]:
-    """(parts, steps a part) of a loop of `steps`, so that every multiprocessor gets `fill` programs."""
-    wanted = max(1, min(steps, cdiv(fill * device.multiprocessors, max(1, programs))))
+def split_loop(programs: int, steps: int, fill: float, device: Device) -> Tuple[int, int]:
+    """(parts, steps a part) of a loop of `steps`, so that every multiprocessor gets about `fill` programs."""
+    programs = max(1, programs)
+    # To the nearest: few more than a wave of programs take twice as long as a wave.
+    wanted = max(1, min(steps, int(fill * device.multiprocessors / programs + 0.5)))
     each = cdiv(steps, wanted)
     return cdiv(steps, each), each
 

@@ -1,9 +1,9 @@
 """Third launch of the backward: everything small that one sample needs, each job on its own program.
 
-Jobs of the MLP take a block of channels each: the gate's gradient from its partial sums, and the
-block's share of both products that the hidden layer needs. Jobs of the convolution take a segment of
-positions each: they correlate dz with the maps for a block of taps, or sum dz for the biases and the
-norm. Nothing here reads a tensor of x's size.
+Jobs of the MLP take a block of channels each: the gate's gradient from its partial sums, where there is
+more than one, and the block's share of both products that the hidden layer needs. Jobs of the convolution
+take a segment of positions each: they correlate dz with the maps for every tap, and sum dz for the biases
+and the norm. Nothing here reads a tensor of x's size.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .device_functions import convolve_maps, folded_norm, load_maps, load_pooled
 
 @triton.jit
 def _gate_backward(
-    n, block, blocks, pooled, channel_gate, dgate_a, dgate_b, w1, w2, dlogits, blended, hidden_part,
+    n, block, blocks, block_tiles, pooled, channel_gate, dgate_a, dgate_b, w1, w2, dlogits, blended, hidden_part,
     C, H, tiles_a, tiles_b,
     POOLS: tl.constexpr, MC: tl.constexpr, HB: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -25,32 +25,47 @@ def _gate_backward(
     ROWS: tl.constexpr = POOLS % 2 + (POOLS // 2) % 2 + (POOLS // 4) % 2 + (POOLS // 8) % 2
     RUNS: tl.constexpr = 1 if BLEND else ROWS
     KP: tl.constexpr = 4 if RUNS == 3 else RUNS
-    rc = block * MC + tl.arange(0, MC)
-    cmask = rc < C
-    dg = tl.sum(sum_parts(dgate_a + n * tiles_a * C, tiles_a, 1, C, rc, 1, MC, ACC), 0)  # [MC]
-    if dgate_b is not None:
-        dg += tl.sum(sum_parts(dgate_b + n * tiles_b * C, tiles_b, 1, C, rc, 1, MC, ACC), 0)  # [MC]
-    g = tl.load(channel_gate + n * C + rc, mask=cmask, other=0.0)  # [MC]
-    dl = dg * g * (1.0 - g)
-    tl.store(dlogits + n * C + rc, dl, mask=cmask)  # [MC]
-    u = load_pooled(pooled + n * ROWS * C, C, rc, cmask, ROWS, KP, BLEND)  # [KP, MC]
+    c0 = block * block_tiles * MC
+    c1 = tl.minimum(c0 + block_tiles * MC, C)
+    # None: the launch before had every part of these sums in one program, and left dlogits.
+    if dgate_a is not None:
+        for c in range(c0, c1, MC):
+            rc = c + tl.arange(0, MC)
+            cmask = rc < c1
+            dg = tl.sum(sum_parts(dgate_a + n * tiles_a * C, tiles_a, 1, C, rc, 1, MC, ACC), 0)  # [MC]
+            if dgate_b is not None:
+                dg += tl.sum(sum_parts(dgate_b + n * tiles_b * C, tiles_b, 1, C, rc, 1, MC, ACC), 0)  # [MC]
+            g = tl.load(channel_gate + n * C + rc, mask=cmask, other=0.0)  # [MC]
+            tl.store(dlogits + n * C + rc, dg * g * (1.0 - g), mask=cmask)  # [MC]
+        tl.debug_barrier()
     if BLEND:
-        tl.store(blended + n * C + rc, tl.sum(u, 0), mask=cmask)  # [MC]
+        for c in range(c0, c1, MC):
+            rc = c + tl.arange(0, MC)
+            u = load_pooled(pooled + n * ROWS * C, C, rc, rc < c1, ROWS, KP, BLEND)  # [KP, MC]
+            tl.store(blended + n * C + rc, tl.sum(u, 0), mask=rc < c1)  # [MC]
     if w1 is not None:
         part = hidden_part + (n * blocks + block) * (1 + RUNS) * H
         rk = tl.arange(0, KP)
         for h in range(0, H, HB):
             rh = h + tl.arange(0, HB)
             hmask = rh < H
-            mask = hmask[:, None] & cmask[None, :]
-            at = rc.to(tl.int64)[None, :] * H + rh[:, None]
-            w = tl.load(w2 + at, mask=mask, other=0.0).to(ACC)  # [HB, MC]
-            tl.store(part + rh, tl.sum(w * dl[None, :], 1), mask=hmask)  # [HB]
-            at = rh.to(tl.int64)[:, None] * C + rc[None, :]
-            w = tl.load(w1 + at, mask=mask, other=0.0).to(ACC)  # [HB, MC]
+            through = tl.zeros([HB], ACC)
+            pre = tl.zeros([KP, HB], ACC)
+            for c in range(c0, c1, MC):
+                rc = c + tl.arange(0, MC)
+                cmask = rc < c1
+                mask = hmask[:, None] & cmask[None, :]
+                dl = tl.load(dlogits + n * C + rc, mask=cmask, other=0.0)  # [MC]
+                at = rc.to(tl.int64)[None, :] * H + rh[:, None]
+                w = tl.load(w2 + at, mask=mask, other=0.0).to(ACC)  # [HB, MC]
+                through += tl.sum(w * dl[None, :], 1)
+                u = load_pooled(pooled + n * ROWS * C, C, rc, cmask, ROWS, KP, BLEND)  # [KP, MC]
+                at = rh.to(tl.int64)[:, None] * C + rc[None, :]
+                w = tl.load(w1 + at, mask=mask, other=0.0).to(ACC)  # [HB, MC]
+                pre += tl.sum(w[None, :, :] * u[:, None, :], 2)
+            tl.store(part + rh, through, mask=hmask)  # [HB]
             at = (1 + rk)[:, None] * H + rh[None, :]
-            mask = (rk < RUNS)[:, None] & hmask[None, :]
-            tl.store(part + at, tl.sum(w[None, :, :] * u[:, None, :], 2), mask=mask)  # [KP, HB]
+            tl.store(part + at, pre, mask=(rk < RUNS)[:, None] & hmask[None, :])  # [KP, HB]
 
 
 @triton.jit
@@ -124,12 +139,25 @@ def _norm_backward(
     tl.store(out + 1, tl.sum(weighted, 0))
 
 
-@triton.jit(do_not_specialize=["P", "D", "H", "W", "jobs", "segments", "segment_tiles", "tiles_a", "tiles_b"])
+@triton.jit(
+    do_not_specialize=[
+        "P",
+        "D",
+        "H",
+        "W",
+        "jobs",
+        "segments",
+        "segment_tiles",
+        "tiles_a",
+        "tiles_b",
+        "block_tiles",
+    ]
+)
 def sample_backward_kernel(
     pooled, channel_gate, spatial_pool, dz, dgate_a, dgate_b,
     w1, w2, conv_weight, conv_bias, bn_weight, bn_bias, bn_mean, bn_var,
     dlogits, blended, hidden_part, dtaps, dnorm,
-    C, HIDDEN, P, D, H, W, jobs, segments, segment_tiles, tiles_a, tiles_b,
+    C, HIDDEN, P, D, H, W, jobs, segments, segment_tiles, tiles_a, tiles_b, block_tiles,
     BN_EPS: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     POOLS: tl.constexpr, SPATIAL: tl.constexpr,
     MC: tl.constexpr, HB: tl.constexpr, TB: tl.constexpr, BQ: tl.constexpr, ACC: tl.constexpr,
@@ -139,29 +167,27 @@ def sample_backward_kernel(
     n = (pid // jobs).to(tl.int64)
     job = pid % jobs
     if POOLS:
-        blocks = tl.cdiv(C, MC)
+        blocks = tl.cdiv(C, block_tiles * MC)
         if job < blocks:
             _gate_backward(
-                n, job, blocks, pooled, channel_gate, dgate_a, dgate_b, w1, w2, dlogits, blended, hidden_part,
+                n, job, blocks, block_tiles, pooled, channel_gate, dgate_a, dgate_b, w1, w2, dlogits, blended, hidden_part,
                 C, HIDDEN, tiles_a, tiles_b, POOLS, MC, HB, ACC,
             )  # fmt: skip
         job -= blocks
     if SPATIAL:
         TAPS: tl.constexpr = KD * KH * KW
         PLANES: tl.constexpr = 1 if SPATIAL == 3 else 2
-        TAP_BLOCKS: tl.constexpr = (TAPS + TB - 1) // TB
         if job >= 0:
-            segment = job % segments
-            p0 = segment * segment_tiles * BQ
+            # One job has all taps of its segment: the maps and dz then come from L1 but for the first time.
+            p0 = job * segment_tiles * BQ
             p1 = tl.minimum(p0 + segment_tiles * BQ, P)
-            row = n * segments + segment
-            if job // segments == TAP_BLOCKS:
-                _norm_backward(
-                    n, p0, p1, spatial_pool, dz, conv_weight, conv_bias, bn_weight, bn_bias, bn_mean, bn_var,
-                    dnorm + row * 2, P, D, H, W, BN_EPS, KD, KH, KW, SPATIAL, BQ, ACC,
-                )  # fmt: skip
-            else:
+            row = n * segments + job
+            for first in range(0, TAPS, TB):
                 _taps_backward(
-                    n, job // segments * TB, p0, p1, spatial_pool, dz, dtaps + row * PLANES * TAPS, P, D, H, W,
+                    n, first, p0, p1, spatial_pool, dz, dtaps + row * PLANES * TAPS, P, D, H, W,
                     KD, KH, KW, SPATIAL, TB, BQ, ACC,
                 )  # fmt: skip
+            _norm_backward(
+                n, p0, p1, spatial_pool, dz, conv_weight, conv_bias, bn_weight, bn_bias, bn_mean, bn_var,
+                dnorm + row * 2, P, D, H, W, BN_EPS, KD, KH, KW, SPATIAL, BQ, ACC,
+            )  # fmt: skip

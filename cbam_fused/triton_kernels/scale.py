@@ -10,7 +10,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device_functions import convolve_maps, folded_norm, load_scalar, merge_maximum, sigmoid
+from .device_functions import (
+    channels_and_positions,
+    convolve_maps,
+    folded_norm,
+    load_scalar,
+    merge_maximum,
+    sigmoid,
+)
 
 
 @triton.jit
@@ -30,7 +37,9 @@ def merge_maps(
         mean += tl.load(base + P, mask=mask, other=0.0)  # [MB]
         at = index
         if WITH_INDEX:
-            at = tl.load(part_index + (n * PARTS + i) * P + rp, mask=mask, other=0).to(tl.int32)  # [MB]
+            at = tl.load(part_index + (n * PARTS + i) * P + rp, mask=mask & write, other=0).to(
+                tl.int32
+            )  # [MB]
         peak, index = merge_maximum(v, at, i == 0, peak, index, SPLIT)
     tl.store(out + rp, peak, mask=mask)  # [MB]
     tl.store(out + P + rp, mean, mask=mask)  # [MB]
@@ -49,10 +58,13 @@ def scale_forward_kernel(
     c_units, p_units, parts, splits, split_tiles, D, H, W,
     BN_EPS: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SPATIAL: tl.constexpr, SPLIT: tl.constexpr, RESIDUAL: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, CV: tl.constexpr, PV: tl.constexpr,
+    FLAT: tl.constexpr, CHANNELS_LAST: tl.constexpr, CV: tl.constexpr, PV: tl.constexpr,
     BC: tl.constexpr, BP: tl.constexpr, MB: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """y None: only the logits are written; maps None: they are read. part (N, parts, 2, P) or None: merged first."""
+    """y None: only the logits are written; maps None: they are read. part (N, parts, 2, P) or None: merged first.
+
+    FLAT: one tile of positions, contiguous; elements are taken as they lie in memory, over the ends of rows.
+    """
     C = c_units * CV
     P = p_units * PV
     SC = 1 if CHANNELS_LAST else P
@@ -89,20 +101,45 @@ def scale_forward_kernel(
         if spatial_gate is not None:
             tl.store(spatial_gate + n * P + rp, s, mask=pmask & (split == 0))  # [BP]
     if y is not None:
-        row = tl.arange(0, BC)
-        corner = n * C * P + rp.to(tl.int64)[None, :] * SP + row.to(tl.int64)[:, None] * SC  # [BC, BP]
-        for t in range(split * split_tiles, tl.minimum((split + 1) * split_tiles, tl.cdiv(C, BC))):
-            cmask = t * BC + row < C
-            mask = cmask[:, None] & pmask[None, :]
-            at = corner + tl.cast(tl.multiple_of(t * BC, BC), tl.int64) * SC
-            v = tl.load(x + at, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)  # [BC, BP]
-            out = v
-            if channel_gate is not None:
-                out = (
-                    out * tl.load(channel_gate + n * C + t * BC + row, mask=cmask, other=0.0)[:, None]
-                )  # [BC]
-            if SPATIAL:
-                out = out * s[None, :]
-            if RESIDUAL:
-                out += v
-            tl.store(y + at, out.to(y.dtype.element_ty), mask=mask, eviction_policy="evict_first")  # [BC, BP]
+        first = split * split_tiles
+        if FLAT:
+            # s is complete here. Whole vectors and sectors, where rows of the map would end within them.
+            begin = n * C * P + tl.cast(first * BC, tl.int64) * P
+            elements = (tl.minimum((first + split_tiles) * BC, C) - first * BC) * P
+            lane = tl.arange(0, BC * BP)
+            for t in range(tl.cdiv(elements, BC * BP)):
+                i = tl.multiple_of(t * BC * BP, BC * BP)
+                in_channel, in_map = channels_and_positions(i, lane, P)
+                mask = i + lane < elements
+                at = begin + i + lane  # [BC * BP]
+                v = tl.load(x + at, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)  # [BC * BP]
+                out = v
+                if channel_gate is not None:
+                    g = channel_gate + n * C + first * BC + in_channel
+                    out = out * tl.load(g, mask=mask, other=0.0)  # [BC * BP]
+                if SPATIAL:
+                    out = out * tl.gather(s, in_map, 0)
+                if RESIDUAL:
+                    out += v
+                tl.store(
+                    y + at, out.to(y.dtype.element_ty), mask=mask, eviction_policy="evict_first"
+                )  # [BC * BP]
+        else:
+            row = tl.arange(0, BC)
+            corner = n * C * P + rp.to(tl.int64)[None, :] * SP + row.to(tl.int64)[:, None] * SC  # [BC, BP]
+            for t in range(first, tl.minimum(first + split_tiles, tl.cdiv(C, BC))):
+                cmask = t * BC + row < C
+                mask = cmask[:, None] & pmask[None, :]
+                at = corner + tl.cast(tl.multiple_of(t * BC, BC), tl.int64) * SC
+                v = tl.load(x + at, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)  # [BC, BP]
+                out = v
+                if channel_gate is not None:
+                    g = channel_gate + n * C + t * BC + row
+                    out = out * tl.load(g, mask=cmask, other=0.0)[:, None]  # [BC]
+                if SPATIAL:
+                    out = out * s[None, :]
+                if RESIDUAL:
+                    out += v
+                tl.store(
+                    y + at, out.to(y.dtype.element_ty), mask=mask, eviction_policy="evict_first"
+                )  # [BC, BP]

@@ -13,8 +13,8 @@ import triton.language as tl
 
 from .device_functions import (
     NO_INDEX,
+    divide,
     finite_or_zero,
-    hidden_layer,
     load_pooled,
     merge_maximum,
     reduce_maximum,
@@ -29,86 +29,115 @@ from .device_functions import (
 
 @triton.jit
 def merge_segments(
-    part, part_index, out, pooled, pool_index, n, C, P, SEGMENTS, write,
-    POOLS: tl.constexpr, SPLIT: tl.constexpr, WITH_INDEX: tl.constexpr, MC: tl.constexpr, ACC: tl.constexpr,
+    part, part_index, pooled, pool_index, n, rc, C, P, SEGMENTS, write,
+    POOLS: tl.constexpr, SPLIT: tl.constexpr, WITH_INDEX: tl.constexpr,
+    KP: tl.constexpr, B: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Partial pools [SEGMENTS, K, C] -> out [K, C], and to the saved tensors where `write`."""
+    """Partial pools [SEGMENTS, K, C] at channels rc [B] -> what the MLP reads, [KP, B]; zero beyond C.
+
+    Where `write`, the pools go to the saved tensors too.
+    """
     AVG: tl.constexpr = POOLS % 2
     MAX: tl.constexpr = (POOLS // 2) % 2
     LP: tl.constexpr = (POOLS // 4) % 2
     LSE: tl.constexpr = (POOLS // 8) % 2
+    BLEND: tl.constexpr = POOLS // 16
     ROWS: tl.constexpr = AVG + MAX + LP + LSE
-    saved = pooled + n * ROWS * C
-    for c in range(0, C, MC):
-        rc = c + tl.arange(0, MC)
-        cmask = rc < C
-        total = tl.zeros([MC], ACC)
-        peak = tl.full([MC], float("-inf"), ACC)
-        index = tl.zeros([MC], tl.int32)
-        squares = tl.zeros([MC], ACC)
-        level = tl.full([MC], float("-inf"), ACC)
-        exps = tl.zeros([MC], ACC)
-        for seg in range(SEGMENTS):
-            base = part + (n * SEGMENTS + seg) * ROWS * C + rc
-            if AVG:
-                total += tl.load(base, mask=cmask, other=0.0)  # [MC]
-            if MAX:
-                v = tl.load(base + AVG * C, mask=cmask, other=0.0)  # [MC]
-                at = index
-                if WITH_INDEX:
-                    at = tl.load(part_index + (n * SEGMENTS + seg) * C + rc, mask=cmask, other=0).to(
-                        tl.int32
-                    )  # [MC]
-                peak, index = merge_maximum(v, at, seg == 0, peak, index, SPLIT)
-            if LP:
-                squares += tl.load(base + (AVG + MAX) * C, mask=cmask, other=0.0)  # [MC]
-            if LSE:
-                v = tl.load(base + (AVG + MAX + LP) * C, mask=cmask, other=0.0)  # [MC]
-                higher = tl.where(v > level, v, level)
-                shift = finite_or_zero(higher)
-                kept = tl.where(level == float("-inf"), 0.0, exps * tl.exp(finite_or_zero(level) - shift))
-                kept = tl.where(exps == exps, kept, exps)
-                exps = kept + tl.exp(v - shift)
-                level = higher
+    saved = pooled + n * ROWS * C + rc
+    cmask = rc < C
+    total = tl.zeros([B], ACC)
+    peak = tl.full([B], float("-inf"), ACC)
+    index = tl.zeros([B], tl.int32)
+    squares = tl.zeros([B], ACC)
+    level = tl.full([B], float("-inf"), ACC)
+    exps = tl.zeros([B], ACC)
+    for seg in range(SEGMENTS):
+        base = part + (n * SEGMENTS + seg) * ROWS * C + rc
         if AVG:
-            mean = total / P.to(ACC)
-            tl.store(out + rc, mean, mask=cmask)  # [MC]
-            tl.store(saved + rc, mean, mask=cmask & write)  # [MC]
+            total += tl.load(base, mask=cmask, other=0.0)  # [B]
         if MAX:
-            tl.store(out + AVG * C + rc, peak, mask=cmask)  # [MC]
-            tl.store(saved + AVG * C + rc, peak, mask=cmask & write)  # [MC]
+            v = tl.load(base + AVG * C, mask=cmask, other=0.0)  # [B]
+            at = index
             if WITH_INDEX:
-                at = pool_index + n * C + rc
-                tl.store(at, index.to(pool_index.dtype.element_ty), mask=cmask & write)  # [MC]
+                p_index = part_index + (n * SEGMENTS + seg) * C + rc
+                at = tl.load(p_index, mask=cmask, other=0).to(tl.int32)  # [B]
+            peak, index = merge_maximum(v, at, seg == 0, peak, index, SPLIT)
         if LP:
-            norm = root(squares)
-            tl.store(out + (AVG + MAX) * C + rc, norm, mask=cmask)  # [MC]
-            tl.store(saved + (AVG + MAX) * C + rc, norm, mask=cmask & write)  # [MC]
+            squares += tl.load(base + (AVG + MAX) * C, mask=cmask, other=0.0)  # [B]
         if LSE:
-            lse = tl.log(exps) + finite_or_zero(level)
-            tl.store(out + (AVG + MAX + LP) * C + rc, lse, mask=cmask)  # [MC]
-            tl.store(saved + (AVG + MAX + LP) * C + rc, lse, mask=cmask & write)  # [MC]
+            v = tl.load(base + (AVG + MAX + LP) * C, mask=cmask, other=0.0)  # [B]
+            higher = tl.where(v > level, v, level)
+            shift = finite_or_zero(higher)
+            kept = tl.where(level == float("-inf"), 0.0, exps * tl.exp(finite_or_zero(level) - shift))
+            kept = tl.where(exps == exps, kept, exps)
+            exps = kept + tl.exp(v - shift)
+            level = higher
+    rk = tl.arange(0, KP)[:, None]
+    u = tl.zeros([KP, B], ACC)
+    if AVG:
+        mean = divide(total, P.to(ACC))
+        tl.store(saved, mean, mask=cmask & write)  # [B]
+        u = tl.where(rk == 0, mean[None, :], u)
+    if MAX:
+        tl.store(saved + AVG * C, peak, mask=cmask & write)  # [B]
+        if WITH_INDEX:
+            at = pool_index + n * C + rc
+            tl.store(at, index.to(pool_index.dtype.element_ty), mask=cmask & write)  # [B]
+        if BLEND:
+            u = 0.5 * u + 0.5 * peak[None, :]
+        else:
+            u = tl.where(rk == AVG, peak[None, :], u)
+    if LP:
+        norm = root(squares)
+        tl.store(saved + (AVG + MAX) * C, norm, mask=cmask & write)  # [B]
+        u = tl.where(rk == AVG + MAX, norm[None, :], u)
+    if LSE:
+        lse = tl.log(exps) + finite_or_zero(level)
+        tl.store(saved + (AVG + MAX + LP) * C, lse, mask=cmask & write)  # [B]
+        u = tl.where(rk == AVG + MAX + LP, lse[None, :], u)
+    return tl.where(cmask[None, :], u, 0.0)
 
 
 @triton.jit
 def _channel_gate(
-    n, u_base, hidden_part, my_hidden, my_gates, w1, b1, w2, b2, channel_gate, c0, c1, C, H, channel_tiles, write,
+    n, part, part_index, pooled, pool_index, hidden_part, my_hidden, my_gates, w1, b1, w2, b2, channel_gate,
+    c0, c1, C, H, P, SEGMENTS, shares, write,
+    POOLS: tl.constexpr, SPLIT: tl.constexpr, WITH_INDEX: tl.constexpr,
     ROWS: tl.constexpr, RUNS: tl.constexpr, KP: tl.constexpr, BLEND: tl.constexpr,
     SEGMENTED: tl.constexpr, MC: tl.constexpr, HB: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The gate of channels c0..c1 to my_gates [c1 - c0], and to the saved tensor where `write`."""
+    """The gate of channels c0..c1 to my_gates [c1 - c0], and to the saved tensor where `write`.
+
+    my_gates None: no other program has these channels, and the saved tensor serves.
+    """
     for h in range(0, H, HB):
         rh = h + tl.arange(0, HB)
         hmask = rh < H
         if w1 is None:
-            units = tl.sum(load_pooled(u_base, C, rh, hmask, ROWS, KP, BLEND), 0)  # [HB]
+            if SEGMENTED:
+                u = merge_segments(
+                    part, part_index, pooled, pool_index, n, rh, C, P, SEGMENTS, write,
+                    POOLS, SPLIT, WITH_INDEX, KP, HB, ACC,
+                )  # fmt: skip
+            else:
+                u = load_pooled(part + n * ROWS * C, C, rh, hmask, ROWS, KP, BLEND)  # [KP, HB]
+            units = tl.sum(u, 0)
         else:
             if SEGMENTED:
-                pre = hidden_layer(u_base, w1, C, H, rh, ROWS, KP, BLEND, MC, HB, ACC)  # [KP, HB]
+                # Merged anew for each block of units: a copy of the pools a program would be traffic.
+                pre = tl.zeros([KP, HB], ACC)
+                for c in range(0, C, MC):
+                    rc = c + tl.arange(0, MC)
+                    u = merge_segments(
+                        part, part_index, pooled, pool_index, n, rc, C, P, SEGMENTS, write & (h == 0),
+                        POOLS, SPLIT, WITH_INDEX, KP, MC, ACC,
+                    )  # fmt: skip
+                    at = rh.to(tl.int64)[:, None] * C + rc[None, :]
+                    mask = hmask[:, None] & (rc < C)[None, :]
+                    w = tl.load(w1 + at, mask=mask, other=0.0).to(ACC)  # [HB, MC]
+                    pre += tl.sum(w[None, :, :] * u[:, None, :], 2)
             else:
-                pre = sum_parts(
-                    hidden_part + n * channel_tiles * RUNS * H, channel_tiles, RUNS, H, rh, KP, HB, ACC
-                )
+                pre = sum_parts(hidden_part + n * shares * RUNS * H, shares, RUNS, H, rh, KP, HB, ACC)
             if b1 is not None:
                 pre += tl.load(b1 + rh, mask=hmask, other=0.0).to(ACC)[None, :]  # [HB]
             used = (tl.arange(0, KP) < RUNS)[:, None]
@@ -128,21 +157,22 @@ def _channel_gate(
         if b2 is not None:
             logits += RUNS * tl.load(b2 + rc, mask=cmask, other=0.0).to(ACC)  # [MC]
         gate = sigmoid(logits)
-        tl.store(my_gates + rc - c0, gate, mask=cmask)  # [MC]
+        if my_gates is not None:
+            tl.store(my_gates + rc - c0, gate, mask=cmask)  # [MC]
         tl.store(channel_gate + n * C + rc, gate, mask=cmask & write)  # [MC]
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["c_units", "p_units", "splits", "split_tiles", "channel_tiles"])
+@triton.jit(do_not_specialize=["c_units", "p_units", "splits", "split_tiles", "shares"])
 def spatial_pool_forward_kernel(
-    x, part, part_index, merged, pooled, pool_index, hidden_part, hidden, gates, w1, b1, w2, b2,
-    channel_gate, maps, maps_index, c_units, p_units, H, SEGMENTS, channel_tiles, splits, split_tiles,
+    x, part, part_index, pooled, pool_index, hidden_part, hidden, gates, w1, b1, w2, b2,
+    channel_gate, maps, maps_index, c_units, p_units, H, SEGMENTS, shares, splits, split_tiles,
     POOLS: tl.constexpr, SPATIAL: tl.constexpr, SPLIT: tl.constexpr,
     SEGMENTED: tl.constexpr, WITH_INDEX: tl.constexpr, EVEN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, CV: tl.constexpr, PV: tl.constexpr,
     BC: tl.constexpr, BP: tl.constexpr, MC: tl.constexpr, HB: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """maps (N, splits, 2, P), maps_index (N, splits, P). EVEN: BC divides C."""
+    """maps (N, splits, 2, P), maps_index (N, splits, P). gates None: one tile of positions. EVEN: BC divides C."""
     BLEND: tl.constexpr = POOLS // 16
     ROWS: tl.constexpr = POOLS % 2 + (POOLS // 2) % 2 + (POOLS // 4) % 2 + (POOLS // 8) % 2
     RUNS: tl.constexpr = 1 if BLEND else ROWS
@@ -162,19 +192,17 @@ def spatial_pool_forward_kernel(
     c1 = tl.minimum(c0 + split_tiles * BC, C)
 
     if POOLS:
-        u_base = part + n * ROWS * C
-        if SEGMENTED:
-            u_base = merged + pid.to(tl.int64) * ROWS * C
-            merge_segments(
-                part, part_index, u_base, pooled, pool_index, n, C, P, SEGMENTS, (tile == 0) & (split == 0),
-                POOLS, SPLIT, WITH_INDEX, MC, ACC,
-            )  # fmt: skip
-            tl.debug_barrier()
-        # Every program writes its own copies: shared ones would be written many times over.
-        my_gates = gates + pid.to(tl.int64) * split_tiles * BC
+        # Where several programs have these channels, each writes its own copy: a shared one would be
+        # written many times over.
+        if gates is None:
+            my_gates = channel_gate + n * C + c0
+        else:
+            my_gates = gates + pid.to(tl.int64) * split_tiles * BC
         _channel_gate(
-            n, u_base, hidden_part, hidden + pid.to(tl.int64) * H, my_gates, w1, b1, w2, b2, channel_gate,
-            c0, c1, C, H, channel_tiles, tile == 0, ROWS, RUNS, KP, BLEND, SEGMENTED, MC, HB, ACC,
+            n, part, part_index, pooled, pool_index, hidden_part, hidden + pid.to(tl.int64) * H,
+            None if gates is None else my_gates, w1, b1, w2, b2, channel_gate,
+            c0, c1, C, H, P, SEGMENTS, shares, tile == 0,
+            POOLS, SPLIT, WITH_INDEX, ROWS, RUNS, KP, BLEND, SEGMENTED, MC, HB, ACC,
         )  # fmt: skip
 
     if SPATIAL:
@@ -219,7 +247,7 @@ def spatial_pool_forward_kernel(
             best, found = replace_nan(best, found, tl.min(first_nan, 0), SPLIT)
         out = maps + (n * splits + split) * 2 * P + rp
         tl.store(out, best, mask=pmask)  # [BP]
-        tl.store(out + P, s / C.to(ACC), mask=pmask)  # [BP]
+        tl.store(out + P, divide(s, C.to(ACC)), mask=pmask)  # [BP]
         if WITH_INDEX:
             p_index = maps_index + (n * splits + split) * P + rp
             tl.store(p_index, found.to(maps_index.dtype.element_ty), mask=pmask)  # [BP]
