@@ -21,7 +21,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import cuda_ptx  # noqa: E402
 import cuda_resident as cr  # noqa: E402
-import cuda_resident_ptx as crp  # noqa: E402
 import cuda_streamed as cs  # noqa: E402
 
 from cbam_fused._config import Config, Parameters  # noqa: E402
@@ -123,13 +122,14 @@ def counted(tier, samples, shape, dtype, last) -> None:
 def modelled_resident(samples, shape, dtype, last, l2) -> None:
     x, dy, p = problem(samples, shape, dtype, last)
     size = x.numel() * x.element_size()
-    machine = crp.PtxMachine(l2=l2)
+    machine = cuda_ptx.ResidentPtxMachine(l2=l2)
     saved = cs.cbam_forward(x, p, Config(), cs.NO_NORM, machine)
     cs.cbam_backward(dy, x, p, Config(), saved, cs.NO_NORM, machine)
     for name, floor in (("forward", 2 * size), ("backward", 3 * size)):
-        traffic = machine.dram(name) / floor
-        apart = (machine.dram(name) - machine.small_bytes[name]) / floor
-        time = crp.time_over_copy(machine, name, samples, floor)
+        op = f"cbam_{name}"
+        traffic = machine.dram(op) / floor
+        apart = (machine.dram(op) - machine.small_bytes[op]) / floor
+        time = machine.time_over_copy(op, samples, floor)
         print(
             f"{title(f'resident {name}', samples, shape, dtype, last)}"
             f" DRAM {traffic:5.3f} of the floor, {apart:5.3f} without small tensors {verdict(apart, RESIDENT_TRAFFIC)}"
