@@ -228,6 +228,83 @@ __device__ __forceinline__ void reduce_columns(const Block<Tr>& b, Landed& lande
   }
 }
 
+// ---- Sums of rows while a strip is walked.
+
+constexpr int kBatch = 4;  // rows a lane takes at a time: one wait, and fewer exchanges, for all of them
+
+// Sums each of kBatch values over the lanes of a row. Half of the values change places at each of two steps;
+// lane l ends with the sum of value batch_value(l).
+template <class Tr, class A>
+__device__ __forceinline__ A sum_batch(A (&v)[kBatch], int lane) {
+  constexpr int kHalf = Tr::kAcross / 2, kQuarter = Tr::kAcross / 4;
+  const bool upper = lane & kHalf, odd = lane & kQuarter;
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const A given = upper ? v[j] : v[j + 2], kept = upper ? v[j + 2] : v[j];
+    v[j] = kept + __shfl_xor_sync(kAllLanes, given, kHalf);
+  }
+  const A given = odd ? v[0] : v[1], kept = odd ? v[1] : v[0];
+  return lane_sum<1, kQuarter>(kept + __shfl_xor_sync(kAllLanes, given, kQuarter));
+}
+template <class Tr>
+__device__ __forceinline__ int batch_value(int lane) {
+  return (lane / (Tr::kAcross / 2) % 2) * 2 + lane / (Tr::kAcross / 4) % 2;
+}
+
+// Walks a strip: body(row, offset of this lane's vector in the tile) brings this lane's part of a row's sum,
+// which ends up in parts[strip][row].
+template <class A, class Tr, class Body>
+__device__ __forceinline__ void sum_rows(const Block<Tr>& b, const Strip<Tr>& s, Landed& landed, A* parts,
+                                         Body body) {
+  const int pitch = b.vectors * Tr::V, jump = s.step * pitch;
+  const int mine = batch_value<Tr>(b.lane) * s.step + s.down;
+  const bool full = (s.index + 1) * Tr::kAcross <= b.vectors, puts = b.lane % (Tr::kAcross / 4) == 0;
+  A* out = parts + s.index * b.rows;
+  int offset = s.first * pitch + s.vector * Tr::V;
+  for (int base = s.group * Tr::kDown; base < b.rows; base += kBatch * s.step, offset += kBatch * jump) {
+    const int end = base + (kBatch - 1) * s.step + Tr::kDown;
+    landed.wait(min(end, b.rows) - 1);
+    A sums[kBatch];
+    if (full && end <= b.rows) {
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) sums[u] = body(base + u * s.step + s.down, offset + u * jump);
+    } else {
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const int r = base + u * s.step + s.down;
+        sums[u] = s.inside && r < b.rows ? body(r, offset + u * jump) : A(0);
+      }
+    }
+    const A sum = sum_batch<Tr>(sums, b.lane);
+    if (puts && base + mine < b.rows) out[base + mine] = sum;
+  }
+}
+// The sum of a row over all strips.
+template <class A, class Tr>
+__device__ __forceinline__ A row_sum(const Block<Tr>& b, const A* parts, int row) {
+  const int strips = Strip<Tr>::items(b, 1);
+  A sum = 0;
+  for (int i = 0; i < strips; ++i) sum += parts[i * b.rows + row];
+  return sum;
+}
+// The sums of a strip's columns over its lanes, into parts[group][column].
+template <class A, class Tr>
+__device__ __forceinline__ void put_columns(const Block<Tr>& b, const Strip<Tr>& s, A (&sums)[Tr::V],
+                                            A* parts) {
+#pragma unroll
+  for (int j = 0; j < Tr::V; ++j) sums[j] = lane_sum<Tr::kAcross, 32>(sums[j]);
+  if (b.lane < Tr::kAcross && s.inside) {
+#pragma unroll
+    for (int j = 0; j < Tr::V; ++j) parts[(s.group * b.vectors + s.vector) * Tr::V + j] = sums[j];
+  }
+}
+template <class A, class Tr>
+__device__ __forceinline__ A column_sum(const Block<Tr>& b, const A* parts, int groups, int column) {
+  A sum = parts[column];
+  for (int g = 1; g < groups; ++g) sum += parts[g * b.vectors * Tr::V + column];
+  return sum;
+}
+
 #endif  // CBAM_HAS_CLUSTERS
 
 }  // namespace resident
