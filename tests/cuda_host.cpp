@@ -61,26 +61,33 @@ __attribute__((visibility("default"))) const char* fake_calls() {
 }
 
 // LibTorch's shims that would ask for a device; the build renames them, so that their declarations stay.
-AOTITorchError fake_get_device_index(AtenTensorHandle, int32_t* index) {
+AOTITorchError aoti_torch_get_device_index(AtenTensorHandle, int32_t* index) {
   *index = fake.device;
   return AOTI_TORCH_SUCCESS;
 }
-int32_t fake_device_type_cuda() {
+int32_t aoti_torch_device_type_cuda() {
   return aoti_torch_device_type_cpu();
 }
-AOTITorchError fake_create_device_guard(int32_t index, DeviceGuardHandle* guard) {
+AOTITorchError aoti_torch_create_device_guard(int32_t index, DeviceGuardHandle* guard) {
   log("guard", index);
   *guard = nullptr;
   return AOTI_TORCH_SUCCESS;
 }
-AOTITorchError fake_delete_device_guard(DeviceGuardHandle) {
+AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) {
   return AOTI_TORCH_SUCCESS;
 }
-AOTITorchError fake_get_current_cuda_stream(int32_t index, void** stream) {
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t index, void** stream) {
   log("stream of", index);
   *stream = nullptr;
   return AOTI_TORCH_SUCCESS;
 }
+
+AOTITorchError torch_c10_cuda_check_msg(int32_t error, const char*, const char*, uint32_t, bool,
+                                        char** message) {
+  if (error) *message = const_cast<char*>(cudaGetErrorString(static_cast<cudaError_t>(error)));
+  return AOTI_TORCH_SUCCESS;
+}
+void torch_c10_cuda_free_error_msg(char*) {}
 
 // CUDA's runtime.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
