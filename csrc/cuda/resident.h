@@ -83,7 +83,8 @@ struct Machine {
 // ---- Policy, as data.
 
 constexpr int64_t kRowBytes = 256;            // least part of a contiguous row that a block takes by choice
-constexpr int64_t kSmallTile = 100 << 10;     // below, two blocks of half the threads share a multiprocessor
+constexpr int64_t kSmallTile = 100 << 10;     // below, half the threads take fewer instructions; modelled
+constexpr int64_t kReserved = 1 << 10;        // of a block's shared memory, CUDA's own
 constexpr int64_t kLeastPositions = 196;      // below, the weights outweigh x, and the streamed tier batches
 constexpr int kMergeRows = 6, kTermRows = 2;  // what merging a strip, or reading its terms, costs in rows
 constexpr int kClusters[] = {8, 16};          // portable first
@@ -148,8 +149,8 @@ inline bool can_split(const Problem& p, Split split) {
   return p.layout == kContiguous && p.channels % (full / policy::gcd(full, p.positions)) == 0;
 }
 
-// Fills in k for k.p and k.operation with this cluster; false where a block's memory is too small.
-inline bool plan(Resident& k, const Machine& m, int cluster, Split split) {
+// Fills in k for k.p and k.operation with this cluster and block; false where a block's memory is too small.
+inline bool plan_block(Resident& k, const Machine& m, int cluster, Split split, int threads_a_block) {
   using policy::ceil_div;
   const Problem& p = k.p;
   const bool backward = is_backward(k.operation), last = p.layout == kChannelsLast;
@@ -171,7 +172,7 @@ inline bool plan(Resident& k, const Machine& m, int cluster, Split split) {
   k.tile_positions = static_cast<int32_t>(k.split == kByPositions ? k.own_positions : p.positions);
   const int64_t tc = k.tile_channels, tp = k.tile_positions;
   const int64_t tile = tc * tp * element;
-  k.threads = tile * (backward ? 2 : 1) < kSmallTile ? kMaxThreads / 2 : kMaxThreads;
+  k.threads = threads_a_block;
 
   const int64_t columns = last ? tc : tp;  // of the tile
   const int64_t across =
@@ -237,6 +238,16 @@ inline bool plan(Resident& k, const Machine& m, int cluster, Split split) {
   }
   at.total = static_cast<int32_t>(std::min<int64_t>(b.used, INT32_MAX));
   return b.used <= m.shared_bytes;
+}
+
+// Half the threads also where a multiprocessor's memory holds two such blocks.
+inline bool plan(Resident& k, const Machine& m, int cluster, Split split) {
+  if (plan_block(k, m, cluster, split, kMaxThreads / 2)) {
+    const int64_t tiles = int64_t{k.tile_channels} * k.tile_positions * element_bytes(k.p.dtype) *
+                          (is_backward(k.operation) ? 2 : 1);
+    if (tiles < kSmallTile || 2 * (k.at.total + kReserved) <= m.shared_bytes + kReserved) return true;
+  }
+  return plan_block(k, m, cluster, split, kMaxThreads);
 }
 
 // The smallest cluster that holds a sample and that `allowed(k)`, the device, can run; false without one.
