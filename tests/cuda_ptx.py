@@ -192,6 +192,13 @@ def _dram(result: Any) -> int:
     return int(result.stats["dram_read_bytes"] + result.stats["dram_write_bytes"])
 
 
+def resident_plan(call: cs._Call, cluster: int = 0) -> Dict[str, int]:
+    """The resident tier's choices for a call, by name; nothing is executed."""
+    report = np.zeros(len(cr.REPORT), np.int64)
+    _planner().resident_plan(_pointer(call.sizes), ctypes.c_int64(cluster), _pointer(report))
+    return dict(zip(cr.REPORT, report.tolist()))
+
+
 @dataclass
 class ResidentPtxMachine(PtxMachine):
     """The resident tier on the same. `cluster` 0: the policy's choice."""
@@ -199,9 +206,7 @@ class ResidentPtxMachine(PtxMachine):
     cluster: int = 0
 
     def _plan(self, call: cs._Call) -> Dict[str, int]:
-        report = np.zeros(len(cr.REPORT), np.int64)
-        _planner().resident_plan(_pointer(call.sizes), ctypes.c_int64(self.cluster), _pointer(report))
-        return dict(zip(cr.REPORT, report.tolist()))
+        return resident_plan(call, self.cluster)
 
     def _fill(self, call: cs._Call, pointers: Any, counters: np.ndarray, scratch: np.ndarray) -> Any:
         out = ctypes.create_string_buffer(_planner().resident_parameter_bytes())

@@ -23,7 +23,7 @@ constexpr int kMaxInputs = 4;     // vectors that the MLP sees
 struct SharedMap {
   int32_t tile, tile_dy;                // T rows x pitch
   int32_t barriers;                     // kLoads mbarriers
-  int32_t item;                         // backward: the weight item drawn
+  int32_t item;                         // backward: the weight item drawn; channels-last, marked vectors
   int32_t gate;                         // A [tile channels]
   int32_t spatial;                      // A [tile positions]
   int32_t base, squares, exponentials;  // forward, statistics of [tile channels]
@@ -201,7 +201,7 @@ inline bool plan_block(Resident& k, const Machine& m, int cluster, Split split, 
   at.tile = b.take(backward ? std::max(tile, threads * kWeightRows * a) : tile);
   if (backward) at.tile_dy = b.take(tile);
   at.barriers = b.take(kLoads * 8);
-  at.item = b.take(backward ? 4 : 0);
+  at.item = b.take(backward ? 8 : 0);
   at.gate = b.take(tc * a);
   at.spatial = b.take(tp * a);
   at.input = b.take(k.inputs * k.own_channels * a);
@@ -230,9 +230,9 @@ inline bool plan_block(Resident& k, const Machine& m, int cluster, Split split, 
     const int64_t rows = last ? tp : tc;
     k.mark_words = static_cast<int32_t>(ceil_div(ceil_div(columns, k.vector), 32));
     at.mark_bits = b.take(rows * k.mark_words * 4);
-    at.mark_first = b.take((rows + 1) * 2);
+    at.mark_first = b.take(last ? 0 : (rows + 1) * 2);
     at.mark_list = b.take((tc + tp) * 2);
-    const int64_t sums = strips * rows + std::max(k.column_groups * columns, tc + tp);
+    const int64_t sums = strips * rows + std::max(k.column_groups * columns, last ? 0 : tc + tp);
     at.scratch = at.window = b.take(std::max({window * 3 * a, sums * a, threads * kMaxInputs * a}));
     at.window_grad = at.window + static_cast<int32_t>(policy::round_up(window * 2 * a, 16));
   }

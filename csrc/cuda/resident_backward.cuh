@@ -14,7 +14,8 @@ template <class Tr, bool kNeedsX, bool kResidual>
 __device__ __forceinline__ void input_grads(const Block<Tr>& b, Landed& landed) {
   using T = typename Tr::T;
   using A = typename Tr::A;
-  constexpr int V = Tr::V, kUnroll = kNeedsX ? 2 : 4;
+  constexpr int V = Tr::V;
+  [[maybe_unused]] constexpr int kUnroll = kNeedsX ? 2 : 4;  // places of V positions take registers
   const Resident& k = b.k;
   const Problem& p = k.p;
   const T* x = b.template at<T>(k.at.tile);

@@ -178,11 +178,14 @@ __device__ __forceinline__ void pool_sums(const Block<Tr>& b, Landed& landed) {
   A* out = b.template at<A>(k.at.gate_grad);
   for (int c = b.thread; c < b.tile_channels.size(); c += b.threads) {
     A sum = out[c];
-    if constexpr (Tr::kLast)
+    if constexpr (Tr::kLast) {
       sum += column_sum(b, parts, groups, c);
-    else
+    } else {
       sum += row_sum(b, parts, c);
-    for (int i = marks.first[c]; !kSplit && !Tr::kLast && i < marks.first[c + 1]; ++i) sum += maxima[i];
+      if constexpr (!kSplit) {
+        for (int i = marks.first[c]; i < marks.first[c + 1]; ++i) sum += maxima[i];
+      }
+    }
     out[c] = sum;
   }
 }
