@@ -11,13 +11,14 @@ import test_cuda_compile as streamed
 
 pytestmark = pytest.mark.skipif(streamed.NVCC is None, reason="there is no nvcc")
 
-# One instantiation an architecture and direction; together they cover each split, layout and width.
+# One or two an architecture, together each split, layout and width; those that need most registers, backward.
 CASES = (
     ("forward", "BFloat16, 8, kContiguous, kByPositions", "sm_90a"),
     ("backward", "BFloat16, 8, kContiguous, kByPositions", "sm_90a"),
     ("backward", "BFloat16, 4, kContiguous, kByChannels", "sm_100a"),
     ("forward", "Half, 8, kChannelsLast, kByPositions", "sm_100a"),
-    ("backward", "float, 4, kContiguous, kByChannels", "sm_120"),
+    ("backward", "BFloat16, 8, kContiguous, kByPositions", "sm_120"),
+    ("forward", "float, 4, kContiguous, kByChannels", "sm_120"),
 )
 
 

@@ -15,7 +15,8 @@ __device__ __forceinline__ void input_grads(const Block<Tr>& b, Landed& landed) 
   using T = typename Tr::T;
   using A = typename Tr::A;
   constexpr int V = Tr::V;
-  [[maybe_unused]] constexpr int kUnroll = kNeedsX ? 2 : 4;  // places of V positions take registers
+  // With x, the terms of V positions are kept too: sm_120 has no register left to unroll with.
+  [[maybe_unused]] constexpr int kUnroll = kNeedsX ? 1 : 4;
   const Resident& k = b.k;
   const Problem& p = k.p;
   const T* x = b.template at<T>(k.at.tile);
