@@ -11,13 +11,14 @@ import test_cuda_compile as streamed
 
 pytestmark = pytest.mark.skipif(streamed.NVCC is None, reason="there is no nvcc")
 
-# One instantiation an architecture and direction; together they cover each split, layout and width.
+# One or two an architecture, together each split, layout and width; those that need most registers, backward.
 CASES = (
     ("forward", "BFloat16, 8, kContiguous, kByPositions", "sm_90a"),
     ("backward", "BFloat16, 8, kContiguous, kByPositions", "sm_90a"),
     ("backward", "BFloat16, 4, kContiguous, kByChannels", "sm_100a"),
     ("forward", "Half, 8, kChannelsLast, kByPositions", "sm_100a"),
-    ("backward", "float, 4, kContiguous, kByChannels", "sm_120"),
+    ("backward", "BFloat16, 8, kContiguous, kByPositions", "sm_120"),
+    ("forward", "float, 4, kContiguous, kByChannels", "sm_120"),
 )
 
 
@@ -49,7 +50,7 @@ def _compile(folder: Path, direction: str, traits: str, arch: str):
 @pytest.mark.parametrize("direction, traits, arch", CASES, ids=lambda v: re.sub(r"\W+", "-", v))
 def test_resources_and_copies(tmp_path, direction, traits, arch):
     """No spills, no stack, 512 threads a multiprocessor, no static shared memory that the plan does not count;
-    bulk copies and cluster barriers, and stores as wide as the traits say."""
+    bulk copies and cluster barriers; x, dy, y and dx are touched in no other width than the traits'."""
     cubin, report = _compile(tmp_path, direction, traits, arch)
     numbers = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert [int(n) for n in numbers.groups()] == [0, 0, 0], report
@@ -62,14 +63,19 @@ def test_resources_and_copies(tmp_path, direction, traits, arch):
     assert len(re.findall(r"\bUBLKCP\b", sass)) >= (1 if direction == "forward" else 2)
     assert re.search(r"\bUCGABAR", sass) and re.search(r"\bSYNCS\b", sass)
     width = "64" if ", 4, kContiguous, kByChannels" in traits and "BFloat16" in traits else "128"
-    assert any(width in m for m in re.findall(r"\bSTG\.E(\S*)", sass))
-    assert any(width in m for m in re.findall(r"\bLDS(\S*)", sass))
+    # y and dx leave by streaming stores alone, x and dy come by bulk copies alone: no load is as wide.
+    assert set(re.findall(r"\bSTG\.E\.EF(\S*)", sass)) == {f".{width}"}
+    assert not re.findall(r"\bLDG\S*\.(?:64|128)\b", sass)
+    assert len(re.findall(rf"\bLDS\.{width}\b", sass)) >= (3 if direction == "forward" else 4)
     assert not re.search(r"\b(LDL|STL)\b", sass)
 
 
-def test_older_devices_get_an_empty_kernel(tmp_path):
+@pytest.mark.parametrize(
+    "direction, arch", (("forward", "sm_80"), ("backward", "sm_86"), ("backward", "sm_89"))
+)
+def test_older_devices_get_an_empty_kernel(tmp_path, direction, arch):
     """One binary serves all architectures: below sm_90 the kernels compile, to nothing."""
-    cubin, _ = _compile(tmp_path, "forward", "float, 4, kContiguous, kByPositions", "sm_80")
+    cubin, _ = _compile(tmp_path, direction, "float, 4, kContiguous, kByPositions", arch)
     tool = streamed._tool("nvdisasm")
     if tool is None:
         pytest.skip("there is no nvdisasm to look at the machine code with")

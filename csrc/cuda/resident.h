@@ -23,7 +23,7 @@ constexpr int kMaxInputs = 4;     // vectors that the MLP sees
 struct SharedMap {
   int32_t tile, tile_dy;                // T rows x pitch
   int32_t barriers;                     // kLoads mbarriers
-  int32_t item;                         // backward: the weight item drawn
+  int32_t item;                         // backward: the weight item drawn; channels-last, marked vectors
   int32_t gate;                         // A [tile channels]
   int32_t spatial;                      // A [tile positions]
   int32_t base, squares, exponentials;  // forward, statistics of [tile channels]
@@ -38,6 +38,9 @@ struct SharedMap {
   int32_t gate_grad;    // A [tile channels]
   int32_t logit_grad;   // A [own channels]
   int32_t terms, rare;  // ChannelTerms, RareTerms [tile channels]
+  // Backward, see resident_marks.cuh: uint32 [tile rows][mark_words], uint16 [tile rows + 1], uint16
+  // [places].
+  int32_t mark_bits, mark_first, mark_list;
   int32_t kernel;       // (A, A) [taps]
   int32_t window;       // (A, A) [window]; backward: the pools'
   int32_t window_grad;  // A [window], backward
@@ -58,6 +61,7 @@ struct Resident {
   int32_t tile_channels, tile_positions;  // most that a tile has
   int32_t column_groups, map_groups;      // groups of rows that warps share a strip of columns in
   int32_t window_width, window_rows;
+  int32_t mark_words;
   int32_t kernel_pieces;  // parts of the positions whose kernel gradients are summed apart
   int32_t inputs;         // vectors that the MLP sees, after blending
   int32_t save;
@@ -79,7 +83,8 @@ struct Machine {
 // ---- Policy, as data.
 
 constexpr int64_t kRowBytes = 256;            // least part of a contiguous row that a block takes by choice
-constexpr int64_t kSmallTile = 100 << 10;     // below, two blocks of half the threads share a multiprocessor
+constexpr int64_t kSmallTile = 100 << 10;     // below, half the threads take fewer instructions; modelled
+constexpr int64_t kReserved = 1 << 10;        // of a block's shared memory, CUDA's own
 constexpr int64_t kLeastPositions = 196;      // below, the weights outweigh x, and the streamed tier batches
 constexpr int kMergeRows = 6, kTermRows = 2;  // what merging a strip, or reading its terms, costs in rows
 constexpr int kClusters[] = {8, 16};          // portable first
@@ -144,8 +149,8 @@ inline bool can_split(const Problem& p, Split split) {
   return p.layout == kContiguous && p.channels % (full / policy::gcd(full, p.positions)) == 0;
 }
 
-// Fills in k for k.p and k.operation with this cluster; false where a block's memory is too small.
-inline bool plan(Resident& k, const Machine& m, int cluster, Split split) {
+// Fills in k for k.p and k.operation with this cluster and block; false where a block's memory is too small.
+inline bool plan_block(Resident& k, const Machine& m, int cluster, Split split, int threads_a_block) {
   using policy::ceil_div;
   const Problem& p = k.p;
   const bool backward = is_backward(k.operation), last = p.layout == kChannelsLast;
@@ -167,7 +172,7 @@ inline bool plan(Resident& k, const Machine& m, int cluster, Split split) {
   k.tile_positions = static_cast<int32_t>(k.split == kByPositions ? k.own_positions : p.positions);
   const int64_t tc = k.tile_channels, tp = k.tile_positions;
   const int64_t tile = tc * tp * element;
-  k.threads = tile * (backward ? 2 : 1) < kSmallTile ? kMaxThreads / 2 : kMaxThreads;
+  k.threads = threads_a_block;
 
   const int64_t columns = last ? tc : tp;  // of the tile
   const int64_t across =
@@ -196,7 +201,7 @@ inline bool plan(Resident& k, const Machine& m, int cluster, Split split) {
   at.tile = b.take(backward ? std::max(tile, threads * kWeightRows * a) : tile);
   if (backward) at.tile_dy = b.take(tile);
   at.barriers = b.take(kLoads * 8);
-  at.item = b.take(backward ? 4 : 0);
+  at.item = b.take(backward ? 8 : 0);
   at.gate = b.take(tc * a);
   at.spatial = b.take(tp * a);
   at.input = b.take(k.inputs * k.own_channels * a);
@@ -222,12 +227,27 @@ inline bool plan(Resident& k, const Machine& m, int cluster, Split split) {
     at.terms = b.take(tc * 4 * a);
     const bool needs_x = (split_ties && (p.spatial || p.pools & kMax)) || p.pools & (kLp | kLse);
     at.rare = b.take(needs_x ? tc * 4 * a : 0);
-    const int64_t sums = last ? k.column_groups * columns : std::max(strips * tc, k.column_groups * columns);
+    const int64_t rows = last ? tp : tc;
+    k.mark_words = static_cast<int32_t>(ceil_div(ceil_div(columns, k.vector), 32));
+    at.mark_bits = b.take(rows * k.mark_words * 4);
+    at.mark_first = b.take(last ? 0 : (rows + 1) * 2);
+    at.mark_list = b.take((tc + tp) * 2);
+    const int64_t sums = strips * rows + std::max(k.column_groups * columns, last ? 0 : tc + tp);
     at.scratch = at.window = b.take(std::max({window * 3 * a, sums * a, threads * kMaxInputs * a}));
     at.window_grad = at.window + static_cast<int32_t>(policy::round_up(window * 2 * a, 16));
   }
   at.total = static_cast<int32_t>(std::min<int64_t>(b.used, INT32_MAX));
   return b.used <= m.shared_bytes;
+}
+
+// Half the threads also where a multiprocessor's memory holds two such blocks.
+inline bool plan(Resident& k, const Machine& m, int cluster, Split split) {
+  if (plan_block(k, m, cluster, split, kMaxThreads / 2)) {
+    const int64_t tiles = int64_t{k.tile_channels} * k.tile_positions * element_bytes(k.p.dtype) *
+                          (is_backward(k.operation) ? 2 : 1);
+    if (tiles < kSmallTile || 2 * (k.at.total + kReserved) <= m.shared_bytes + kReserved) return true;
+  }
+  return plan_block(k, m, cluster, split, kMaxThreads);
 }
 
 // The smallest cluster that holds a sample and that `allowed(k)`, the device, can run; false without one.

@@ -1,0 +1,67 @@
+"""benchmarks/cuda_bytes.py: its rows, on maps that take seconds, and what it judges."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+
+if shutil.which("g++") is None:
+    pytest.skip("there is no g++ to compile the kernels for the host", allow_module_level=True)
+
+import cuda_ptx
+from simt import build
+
+from benchmarks import cuda_bytes
+
+
+def _rows(capsys, *arguments: str) -> list:
+    cuda_bytes.main([*arguments, "--tier", "resident", "--layout", "contiguous"])
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.skipif(build.default_flavor() != "checked", reason="only the checked flavour counts bytes")
+def test_counted_rows_of_the_resident_tier(capsys):
+    """Exactly 2 S and 3 S; what the tier does not take is said to go elsewhere."""
+    rows = _rows(capsys, "--shapes", "16,14,14", "16,7,7", "--dtype", "float32")
+    assert [row.split()[:3] for row in rows] == [
+        ["resident", name, f"1,{shape}"]
+        for shape in ("16,14,14", "16,7,7")
+        for name in ("forward", "backward")
+    ]
+    assert re.search(r"x-sized 2\.000 S .* pass \(bar 2\)$", rows[0])
+    assert re.search(r"x-sized 3\.000 S .* pass \(bar 3\)$", rows[1])
+    assert all(row.endswith("goes to the streamed tier") for row in rows[2:])
+
+
+@pytest.mark.skipif(cuda_ptx.unavailable() is not None, reason=str(cuda_ptx.unavailable()))
+def test_modelled_rows_of_the_resident_tier(capsys):
+    """The traffic of a tiny map: all of it once, and small tensors counted apart; no bar for its time."""
+    rows = _rows(capsys, "--modelled", "--samples", "2", "--shapes", "32,14,14", "16,7,7")
+    pattern = (
+        r"resident (forward|backward) +2,32,14,14 +bfloat16 +contiguous L2 50 MB   DRAM (\S+) of the floor,"
+        r" (\S+) without small tensors (pass|MISS) \(bar 1\.03\)   time / copy at N = 16 (\S+)"
+    )
+    found = [re.fullmatch(pattern, row) for row in rows[:2]]
+    assert all(found), rows
+    assert [m[1] for m in found] == ["forward", "backward"]
+    for m in found:
+        traffic, apart, time = float(m[2]), float(m[3]), float(m[5])
+        assert 0.99 < apart < traffic < 2 and time > 1
+        assert (m[4] == "pass") == (apart <= 1.03)
+    assert all(row.endswith("goes to the streamed tier") for row in rows[2:]) and len(rows) == 4
+
+
+def test_a_bar_is_judged_as_measured_not_as_printed():
+    assert cuda_bytes.verdict(1.0300001, 1.03).startswith("MISS") and cuda_bytes.verdict(
+        1.03, 1.03
+    ).startswith("pass")
+
+
+def test_time_is_judged_where_the_bar_holds(capsys):
+    for shape, judged in (((256, 28, 28), True), ((255, 28, 28), False), ((1024, 14, 14), False)):
+        cuda_bytes.modelled_row(
+            "resident", "backward", 4, shape, "torch.bfloat16", False, 50 << 20, 100, 101, 1, 1.2
+        )
+        assert ("MISS (bar 1.1)" in capsys.readouterr().out) == judged
