@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from oracle import OPTIONS, Options, assert_within, check, leaves, make_problem, run_problem
@@ -123,6 +124,73 @@ def test_bitwise_equal_under_every_schedule(monkeypatch, options, layout):
         results.append(run_problem(problem, "cuda"))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def _on_streams(first, second, seed, resident):
+    """y of two forwards that run at the same time, as launches on the streams of these ids."""
+    shape = (3, 8, 8, 8)
+    problem = make_problem((2 * shape[0], *shape[1:]), Options(mlp_bias=False, kernel=3))
+    n, c, h, w = shape
+    machine = cs.Machine(l2=SMALL_L2)
+    call = cs._Call("cbam_forward", problem.x[:n], problem.p, problem.c, cs.NO_NORM, machine)
+    lib = cs.library(torch.float32)
+    report = np.zeros(len(cs.REPORT), np.int64)
+    lib.run("plan", call.sizes, report)
+    numbers = dict(zip(cs.REPORT, report.tolist()))
+    assert numbers["vector"] == 4 and numbers["units"] > 1
+    scratch, room = -(-numbers["scratch"] // 256) * 256, 4096
+
+    def made(name, *size):
+        return cs.build.Array(np.zeros((2 * n, *size), np.float32), name, unwritten=True)
+
+    y, pool = made("y", c, h, w), cs.build.Array(np.zeros(room, np.uint32), "counters")
+    lib.run(
+        "run_on_streams", call.sizes, problem.x.numpy(), y, made("pooled", 2, c), made("channel_gate", c),
+        made("spatial_pool", 2, h, w), made("spatial_gate", h, w), problem.p.w1.numpy(), problem.p.w2.numpy(),
+        problem.p.conv_weight.numpy(), pool, room,
+        cs.build.Array(np.zeros(2 * scratch, np.uint8), "scratch", unwritten=True), scratch, first, second,
+        seed=seed, resident=resident,
+    )  # fmt: skip
+    assert not pool.data.any(), "the counters must be zero again"
+    return problem, torch.from_numpy(y.data)
+
+
+@pytest.mark.parametrize("resident", (2, 5))
+def test_two_streams_at_once(resident):
+    """Launches interleaved block by block, on the counters that the library gives their streams."""
+    for seed in range(4):
+        problem, y = _on_streams(7, 8, seed, resident)
+        machine = cs.Machine(l2=SMALL_L2)
+        halves = [
+            cs.cbam_forward(x.contiguous(), problem.p, problem.c, machine=machine)["y"]
+            for x in problem.x.split(3)
+        ]
+        assert torch.equal(y, torch.cat(halves))
+
+
+def test_two_launches_on_the_counters_of_one_stream_are_noticed():
+    """What the test above would see if two streams were given one set: a hang, a race or wrong numbers."""
+    for seed in range(4):
+        with pytest.raises(cs.build.SimtError):
+            _on_streams(7, 7, seed, 5)
+
+
+def test_counters_of_streams_and_devices():
+    """One set a device and stream, kept; a launch that needs more gets a new one, for that stream alone."""
+    calls = (
+        (0, 0, 48),
+        (0, 5, 48),
+        (1, 0, 48),
+        (0, 0, 1024),
+        (0, 0, 1025),
+        (0, 5, 1024),
+        (0, 0, 48),
+        (0, 0, 2048),
+    )
+    devices, streams, words = (np.array(column, np.int64) for column in zip(*calls))
+    out = np.zeros(len(calls), np.int64)
+    cs.library(torch.float32).run("counter_sets", devices, streams, words, len(calls), out)
+    assert out.tolist() == [0, 1, 2, 0, 3, 1, 3, 3]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

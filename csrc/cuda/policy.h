@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <type_traits>
 
 #include "streamed.h"
 
@@ -27,7 +28,7 @@ constexpr int64_t kMaxTermRows = 1024;     // where rows are short, the channels
 constexpr int64_t kPoolPositions = 512;    // channels-last: positions a partial pool, at most
 constexpr int kPoolBytes = 64;             // channels-last: width of a partial pool's tile
 constexpr int64_t kInlineMlp = 128 << 10;  // multiplications that one block may do for a unit
-constexpr int kHiddenTile = 8, kGateTile = 64;
+constexpr int kHiddenTile = 16, kGateTile = 128;
 constexpr int64_t kConvPositions = 1024;
 constexpr int64_t kStagedBytes = 40 << 10;  // most shared memory for the maps of a convolution's item
 constexpr int64_t kKernelBytes = 8 << 10;   // most shared memory for the convolution's weights
@@ -98,12 +99,10 @@ inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector,
     t.positions = static_cast<int32_t>(p.positions);
     t.tiles = 1;
     int64_t rows = std::max<int64_t>(1, kItemBytes / row_bytes);
-    if (reduces) {
-      // Each chunk leaves a maximum, a sum and a mark a position: few chunks where there are many samples.
-      const int64_t channels = 512 / element_bytes(p.dtype);
-      rows = std::max(rows, channels / s.fold);
-      if (p.samples * ceil_div(s.rows, rows) > 4 * sms) rows *= 2;
-    }
+    // Each chunk of a reduction leaves sums a position, and each of the backward's passes reads gradients a
+    // position: few chunks where there are many samples.
+    if (reduces) rows = std::max<int64_t>(rows, 512 / element_bytes(p.dtype) / s.fold);
+    if ((reduces || large) && p.samples * ceil_div(s.rows, rows) > 4 * sms) rows *= 2;
     t.chunks = static_cast<int32_t>(ceil_div(s.rows, rows));
     t.chunk_rows = static_cast<int32_t>(ceil_div(s.rows, t.chunks));
     t.chunks = static_cast<int32_t>(ceil_div(s.rows, t.chunk_rows));
@@ -112,7 +111,7 @@ inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector,
   const bool wide = large && (!reduces || s.rows * int64_t{kTileBytes} > kItemBytes);
   int width = wide ? kGradTileBytes : kTileBytes;
   if (!wide && s.rows * int64_t{width} > kMaxItemBytes) width = kMinTileBytes;
-  while (s.rows * int64_t{width} * 2 <= kItemBytes / 2) width *= 2;
+  while (s.rows * int64_t{width} * 2 <= (large ? kItemBytes : kItemBytes / 2)) width *= 2;
   t.columns = static_cast<int32_t>(std::min<int64_t>(32, ceil_power(ceil_div(width, vector_bytes))));
   t.columns = std::min(t.columns, ceil_power(s.row_vectors));
   t.columns_log2 = log2_of(t.columns);
@@ -253,7 +252,7 @@ inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
       return bytes({terms, terms, s.map.positions * a, s.map.positions * a, s.map.positions * a,
                     s.map.positions * a, s.map.positions * 4});
     default:
-      return bytes({kThreads * int64_t{kWeightRows} * a});
+      return bytes({kWeightStage * kWeightTile * a, kWeightStage * kWeightTile * a});
   }
 }
 
@@ -437,14 +436,14 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
       b.order({kConvGrad, kLogitGrad, kCross, kHiddenGrad, kGateGrad, kPoolGrad, kInputGrad});
       if (!gate && !spatial) break;
       const auto tile = [](int64_t rows, int64_t columns) {
-        return ceil_div(rows, kWeightRows) * ceil_div(columns, kWeightColumns);
+        return ceil_div(rows, kWeightTile) * ceil_div(columns, kWeightTile);
       };
       int64_t items = 0;
       if (gate) {
-        if (p.w1.data) items += tile(p.hidden, p.channels) + ceil_div(p.hidden, kWeightColumns);
-        items += tile(p.channels, p.hidden) + ceil_div(p.channels, kWeightColumns);
+        if (p.w1.data) items += tile(p.hidden, p.channels);
+        items += tile(p.channels, p.hidden);
       }
-      if (spatial) items += ceil_div(2 * taps(p) + 2, kWeightColumns);
+      if (spatial) items += ceil_div(2 * taps(p) + 2, kConvColumns);
       s.weight_items = static_cast<uint32_t>(items);
     }
   }
@@ -482,39 +481,48 @@ inline int64_t counter_words(const Streamed& k) {
   return kUnitCounters + int64_t{k.s.units} * kCounters;
 }
 
-// Bytes of scratch; with a base, also points k.w into it (all but the counters).
-inline int64_t lay_out_scratch(Streamed& k, char* base) {
+// Calls visit(pointer, bytes) for every tensor of scratch but the counters, in the order of Scratch; bytes
+// are zero where this call needs none.
+template <class Visit>
+void visit_scratch(Streamed& k, Visit visit) {
   const Problem& p = k.p;
   const Schedule& s = k.s;
+  Scratch& w = k.w;
   const int64_t a = accumulate_bytes(p.dtype), n = p.samples;
   const int64_t slots = s.ring ? int64_t{s.ring} * s.unit_samples : int64_t{s.units} * s.unit_samples;
   const auto runs = [&](int stage) { return s.stage_plan[stage] >= 0; };
+  const auto take = [&](auto*& pointer, bool wanted, int64_t bytes) {
+    void* at = visit(wanted ? bytes : 0);
+    pointer = static_cast<std::remove_reference_t<decltype(pointer)>>(at);
+  };
+  const bool backward = is_backward(k.operation);
+  const bool scale = k.operation == kScaleForward || k.operation == kScaleBackward;
+  const bool parts = runs(kPool) && s.pool_chunks > 1;
+  const bool chunks = runs(kSpatialPool) && s.reduce.chunks > 1;
+  const bool mlp_grad = backward && !scale && p.pools;
+  take(w.pool_parts, parts, 5 * n * s.pool_chunks * p.channels * a);
+  take(w.pool_marks, parts, n * s.pool_chunks * p.channels * 4);
+  take(w.hidden, p.pools && !scale, n * p.hidden * a);
+  take(w.spatial_parts, chunks, 2 * n * s.reduce.chunks * p.positions * a);
+  take(w.spatial_marks, chunks, n * s.reduce.chunks * p.positions * 4);
+  take(w.spatial_grad, runs(kCross), slots * s.reduce.chunks * p.positions * a);
+  take(w.pooled_grad, runs(kConvGrad), slots * 2 * p.positions * a);
+  take(w.cross_parts, runs(kCross), slots * s.reduce.tiles * p.channels * a);
+  take(w.gate_parts, runs(kGateGrad), slots * s.map.tiles * p.channels * a);
+  take(w.logit_grad, mlp_grad, n * p.channels * a);
+  take(w.hidden_grad, mlp_grad && p.w1.data, n * s.pool_vectors * p.hidden * a);
+  take(w.pool_grad, runs(kInputGrad) && p.pools, slots * pool_count(p.pools) * p.channels * a);
+  take(w.conv_parts, runs(kConvGrad), n * s.conv_items * (2 * taps(p) + 2) * a);
+}
+
+// Bytes of scratch; with a base, also points k.w into it.
+inline int64_t lay_out_scratch(Streamed& k, char* base) {
   int64_t used = 0;
-  const auto take = [&](bool wanted, int64_t bytes) -> void* {
-    if (!wanted) return nullptr;
+  visit_scratch(k, [&](int64_t bytes) -> void* {
     const int64_t at = used;
     used += policy::round_up(bytes, 256);
-    return base ? base + at : nullptr;
-  };
-  Scratch& w = k.w;
-  const bool parts = runs(kPool) && s.pool_chunks > 1;
-  w.pool_parts = take(parts, 5 * n * s.pool_chunks * p.channels * a);
-  w.pool_marks = static_cast<int32_t*>(take(parts, n * s.pool_chunks * p.channels * 4));
-  w.hidden =
-      take(p.pools != 0 && k.operation != kScaleForward && k.operation != kScaleBackward, n * p.hidden * a);
-  const bool chunks = runs(kSpatialPool) && s.reduce.chunks > 1;
-  w.spatial_parts = take(chunks, 2 * n * s.reduce.chunks * p.positions * a);
-  w.spatial_marks = static_cast<int32_t*>(take(chunks, n * s.reduce.chunks * p.positions * 4));
-  const bool backward = is_backward(k.operation);
-  w.spatial_grad = take(runs(kCross), slots * s.reduce.chunks * p.positions * a);
-  w.pooled_grad = take(runs(kConvGrad), slots * 2 * p.positions * a);
-  w.cross_parts = take(runs(kCross), slots * s.reduce.tiles * p.channels * a);
-  w.gate_parts = take(runs(kGateGrad), slots * s.map.tiles * p.channels * a);
-  w.logit_grad = take(backward && k.operation != kScaleBackward && p.pools, n * p.channels * a);
-  w.hidden_grad = take(backward && k.operation != kScaleBackward && p.pools && p.w1.data,
-                       n * s.pool_vectors * p.hidden * a);
-  w.pool_grad = take(runs(kInputGrad) && p.pools, slots * pool_count(p.pools) * p.channels * a);
-  w.conv_parts = take(runs(kConvGrad), n * s.conv_items * (2 * taps(p) + 2) * a);
+    return base && bytes ? base + at : nullptr;
+  });
   return used;
 }
 

@@ -11,8 +11,11 @@ constexpr int kMlpSamples = 4;                       // samples an item of the M
 constexpr int kBatch = 4;                            // vectors that one read of the MLP's weights serves
 constexpr int kMlpStage = 1024;                      // elements of each that are in shared memory at a time
 constexpr int kLogitTile = 32;                       // channels an item of kLogitGrad
-constexpr int kWeightRows = 8, kWeightColumns = 32;  // tile of a weight's gradient
-static_assert(kThreads / kWeightColumns == kWeightRows);
+constexpr int kWeightTile = 64;                      // rows and columns an item of a matrix' gradient
+constexpr int kWeightStage = 16;                     // samples of it that are in shared memory at a time
+constexpr int kWeightRows = 8, kWeightColumns = 32;  // the resident tier's tile of such a gradient
+constexpr int kConvColumns = 32;                     // entries an item of the convolution's gradient
+static_assert(kWeightTile % 32 == 0 && kWeightTile % (kThreads / 32) == 0 && kWeightTile <= kThreads);
 constexpr int kStaticShared = 2 << 10;  // most that a kernel declares beside its dynamic shared memory
 
 // The kinds of work. A stage's items wait for all items of the stage before it, of the same unit.

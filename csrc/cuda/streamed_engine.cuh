@@ -184,7 +184,8 @@ __device__ __forceinline__ void run_items(const Streamed& k, Body body, Tail tai
   // The counter of finished blocks wraps to zero by itself; the last block clears the others, which
   // nobody reads any more.
   if (leader) {
-    shared_last = ptx::increment_acquire_release(counters + kBlocksDone, gridDim.x - 1) == gridDim.x - 1;
+    const uint32_t last = static_cast<uint32_t>(k.grid) - 1;
+    shared_last = ptx::increment_acquire_release(counters + kBlocksDone, last) == last;
   }
   __syncthreads();
   if (shared_last) {
