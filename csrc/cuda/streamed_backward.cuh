@@ -21,13 +21,15 @@ __device__ __forceinline__ void outer_sum(int64_t tile, int64_t rows, int64_t co
   const int width = static_cast<int>(min(int64_t{kWeightTile}, columns - c0));
   A* of_left = shared.take<A>(kWeightStage * kWeightTile);
   A* of_right = shared.take<A>(kWeightStage * kWeightTile);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  // Opaque: its derivatives, computed ahead of the loop over the items, would push others out of registers.
+  const int thread = ptx::opaque(static_cast<int>(threadIdx.x));
+  const int lane = thread % 32, warp = thread / 32;
   A total[kMine][kTurns] = {}, row_total = 0;
   for (int64_t first = 0; first < count; first += kWeightStage) {
     const int size = static_cast<int>(min(int64_t{kWeightStage}, count - first));
     if (first) __syncthreads();
 #pragma unroll
-    for (int i = threadIdx.x; i < kWeightStage * kWeightTile; i += kThreads) {
+    for (int i = thread; i < kWeightStage * kWeightTile; i += kThreads) {
       const int of = i / kWeightTile, at = i % kWeightTile;
       of_left[i] = of < size && at < height ? left(first + of, r0 + at) : A(0);   // [1]
       of_right[i] = of < size && at < width ? right(first + of, c0 + at) : A(0);  // [1]
@@ -44,7 +46,7 @@ __device__ __forceinline__ void outer_sum(int64_t tile, int64_t rows, int64_t co
 #pragma unroll
         for (int j = 0; j < kTurns; ++j) sum[r][j] += u * v[j];
       }
-      if (threadIdx.x < kWeightTile) row_sum += of_left[i * kWeightTile + threadIdx.x];
+      if (thread < kWeightTile) row_sum += of_left[i * kWeightTile + thread];
     }
     // A stage's sum by itself, so that rounding grows with the number of stages, not of samples.
 #pragma unroll
@@ -62,25 +64,26 @@ __device__ __forceinline__ void outer_sum(int64_t tile, int64_t rows, int64_t co
       if (at < height && c < width) out(r0 + at, c0 + c, total[r][j]);
     }
   }
-  if (c0 == 0 && static_cast<int>(threadIdx.x) < height) row_out(r0 + threadIdx.x, row_total);
+  if (c0 == 0 && thread < height) row_out(r0 + thread, row_total);
 }
 
 // total[c] = sum_i value(i, c) for one tile of columns.
 template <class A, class Value, class Out>
 __device__ __forceinline__ void column_sum(int64_t tile, int64_t columns, int64_t count, Shared shared,
                                            Value value, Out out) {
-  const int64_t c = tile * kConvColumns + threadIdx.x % kConvColumns;
-  const int group = threadIdx.x / kConvColumns, groups = kThreads / kConvColumns;
+  const int thread = ptx::opaque(static_cast<int>(threadIdx.x));
+  const int64_t c = tile * kConvColumns + thread % kConvColumns;
+  const int group = thread / kConvColumns, groups = kThreads / kConvColumns;
   A* parts = shared.take<A>(kThreads);
   A sum = 0;
   if (c < columns) {
 #pragma unroll 8
     for (int64_t i = group; i < count; i += groups) sum += value(i, c);  // [1]
   }
-  parts[threadIdx.x] = sum;
+  parts[thread] = sum;
   __syncthreads();
   if (group == 0 && c < columns) {
-    for (int g = 1; g < groups; ++g) sum += parts[g * kConvColumns + threadIdx.x];
+    for (int g = 1; g < groups; ++g) sum += parts[g * kConvColumns + thread];
     out(c, sum);
   }
 }

@@ -139,18 +139,17 @@ __device__ __forceinline__ void run_items(const Streamed& k, Body body, Tail tai
   CBAM_SHARED(work, Work);
   CBAM_SHARED(shared_last, uint32_t);
   const Schedule& s = k.s;
-  uint32_t* counters = k.w.counters;
   const bool leader = threadIdx.x == 0;
   uint32_t next = 0;
-  if (leader) next = ptx::add_relaxed(counters + kTicket, 1);
+  if (leader) next = ptx::add_relaxed(k.w.counters + kTicket, 1);
   while (true) {
     if (leader) work.take(k, next);
     __syncthreads();
     if (work.kind == Work::kEnd) break;
     // Drawn before the wait below, to hide its latency: this block still takes its items in order.
-    if (leader) next = ptx::add_relaxed(counters + kTicket, 1);
+    if (leader) next = ptx::add_relaxed(k.w.counters + kTicket, 1);
     if (work.kind == Work::kWeights) {
-      if (leader) wait_for(counters + kReadyForWeights, s.weights_ready);
+      if (leader) wait_for(k.w.counters + kReadyForWeights, s.weights_ready);
       __syncthreads();
       weights(work.item.index);
     } else if (work.kind == Work::kMain) {
@@ -171,12 +170,12 @@ __device__ __forceinline__ void run_items(const Streamed& k, Body body, Tail tai
           __syncthreads();
           if (leader) {
             ptx::add_release(unit + kTailDone, 1);
-            if (plan.feeds_weights) ptx::add_release(counters + kReadyForWeights, 1);
+            if (plan.feeds_weights) ptx::add_release(k.w.counters + kReadyForWeights, 1);
           }
         }
       } else if (leader) {
         ptx::add_release(unit + plan.stage, 1);
-        if (plan.feeds_weights) ptx::add_release(counters + kReadyForWeights, 1);
+        if (plan.feeds_weights) ptx::add_release(k.w.counters + kReadyForWeights, 1);
       }
     }
     __syncthreads();
@@ -185,16 +184,16 @@ __device__ __forceinline__ void run_items(const Streamed& k, Body body, Tail tai
   // nobody reads any more.
   if (leader) {
     const uint32_t last = static_cast<uint32_t>(k.grid) - 1;
-    shared_last = ptx::increment_acquire_release(counters + kBlocksDone, last) == last;
+    shared_last = ptx::increment_acquire_release(k.w.counters + kBlocksDone, last) == last;
   }
   __syncthreads();
   if (shared_last) {
     for (int64_t i = threadIdx.x; i < int64_t{s.units} * kCounters; i += kThreads) {
-      ptx::store(counters + kUnitCounters + i, 0u);
+      ptx::store(k.w.counters + kUnitCounters + i, 0u);
     }
     if (leader) {
-      ptx::store(counters + kTicket, 0u);
-      ptx::store(counters + kReadyForWeights, 0u);
+      ptx::store(k.w.counters + kTicket, 0u);
+      ptx::store(k.w.counters + kReadyForWeights, 0u);
     }
   }
 }
