@@ -223,9 +223,9 @@ inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
   const int64_t mlp = kBatch * (int64_t{kThreads} + kMlpStage) * a;  // column_dot's vectors and partial sums
   switch (stage) {
     case kPool:
-      if (last) return std::max(mlp, bytes({kThreads * vector * mean_max}));
-      if (s.fold > 1) return std::max(mlp, bytes({s.pool_rows * int64_t{s.row_elements} * a}));
-      return std::max(mlp, bytes({kThreads / 32 * mean_max}));
+      if (last) return bytes({kThreads * vector * mean_max});
+      if (s.fold > 1) return bytes({s.pool_rows * int64_t{s.row_elements} * a});
+      return bytes({kThreads / 32 * mean_max});
     case kHidden:
     case kGate:
     case kHiddenGrad:
@@ -246,8 +246,10 @@ inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
       return bytes({last ? 0 : channels(s.map) * a, s.map.positions * a, s.map.positions * a,
                     s.map.positions * a, s.map.positions * 4,
                     std::max(last ? columns(s.map, a) : 0, fold_sums)});
+    case kFinishPools:
+      return 0;
     case kLogitGrad:
-      return std::max(mlp, kThreads * a);
+      return kThreads * a;
     case kInputGrad:
       return bytes({terms, terms, s.map.positions * a, s.map.positions * a, s.map.positions * a,
                     s.map.positions * a, s.map.positions * 4});
@@ -262,7 +264,7 @@ struct Builder {
   int last_stage = -1;
 
   // Appends the next stage of the chain; `items` a sample or, with per_unit, a unit.
-  void add(int stage, int lag, int64_t items, bool per_unit, bool tail = false) {
+  void add(int stage, int lag, int64_t items, bool per_unit, std::initializer_list<int> tail = {}) {
     Schedule& s = k.s;
     StagePlan& d = s.plan[s.plans];
     d = {};
@@ -270,13 +272,15 @@ struct Builder {
     d.lag = lag;
     d.items = static_cast<int32_t>(items);
     d.per_sample = !per_unit;
-    d.tail = tail;
+    std::fill(d.tail, d.tail + kTails, -1);
+    std::copy(tail.begin(), tail.end(), d.tail);
     d.total = per_unit ? Count{0, d.items} : Count{d.items, 0};
     d.wait_counter = -1;
     if (previous >= 0) {
       const StagePlan& before = s.plan[previous];
-      d.wait_counter = before.tail ? kTailDone : before.stage;
-      d.wait_for = before.tail ? Count{0, 1} : before.total;
+      const bool tailed = before.tail[0] >= 0;
+      d.wait_counter = tailed ? kTailDone : before.stage;
+      d.wait_for = tailed ? Count{0, 1} : before.total;
     }
     s.stage_plan[stage] = s.plans;
     previous = s.plans++;
@@ -378,7 +382,15 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
     case kAttentionForward: {
       const bool whole = k.operation == kCbamForward;
       if (gate) {
-        b.add(kPool, 0, s.pool_items, false, inline_mlp || s.pool_chunks > 1);
+        const bool parts = s.pool_chunks > 1;
+        if (inline_mlp && parts)
+          b.add(kPool, 0, s.pool_items, false, {kFinishPools, kHidden, kGate});
+        else if (inline_mlp)
+          b.add(kPool, 0, s.pool_items, false, {kHidden, kGate});
+        else if (parts)
+          b.add(kPool, 0, s.pool_items, false, {kFinishPools});
+        else
+          b.add(kPool, 0, s.pool_items, false);
         if (!inline_mlp) {
           b.add(kHidden, lag, hidden_items, true);
           b.add(kGate, lag, gate_items, true);
@@ -425,8 +437,12 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
         }
       }
       if (gate) {
-        b.add(kLogitGrad, at, logit_items, false, inline_mlp);
-        if (!inline_mlp) {
+        if (inline_mlp && p.w1.data) {
+          b.add(kLogitGrad, at, logit_items, false, {kHiddenGrad, kPoolGrad});
+        } else if (inline_mlp) {
+          b.add(kLogitGrad, at, logit_items, false, {kPoolGrad});
+        } else {
+          b.add(kLogitGrad, at, logit_items, false);
           if (p.w1.data) b.add(kHiddenGrad, at, hidden_items, true);
           b.add(kPoolGrad, at, gate_items, true);
         }
@@ -454,7 +470,7 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
     const StagePlan& d = s.plan[i];
     if (d.feeds_weights) {
       s.weights_ready = static_cast<uint32_t>(
-          d.tail ? s.units : d.total.per_sample * p.samples + int64_t{d.total.per_unit} * s.units);
+          d.tail[0] >= 0 ? s.units : d.total.per_sample * p.samples + int64_t{d.total.per_unit} * s.units);
     }
   }
   if (backward) {
@@ -468,7 +484,12 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
   s.main_items = static_cast<uint32_t>(main);
 
   int64_t shared = s.weight_items ? stage_shared(k, kStageCount, vector) : 0;
-  for (int i = 0; i < s.plans; ++i) shared = std::max(shared, stage_shared(k, s.plan[i].stage, vector));
+  for (int i = 0; i < s.plans; ++i) {
+    shared = std::max(shared, stage_shared(k, s.plan[i].stage, vector));
+    for (int stage : s.plan[i].tail) {
+      if (stage >= 0) shared = std::max(shared, stage_shared(k, stage, vector));
+    }
+  }
   k.shared_bytes = static_cast<int32_t>(std::min<int64_t>(shared, INT32_MAX));
   k.blocks_per_multiprocessor = depth.blocks;
   k.grid = static_cast<int32_t>(

@@ -220,24 +220,14 @@ __device__ __forceinline__ void backward_item(const Streamed& k, const Item& ite
       logit_grad_stage<T>(k, item, shared);
       break;
     case kHiddenGrad:
-      hidden_grad_stage<T>(k, part_of_unit(item, k.p.hidden, k.s.hidden_tile), shared);
+      hidden_grad_stage<T>(k, mlp_range(item, k.p.hidden, k.s.hidden_tile), shared);
       break;
     case kPoolGrad:
-      pool_grad_stage<T>(k, part_of_unit(item, k.p.channels, k.s.gate_tile), shared);
+      pool_grad_stage<T>(k, mlp_range(item, k.p.channels, k.s.gate_tile), shared);
       break;
     default:
       input_grad_stage<Tr>(k, item, shared);
   }
-}
-
-// What follows a unit's last logit gradient, where one block does the MLP's backward.
-template <class T>
-__device__ __forceinline__ void backward_tail(const Streamed& k, const Item& item, Shared shared) {
-  if (k.p.w1.data) {
-    hidden_grad_stage<T>(k, whole_unit(item, k.p.hidden), shared);
-    __syncthreads();
-  }
-  pool_grad_stage<T>(k, whole_unit(item, k.p.channels), shared);
 }
 
 template <class Tr>
@@ -248,7 +238,6 @@ __global__ void __launch_bounds__(kThreads, Tr::kBlocks) streamed_backward_kerne
   share_parameters(launch, &k);
   run_items(
       k, [&](const Item& item) { backward_item<Tr>(k, item, shared); },
-      [&](const Item& item) { backward_tail<typename Tr::T>(k, item, shared); },
       [&](int index) { weight_item<typename Tr::T>(k, index, shared); });
 }
 

@@ -49,7 +49,7 @@ __device__ __forceinline__ void share_parameters(const Streamed& launch, Streame
 // One item: sample n of a per-sample stage; `index` counts within the sample, or within the unit.
 struct Item {
   int stage, index;
-  int unit;
+  int unit, whole;
   int64_t n;
   int64_t first, count;  // the unit's samples
 };
@@ -87,6 +87,8 @@ struct Work {
   enum Kind { kMain, kWeights, kNothing, kEnd };
   int kind;
   int plan;
+  int turn;   // in the tail of plan
+  int again;  // item has been replaced by a stage of the tail
   Item item;
 
   // By one thread.
@@ -109,11 +111,30 @@ struct Work {
     const int64_t first = unit * s.unit_samples, left = k.p.samples - first;
     item.stage = d.stage;
     item.unit = static_cast<int>(unit);
+    item.whole = turn = 0;
     item.first = first;
     item.count = left < s.unit_samples ? left : s.unit_samples;
     item.n = d.per_sample ? first + within / d.items : first;
     item.index = static_cast<int>(d.per_sample ? within % d.items : within);
     if (item.n < k.p.samples) kind = kMain;
+  }
+
+  // By one thread, after the whole block has done the item: tells those that wait for it.
+  __device__ __forceinline__ void finish(const Streamed& k) {
+    const StagePlan& d = k.s.plan[plan];
+    uint32_t* unit = unit_counters(k, item.unit);
+    again = 0;
+    if (turn == 0 && d.tail[0] >= 0) {
+      const uint32_t all = expected(d.total, item.count);
+      if (ptx::add_acquire_release(unit + d.stage, 1) != all - 1) return;
+    }
+    if (turn < kTails && d.tail[turn] >= 0) {
+      item.stage = d.tail[turn++];
+      item.whole = again = 1;
+      return;
+    }
+    ptx::add_release(unit + (turn ? kTailDone : d.stage), 1);
+    if (d.feeds_weights) ptx::add_release(k.w.counters + kReadyForWeights, 1);
   }
 };
 
@@ -131,11 +152,11 @@ __device__ __forceinline__ void wait_for_inputs(const Streamed& k, const StagePl
   }
 }
 
-// Runs every item of the launch. `body(item)` does one item's work, `tail(item)` what follows when all
-// items of its stage and unit are done, `weights(index)` one item of the weight gradients. All three are
-// entered by the whole block, after a barrier.
-template <class Body, class Tail, class Weights>
-__device__ __forceinline__ void run_items(const Streamed& k, Body body, Tail tail, Weights weights) {
+// Runs every item of the launch. `body(item)` does one item's work, or a whole unit's where item.whole is
+// set, `weights(index)` one item of the weight gradients. Both are entered by the whole block, after a
+// barrier.
+template <class Body, class Weights>
+__device__ __forceinline__ void run_items(const Streamed& k, Body body, Weights weights) {
   CBAM_SHARED(work, Work);
   CBAM_SHARED(shared_last, uint32_t);
   const Schedule& s = k.s;
@@ -148,37 +169,23 @@ __device__ __forceinline__ void run_items(const Streamed& k, Body body, Tail tai
     if (work.kind == Work::kEnd) break;
     // Drawn before the wait below, to hide its latency: this block still takes its items in order.
     if (leader) next = ptx::add_relaxed(k.w.counters + kTicket, 1);
-    if (work.kind == Work::kWeights) {
-      if (leader) wait_for(k.w.counters + kReadyForWeights, s.weights_ready);
-      __syncthreads();
-      weights(work.item.index);
-    } else if (work.kind == Work::kMain) {
+    if (work.kind == Work::kMain) {
       if (leader) wait_for_inputs(k, s.plan[work.plan], work.item);
       __syncthreads();
-      body(work.item);
-      __syncthreads();
-      const StagePlan& plan = s.plan[work.plan];
-      uint32_t* unit = unit_counters(k, work.item.unit);
-      if (plan.tail) {
-        if (leader) {
-          const uint32_t all = expected(plan.total, work.item.count);
-          shared_last = ptx::add_acquire_release(unit + plan.stage, 1) == all - 1;
-        }
+      do {
+        body(work.item);
         __syncthreads();
-        if (shared_last) {
-          tail(work.item);
-          __syncthreads();
-          if (leader) {
-            ptx::add_release(unit + kTailDone, 1);
-            if (plan.feeds_weights) ptx::add_release(k.w.counters + kReadyForWeights, 1);
-          }
-        }
-      } else if (leader) {
-        ptx::add_release(unit + plan.stage, 1);
-        if (plan.feeds_weights) ptx::add_release(k.w.counters + kReadyForWeights, 1);
+        if (leader) work.finish(k);
+        __syncthreads();
+      } while (work.again);
+    } else {
+      if (work.kind == Work::kWeights) {
+        if (leader) wait_for(k.w.counters + kReadyForWeights, s.weights_ready);
+        __syncthreads();
+        weights(work.item.index);
       }
+      __syncthreads();
     }
-    __syncthreads();
   }
   // The counter of finished blocks wraps to zero by itself; the last block clears the others, which
   // nobody reads any more.

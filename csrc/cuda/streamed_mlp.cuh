@@ -132,10 +132,8 @@ struct MlpRange {
   int64_t begin, end;
 };
 
-__device__ __forceinline__ MlpRange whole_unit(const Item& item, int64_t extent) {
-  return {item.first, item.count, 0, extent};
-}
-__device__ __forceinline__ MlpRange part_of_unit(const Item& item, int64_t extent, int tile) {
+__device__ __forceinline__ MlpRange mlp_range(const Item& item, int64_t extent, int tile) {
+  if (item.whole) return {item.first, item.count, 0, extent};
   const int tiles = static_cast<int>((extent + tile - 1) / tile);
   const int64_t sample = int64_t{item.index / tiles} * kMlpSamples,
                 begin = int64_t{item.index % tiles} * tile;
