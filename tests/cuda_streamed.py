@@ -33,7 +33,7 @@ OPERATIONS = (
 )
 REPORT = (
     "fits", "scratch", "counters", "grid", "vector", "fold", "units", "unit_samples", "reduce_chunks", "pool_chunks",
-    "ring", "conv_items", "stages", "shared", "lag", "tiles",
+    "ring", "conv_items", "stages", "shared", "lag", "tiles", "blocks", "static_shared",
 )  # fmt: skip
 # The order of Scratch in streamed.h.
 SCRATCH = (

@@ -29,6 +29,35 @@ extern "C" SIMT_API void plan(const int64_t* sizes, int64_t* report) {
   plan_call(sizes, k, report);
 }
 
+// out[0]: whether every item waits only for items of lower tickets, whatever the number of units.
+extern "C" SIMT_API void waits_backwards(const int64_t* sizes, int64_t* out) {
+  Streamed k{};
+  k.p = sizes_of(sizes);
+  plan_call(sizes, k, nullptr);
+  const Schedule& s = k.s;
+  const auto items = [&](const StagePlan& d) {
+    return int64_t{d.items} * (d.per_sample ? s.unit_samples : 1);
+  };
+  // Tickets of unit 0.
+  const auto first = [&](const StagePlan& d) { return int64_t{d.lag} * s.step_items + d.first; };
+  const auto last = [&](const StagePlan& d) { return first(d) + items(d) - 1; };
+  bool fine = s.plans > 0;
+  int64_t step = 0;
+  for (int i = 0; i < s.plans; ++i) {
+    const StagePlan& d = s.plan[i];
+    step += items(d);
+    for (int j = 0; j < s.plans; ++j) {
+      const StagePlan& before = s.plan[j];
+      const bool waited = before.tail[0] >= 0 ? d.wait_counter == kTailDone : d.wait_counter == before.stage;
+      if (waited && i != j) fine &= last(before) < first(d);
+    }
+    if (d.wait_counter < 0 && s.ring) {
+      fine &= last(s.plan[s.stage_plan[s.ring_counter]]) < first(d) + int64_t{s.ring} * s.step_items;
+    }
+  }
+  out[0] = fine && step == s.step_items;
+}
+
 // The size in bytes of each tensor of scratch, in the order of Scratch; each starts at a multiple of 256.
 extern "C" SIMT_API void scratch_sizes(const int64_t* sizes, int64_t* out) {
   Streamed k{};

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -124,6 +126,49 @@ def test_bitwise_equal_under_every_schedule(monkeypatch, options, layout):
         results.append(run_problem(problem, "cuda"))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+class Gpu(NamedTuple):
+    multiprocessors: int
+    l2: int  # MiB
+    block: int  # KiB of shared memory that a block may ask for
+    shared: int  # KiB of a multiprocessor
+
+
+# CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability"; L2 from the data sheets.
+GPUS = {
+    "A100 sm_80": Gpu(108, 40, 163, 164), "RTX 3090 sm_86": Gpu(82, 6, 99, 100), "L4 sm_89": Gpu(58, 48, 99, 100),
+    "H100 sm_90": Gpu(132, 50, 227, 228), "B200 sm_100": Gpu(148, 126, 227, 228), "RTX 5090 sm_120": Gpu(170, 96, 99, 100),
+}  # fmt: skip
+# What networks have, as compat.md of the project's design lists it, and the smallest.
+SEEN = (
+    (64, 112, 112), (64, 56, 56), (256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7), (512, 7, 7), (32, 160, 160),
+    (16, 320, 320), (512, 20, 20), (256, 200, 336), (2048, 25, 42), (1, 1, 1), (7, 7, 7), (127, 1, 1),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
+def test_plans(gpu):
+    """On every device: all blocks of a launch are resident, and no item waits for one of a later ticket."""
+    lib = cs.library(torch.float32)
+    report, fine, plans = np.zeros(len(cs.REPORT), np.int64), np.zeros(1, np.int64), 0
+    for dtype, operation, layout in itertools.product(cs.ELEMENTS, cs.OPERATIONS, LAYOUTS):
+        small = make_problem((1, 8, 2, 2), Options(hidden=5), dtype)
+        machine = cs.Machine(multiprocessors=gpu.multiprocessors, l2=gpu.l2 << 20, shared=gpu.block << 10)
+        call = cs._Call(operation, small.x, small.p, small.c, cs.NO_NORM, machine)
+        for (c, h, w), n in itertools.product(SEEN, (1, 3, 48, 1024)):
+            call.sizes[2:8] = (layout == "channels_last", n, c, 1, h, w)
+            call.sizes[11] = max(1, c // 16)
+            lib.run("plan", call.sizes, report)
+            lib.run("waits_backwards", call.sizes, fine)
+            plan = dict(zip(cs.REPORT, report.tolist()))
+            case = (dtype, operation, layout, n, c, h, w, plan)
+            assert plan["fits"] and fine[0], case
+            assert plan["grid"] <= plan["blocks"] * gpu.multiprocessors and plan["blocks"] <= 2, case
+            # A KiB of each block is CUDA's own.
+            assert plan["blocks"] * (plan["shared"] + plan["static_shared"] + 1024) <= gpu.shared << 10, case
+            plans += 1
+    assert plans == 4 * 6 * 2 * len(SEEN) * 4
 
 
 def _on_streams(first, second, seed, resident):
