@@ -28,7 +28,7 @@ struct StreamedTraits {
   static_assert(kThreads % 32 == 0 && kThreads * kBlocks <= 1024);
 };
 
-// Dynamic shared memory, handed out in 16-byte steps in the order in which policy.h counts it.
+// Dynamic shared memory, handed out in 16-byte steps in the order in which streamed_memory.h counts it.
 struct Shared {
   unsigned char* next;
   template <class X>
