@@ -1,11 +1,14 @@
 """Bytes that the CUDA kernels of both tiers move: counted on the host, and modelled behind the caches.
 
     python benchmarks/cuda_bytes.py [--tier streamed resident] [--shapes 256,56,56 ...] [--samples 1]
-                                    [--dtype bfloat16] [--modelled]
+                                    [--dtype bfloat16] [--layout contiguous] [--modelled] [--l2 50]
 
 Nothing here runs on a GPU. Counted bytes are what the kernels ask of global memory when tests/simt executes
 their sources, a caches' hit as much as a miss; S is the size of x. Modelled DRAM traffic is what compiled PTX
-makes of it in the cache model of the optional ../shared/ptxcpu (H100: 132 multiprocessors, 50 MB of L2).
+makes of it in the cache model of the optional ../shared/ptxcpu (H100: 132 multiprocessors, 50 MB of L2), over the
+floor of 2 S or 3 S (3 S and 5 S with BatchNorm in training): as it is, and without the weights, their gradients
+and the saved tensors, each of which moves once. The time over a copy's is the resident tier's for a batch of 16:
+ptxcpu's estimate, which counts PTX instructions and traffic and knows no latency.
 """
 
 from __future__ import annotations
@@ -21,13 +24,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import cuda_ptx  # noqa: E402
 import cuda_resident as cr  # noqa: E402
-import cuda_resident_ptx as crp  # noqa: E402
 import cuda_streamed as cs  # noqa: E402
 
 from cbam_fused._config import Config, Parameters  # noqa: E402
 
-SHAPES = ("256,56,56", "512,28,28", "64,56,56", "1024,14,14", "2048,7,7")
-BIG = ("x", "dy", "y", "dx")
+SHAPES = ("256,56,56", "512,28,28", "256,28,28", "256,40,40", "64,56,56", "1024,14,14", "2048,7,7")
 WEIGHTS = (
     "w1",
     "b1",
@@ -43,18 +44,25 @@ WEIGHTS = (
     "dconv_bias",
 )
 
-
 # Bars. Counted: x-sized tensors and scratch memory, in S; for the resident tier x-sized tensors alone.
-# Modelled: DRAM traffic over the floor, and for the resident tier the estimated time over a copy's at N = 16.
 COUNTED = {
     ("streamed", "forward"): 4.1,
     ("streamed", "backward"): 5.2,
     ("resident", "forward"): 2.0,
     ("resident", "backward"): 3.0,
 }
-MODELLED = {"forward": 1.05, "backward": 1.08, "norm-train forward": 1.08, "norm-train backward": 1.08}
-RESIDENT_TRAFFIC = 1.03
-RESIDENT_TIME = {"forward": 1.15, "backward": 1.1}
+# Modelled: DRAM traffic over the floor, without small tensors.
+MODELLED = {
+    ("streamed", "forward"): 1.05,
+    ("streamed", "backward"): 1.08,
+    ("streamed", "norm-train forward"): 1.08,
+    ("streamed", "norm-train backward"): 1.08,
+    ("resident", "forward"): 1.03,
+    ("resident", "backward"): 1.03,
+}
+# The estimated time over a copy's, where there are so many channels and positions.
+TIME = {"forward": 1.15, "backward": 1.1}
+TIME_CHANNELS, TIME_POSITIONS = 256, 784
 
 
 def verdict(value: float, bar: float) -> str:
@@ -63,7 +71,7 @@ def verdict(value: float, bar: float) -> str:
 
 def title(name, samples, shape, dtype, last) -> str:
     layout = "last" if last else "contiguous"
-    return f"{name:19} {','.join(map(str, (samples, *shape))):14} {str(dtype)[6:]:9} {layout:10}"
+    return f"{name:28} {','.join(map(str, (samples, *shape))):14} {str(dtype)[6:]:9} {layout:10}"
 
 
 def resident_fits(x, p, operation) -> bool:
@@ -107,7 +115,7 @@ def counted(tier, samples, shape, dtype, last) -> None:
         else:
             cs.cbam_backward(dy, x, p, Config(), saved, cs.NO_NORM, machine)
         traffic = machine.traffic
-        big = sum(traffic.get(n, 0) for n in BIG)
+        big = sum(traffic.get(n, 0) for n in cuda_ptx.BIG)
         weights = sum(traffic.get(n, 0) for n in WEIGHTS)
         scratch = traffic["scratch"]
         small = sum(traffic.values()) - big - weights - scratch
@@ -120,54 +128,62 @@ def counted(tier, samples, shape, dtype, last) -> None:
         )
 
 
+def modelled_row(tier, name, samples, shape, dtype, last, l2, floor, dram, small, time=None) -> None:
+    """`floor`, `dram` and `small`, what the small tensors take of it, in bytes."""
+    apart = (dram - small) / floor
+    text = f" L2 {l2 >> 20} MB   DRAM {dram / floor:5.3f} of the floor"
+    text += f", {apart:5.3f} without small tensors {verdict(apart, MODELLED[tier, name])}"
+    if time is not None:
+        text += f"   time / copy at N = 16 {time:5.3f}"
+        if shape[0] >= TIME_CHANNELS and shape[1] * shape[2] >= TIME_POSITIONS:
+            text += f" {verdict(time, TIME[name])}"
+    print(title(f"{tier} {name}", samples, shape, dtype, last) + text, flush=True)
+
+
 def modelled_resident(samples, shape, dtype, last, l2) -> None:
     x, dy, p = problem(samples, shape, dtype, last)
     size = x.numel() * x.element_size()
-    machine = crp.PtxMachine(l2=l2)
-    saved = cs.cbam_forward(x, p, Config(), cs.NO_NORM, machine)
-    cs.cbam_backward(dy, x, p, Config(), saved, cs.NO_NORM, machine)
+    machine = cuda_ptx.ResidentPtxMachine(l2=l2)
+    saved = None
     for name, floor in (("forward", 2 * size), ("backward", 3 * size)):
-        traffic = machine.dram(name) / floor
-        apart = (machine.dram(name) - machine.small_bytes[name]) / floor
-        time = crp.time_over_copy(machine, name, samples, floor)
-        print(
-            f"{title(f'resident {name}', samples, shape, dtype, last)}"
-            f" DRAM {traffic:5.3f} of the floor, {apart:5.3f} without small tensors {verdict(apart, RESIDENT_TRAFFIC)}"
-            f"   time / copy at N = 16 {time:5.3f} {verdict(time, RESIDENT_TIME[name])}",
-            flush=True,
-        )
+        op = f"cbam_{name}"
+        if not resident_fits(x, p, op):
+            print(title(f"resident {name}", samples, shape, dtype, last), "goes to the streamed tier")
+            continue
+        if saved is None:
+            saved = cs.cbam_forward(x, p, Config(), cs.NO_NORM, machine)
+        else:
+            cs.cbam_backward(dy, x, p, Config(), saved, cs.NO_NORM, machine)
+        time = machine.time_over_copy(op, samples, floor)
+        modelled_row(
+            "resident", name, samples, shape, dtype, last, l2, floor, machine.dram(op), machine.small_bytes[op], time
+        )  # fmt: skip
 
 
-def modelled(samples, shape, dtype, last, l2) -> None:
+def modelled_streamed(samples, shape, dtype, last, l2) -> None:
     x, dy, p = problem(samples, shape, dtype, last)
     size = x.numel() * x.element_size()
     machine = cuda_ptx.PtxMachine(l2=l2)
 
-    def row(name, floor, nbytes):
-        print(
-            f"{title(name, samples, shape, dtype, last)}"
-            f" L2 {l2 >> 20} MB   DRAM {nbytes / size:5.3f} S, {nbytes / size / floor:5.3f} of the floor of {floor} S   "
-            + verdict(nbytes / size / floor, MODELLED[name]),
-            flush=True,
-        )
+    def row(name, floor, *ops):
+        dram, small = (sum(of) for of in zip(*((machine.dram(op), machine.small_bytes[op]) for op in ops)))
+        modelled_row("streamed", name, samples, shape, dtype, last, l2, floor * size, dram, small)
 
     saved = cs.cbam_forward(x, p, Config(), cs.NO_NORM, machine)
-    row("forward", 2, machine.dram_bytes)
+    row("forward", 2, "cbam_forward")
     cs.cbam_backward(dy, x, p, Config(), saved, cs.NO_NORM, machine)
-    row("backward", 3, machine.dram_bytes)
+    row("backward", 3, "cbam_backward")
     out = cs.attention_forward(x, p, Config(), machine)
-    total = machine.dram_bytes
     scaled = cs.scale_forward(x, out["channel_gate"], out["z"], False, machine)
-    row("norm-train forward", 3, total + machine.dram_bytes)
+    row("norm-train forward", 3, "attention_forward", "scale_forward")
     back = cs.scale_backward(dy, x, out["channel_gate"], scaled["spatial_gate"], machine)
-    total = machine.dram_bytes
     cs.attention_backward(
         dy, x, p, Config(), out, scaled["spatial_gate"], back["dz_out"], back["dchannel_gate"], machine
     )
-    row("norm-train backward", 5, total + machine.dram_bytes)
+    row("norm-train backward", 5, "scale_backward", "attention_backward")
 
 
-def main() -> None:
+def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -175,7 +191,7 @@ def main() -> None:
         "--tier", nargs="+", default=["streamed", "resident"], choices=["streamed", "resident"]
     )
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
-    parser.add_argument("--samples", type=int, default=1)
+    parser.add_argument("--samples", type=int, help="1; with --modelled 4")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=[str(d)[6:] for d in cs.ELEMENTS])
     parser.add_argument(
         "--layout",
@@ -187,19 +203,20 @@ def main() -> None:
         "--modelled", action="store_true", help="DRAM traffic by ../shared/ptxcpu instead; takes long"
     )
     parser.add_argument("--l2", nargs="+", type=int, default=[50], help="megabytes of the modelled L2")
-    a = parser.parse_args()
+    a = parser.parse_args(arguments)
     if a.modelled and cuda_ptx.unavailable():
         parser.error(cuda_ptx.unavailable())
+    samples = a.samples or (4 if a.modelled else 1)
     for shape in (tuple(map(int, s.split(","))) for s in a.shapes):
         for dtype in (getattr(torch, d) for d in a.dtype):
             for last in (layout == "channels_last" for layout in a.layout):
                 for tier in a.tier:
-                    run = modelled if tier == "streamed" else modelled_resident
+                    run = modelled_streamed if tier == "streamed" else modelled_resident
                     if not a.modelled:
-                        counted(tier, a.samples, shape, dtype, last)
+                        counted(tier, samples, shape, dtype, last)
                     else:
                         for l2 in a.l2:
-                            run(a.samples, shape, dtype, last, l2 << 20)
+                            run(samples, shape, dtype, last, l2 << 20)
 
 
 if __name__ == "__main__":

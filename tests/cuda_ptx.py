@@ -1,4 +1,16 @@
-"""The streamed tier's compiled PTX, executed by the optional sibling ../shared/ptxcpu, with its cache model."""
+"""Compiled PTX of both tiers' kernels, executed by the optional sibling ../shared/ptxcpu with its cache model.
+
+    machine = cuda_ptx.PtxMachine(seed=1)               # the streamed tier; ResidentPtxMachine the resident one
+    cuda_streamed.HostOps(machine).installed(monkeypatch)  # backend "cuda" runs on it, or: cbam_forward(..., machine)
+    machine.results["cbam_forward"].stats               # what ptxcpu counted in the last launch of an op
+    machine.dram("cbam_forward")                        # bytes that DRAM read and wrote
+    machine.small_bytes["cbam_forward"]                 # of them, at most what is not of x's size: weights, saved
+
+`log` lists all results in order and `result` is the last. A launch raises ptxcpu's KernelError on a race in
+shared memory, an access that is out of bounds or misaligned, and a barrier that not all reach; counters that are
+not zero again fail here. Where `unavailable()` is not None, tests skip with what it says. Kernels are compiled
+without the rarer options (CBAM_USUAL_OPTIONS), which would take several times as long to translate.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
+import cuda_resident as cr
 import cuda_streamed as cs
 import numpy as np
 from simt import build
@@ -22,8 +35,17 @@ ROOT = Path(__file__).resolve().parents[1]
 PTXCPU = ROOT.parent / "shared" / "ptxcpu"
 SOURCES = ROOT / "csrc" / "cuda"
 TARGET = "sm_90"
-# The translated kernel is one function of some 100,000 lines, over which an optimising g++ takes an hour.
+# A translated kernel is one function of some 100,000 lines, over which an optimising g++ takes minutes to an hour.
 TRANSLATE = "-O0"
+BIG = ("x", "dy", "y", "dx")
+SPLITS = ("cbam::resident::kByPositions", "cbam::resident::kByChannels")
+LAYOUTS = ("cbam::kContiguous", "cbam::kChannelsLast")
+# A kernel's name and parameter, by tier.
+STREAMED = "cbam::streamed_{}_kernel<cbam::StreamedTraits<{}>>(const cbam::Streamed)"
+RESIDENT = (
+    "cbam::resident::resident_{}_kernel<cbam::resident::Traits<{}>>"
+    "(const __grid_constant__ cbam::resident::Resident)"
+)
 
 
 def unavailable() -> Optional[str]:
@@ -41,7 +63,7 @@ def nvcc() -> Optional[str]:
     return candidate if os.path.exists(candidate) else shutil.which("nvcc")
 
 
-def _ptxcpu():
+def _ptxcpu() -> Any:
     if str(PTXCPU) not in sys.path:
         sys.path.insert(0, str(PTXCPU))
     import ptxcpu
@@ -50,79 +72,53 @@ def _ptxcpu():
 
 
 @functools.lru_cache(maxsize=None)
-def _planner():
-    folder = build.CACHE
-    folder.mkdir(parents=True, exist_ok=True)
+def _planner() -> ctypes.CDLL:
+    """The library of cuda_plan.cpp."""
+    build.CACHE.mkdir(parents=True, exist_ok=True)
     source = Path(__file__).with_name("cuda_plan.cpp")
-    text = "".join(
-        p.read_text()
-        for p in (source, source.with_name("cuda_streamed_problem.h"), *sorted(SOURCES.glob("*.h")))
-    )
-    library = folder / f"cuda_plan-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
+    headers = (*source.parent.glob("cuda_*_problem.h"), *SOURCES.glob("*.h"))
+    text = "".join(p.read_text() for p in (source, *sorted(headers)))
+    library = build.CACHE / f"{source.stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
     if not library.exists():
         temporary = library.with_suffix(f".{os.getpid()}")
-        subprocess.run(
-            [
-                build.CXX,
-                "-std=c++17",
-                "-O1",
-                "-shared",
-                "-fPIC",
-                f"-I{SOURCES}",
-                "-o",
-                str(temporary),
-                str(source),
-            ],
-            check=True,
-        )
+        command = [build.CXX, "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{SOURCES}"]
+        subprocess.run([*command, "-o", str(temporary), str(source)], check=True)
         temporary.rename(library)
     lib = ctypes.CDLL(str(library))
-    lib.parameter_bytes.restype = ctypes.c_int64
+    lib.parameter_bytes.restype = lib.resident_parameter_bytes.restype = ctypes.c_int64
     return lib
 
 
 @functools.lru_cache(maxsize=None)
-def _module(direction: str, traits: str):
-    source = (
-        f'#include "streamed_{direction}.cuh"\n'
-        f"template __global__ void cbam::streamed_{direction}_kernel<cbam::StreamedTraits<{traits}>>(const cbam::Streamed);\n"
-    )
+def _module(header: str, kernel: str) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cu"
-        path.write_text(source)
-        subprocess.run(
-            [
-                nvcc(),
-                "-O3",
-                "-std=c++17",
-                f"-arch={TARGET}",
-                f"-I{SOURCES}",
-                "-DCBAM_USUAL_OPTIONS",
-                "-ptx",
-                str(path),
-                "-o",
-                str(path.with_suffix(".ptx")),
-            ],
-            check=True,
-        )
-        return _ptxcpu().PtxModule(str(path.with_suffix(".ptx")), opt=TRANSLATE)
+        path.write_text(f'#include "{header}"\ntemplate __global__ void {kernel};\n')
+        flags = ["-O3", "-std=c++17", f"-arch={TARGET}", f"-I{SOURCES}", "-DCBAM_USUAL_OPTIONS"]
+        compiled = str(path.with_suffix(".ptx"))
+        subprocess.run([str(nvcc()), *flags, "-ptx", str(path), "-o", compiled], check=True)
+        return _ptxcpu().PtxModule(compiled, opt=TRANSLATE)
+
+
+def _pointer(a: np.ndarray) -> ctypes.c_void_p:
+    return a.ctypes.data_as(ctypes.c_void_p)
 
 
 @dataclass
 class PtxMachine(cs.Machine):
-    """Runs `blocks` blocks at a time, interleaved from `seed`; `result` is what ptxcpu returned, by op."""
+    """The streamed tier on an H100 as ptxcpu models it: all of its blocks at a time, interleaved from `seed`."""
 
     multiprocessors: int = 132
     shared: int = 227 << 10
-    trace: bool = True
-    result: Any = None
+    trace: bool = True  # the cache model; without it, only what the kernel writes is of use
+    results: Dict[str, Any] = field(default_factory=dict)  # by op
+    small_bytes: Dict[str, int] = field(default_factory=dict)  # of all tensors but BIG, by op
     log: List[Any] = field(default_factory=list)
 
-    def execute(self, call, arrays) -> None:
-        lib, ptxcpu = _planner(), _ptxcpu()
-        report = np.zeros(len(cs.REPORT), np.int64)
-        lib.plan(call.sizes.ctypes.data_as(ctypes.c_void_p), report.ctypes.data_as(ctypes.c_void_p))
-        self.report = dict(zip(cs.REPORT, report.tolist()))
+    def execute(self, call: cs._Call, arrays: List[Optional[build.Array]]) -> None:
+        assert call.usual, "compiled without the rarer options"
+        operation, ptxcpu = cs.OPERATIONS[call.sizes[0]], _ptxcpu()
+        self.report = self._plan(call)
         assert self.report["fits"], self.report
         buffers: Dict[str, np.ndarray] = {}
         pointers = (ctypes.c_void_p * len(cs.ORDER))()
@@ -139,30 +135,116 @@ class PtxMachine(cs.Machine):
         counters.fill(0)
         scratch = ptxcpu.dempty((max(self.report["scratch"], 1),), np.uint8)
         scratch.fill(0xFF)
-        parameters = ctypes.create_string_buffer(lib.parameter_bytes())
-        lib.fill(
-            call.sizes.ctypes.data_as(ctypes.c_void_p), ctypes.c_double(call.norm.eps), pointers,
-            ctypes.c_void_p(counters.ctypes.data), ctypes.c_void_p(scratch.ctypes.data), parameters,
-        )  # fmt: skip
-        assert call.usual, "compiled without the rarer options, to be quicker to translate"
-        element, _ = cs.ELEMENTS[call.x.dtype]
-        layout = "cbam::kChannelsLast" if cs.is_channels_last(call.x) else "cbam::kContiguous"
-        traits = f"{element}, {self.report['vector']}, {layout}, {str(self.report['fold'] > 1).lower()}"
-        direction = "backward" if call.sizes[0] >= 3 else "forward"
-        module = _module(direction, traits)
+        parameters = self._fill(call, pointers, counters, scratch)
+        module = self._kernel(call, "backward" if "backward" in operation else "forward")
         (kernel,) = module.mod.funcs
+        shape = self._launch(call)
         for _ in range(self.launches):
-            self.result = module.launch(
-                kernel, (self.report["grid"],), (256,), [bytes(parameters)], smem=self.report["shared"], coop=True,
-                maxres=self.report["grid"], seed=self.seed, l2=self.l2, nsm=self.multiprocessors, trace=self.trace,
-                extra=[*buffers.values(), counters, scratch],
+            result = module.launch(
+                kernel, args=[bytes(parameters)], smem=self.report["shared"], coop=True, maxres=shape["grid"][0],
+                seed=self.seed, l2=self.l2, nsm=self.multiprocessors, trace=self.trace,
+                extra=[*buffers.values(), counters, scratch], **shape,
             )  # fmt: skip
-        self.log.append(self.result)
+        self.results[operation] = result
+        self.log.append(result)
+        self.small_bytes[operation] = sum(b.nbytes for name, b in buffers.items() if name not in BIG)
         assert not counters.any(), "the counters must be zero again"
         for name, a in zip(cs.ORDER, arrays):
             if a is not None and a.unwritten:
                 a.data[...] = buffers[name]
 
+    def _plan(self, call: cs._Call) -> Dict[str, int]:
+        report = np.zeros(len(cs.REPORT), np.int64)
+        _planner().plan(_pointer(call.sizes), _pointer(report))
+        return dict(zip(cs.REPORT, report.tolist()))
+
+    def _fill(self, call: cs._Call, pointers: Any, counters: np.ndarray, scratch: np.ndarray) -> Any:
+        """The kernel's parameter."""
+        out = ctypes.create_string_buffer(_planner().parameter_bytes())
+        eps = ctypes.c_double(call.norm.eps)
+        _planner().fill(_pointer(call.sizes), eps, pointers, _pointer(counters), _pointer(scratch), out)
+        return out
+
+    def _kernel(self, call: cs._Call, direction: str) -> Any:
+        """The instantiation that the launcher picks."""
+        element, _ = cs.ELEMENTS[call.x.dtype]
+        layout = LAYOUTS[cs.is_channels_last(call.x)]
+        traits = f"{element}, {self.report['vector']}, {layout}, {str(self.report['fold'] > 1).lower()}"
+        return _module(f"streamed_{direction}.cuh", STREAMED.format(direction, traits))
+
+    def _launch(self, call: cs._Call) -> Dict[str, Any]:
+        return {"grid": (self.report["grid"],), "block": (256,)}
+
+    @property
+    def result(self) -> Any:
+        return self.log[-1]
+
     @property
     def dram_bytes(self) -> int:
-        return self.result.stats["dram_read_bytes"] + self.result.stats["dram_write_bytes"]
+        """Of the last launch."""
+        return _dram(self.result)
+
+    def dram(self, operation: str) -> int:
+        return _dram(self.results[operation])
+
+
+def _dram(result: Any) -> int:
+    return int(result.stats["dram_read_bytes"] + result.stats["dram_write_bytes"])
+
+
+@dataclass
+class ResidentPtxMachine(PtxMachine):
+    """The resident tier on the same. `cluster` 0: the policy's choice."""
+
+    cluster: int = 0
+
+    def _plan(self, call: cs._Call) -> Dict[str, int]:
+        report = np.zeros(len(cr.REPORT), np.int64)
+        _planner().resident_plan(_pointer(call.sizes), ctypes.c_int64(self.cluster), _pointer(report))
+        return dict(zip(cr.REPORT, report.tolist()))
+
+    def _fill(self, call: cs._Call, pointers: Any, counters: np.ndarray, scratch: np.ndarray) -> Any:
+        out = ctypes.create_string_buffer(_planner().resident_parameter_bytes())
+        _planner().resident_fill(
+            _pointer(call.sizes), ctypes.c_double(call.norm.eps), pointers, _pointer(counters), _pointer(scratch),
+            ctypes.c_int64(self.cluster), out,
+        )  # fmt: skip
+        return out
+
+    def _kernel(self, call: cs._Call, direction: str) -> Any:
+        element, _ = cs.ELEMENTS[call.x.dtype]
+        layout, split = LAYOUTS[cs.is_channels_last(call.x)], SPLITS[self.report["split"]]
+        traits = f"{element}, {self.report['vector']}, {layout}, {split}"
+        return _module(f"resident_{direction}.cuh", RESIDENT.format(direction, traits))
+
+    def _launch(self, call: cs._Call) -> Dict[str, Any]:
+        cluster = self.report["cluster"]
+        return {
+            "grid": (call.x.shape[0] * cluster,),
+            "block": (self.report["threads"],),
+            "cluster": (cluster,),
+        }
+
+    def estimate(self, operation: str) -> Dict[str, Any]:
+        """ptxcpu's lower bounds of the time, by resource: `us_issue`, `us_dram` and so on."""
+        return dict(_ptxcpu().estimate(self.results[operation], "H100", regs=128))
+
+    def time_over_copy(self, operation: str, samples: int, floor: int, batch: int = 16) -> float:
+        """ptxcpu's estimate for `batch` samples over that of a copy which moves as many bytes as `floor`.
+
+        A launch of `samples` was executed whose blocks all run at once, each on a multiprocessor of its own. A
+        batch's clusters run in whole waves of as many as the multiprocessors hold.
+        """
+        times = {k: v for k, v in self.estimate(operation).items() if k.startswith("us_")}
+        blocks = int(self.results[operation].grid[0])
+        cluster = blocks // samples
+        assert blocks <= _MULTIPROCESSORS
+        waves = -(-batch // (_MULTIPROCESSORS // cluster))
+        for k, v in times.items():
+            # DRAM and L2 are shared by all multiprocessors; the rest is time of the busiest one.
+            times[k] = v * (batch / samples if k in ("us_dram", "us_l2") else waves)
+        return (max(times.values()) + _LAUNCH) / (floor * batch / samples / _BANDWIDTH + _LAUNCH)
+
+
+# ptxcpu's H100: bytes a microsecond, microseconds of a launch, multiprocessors.
+_BANDWIDTH, _LAUNCH, _MULTIPROCESSORS = 3350e3, 2.5, 132

@@ -13,7 +13,6 @@ if shutil.which("g++") is None:
 
 import cuda_ptx
 import cuda_resident as cr
-import cuda_resident_ptx as crp
 import cuda_streamed as cs
 
 from cbam_fused.functional import run
@@ -244,12 +243,11 @@ MODELLED = {
 def test_compiled_kernels(monkeypatch, shape, forward, backward):
     """The PTX that nvcc emits: results against fp64, traffic and time as modelled."""
     problem = make_problem(shape, Options(hidden=shape[1] // 16), torch.bfloat16)
-    machine = crp.PtxMachine()
+    machine = cuda_ptx.ResidentPtxMachine()
     cs.HostOps(machine).installed(monkeypatch)
     check(problem, "cuda")
     size = problem.x.numel() * problem.x.element_size()
-    for direction, floor, limit in (("forward", 2 * size, forward), ("backward", 3 * size, backward)):
-        small = machine.small_bytes[direction]
-        assert machine.dram(direction) - small <= TRAFFIC * floor, direction
+    for op, floor, limit in (("cbam_forward", 2 * size, forward), ("cbam_backward", 3 * size, backward)):
+        assert machine.dram(op) - machine.small_bytes[op] <= TRAFFIC * floor, op
         if limit is not None:
-            assert crp.time_over_copy(machine, direction, shape[0], floor) <= limit, direction
+            assert machine.time_over_copy(op, shape[0], floor) <= limit, op

@@ -38,6 +38,9 @@ struct SharedMap {
   int32_t gate_grad;    // A [tile channels]
   int32_t logit_grad;   // A [own channels]
   int32_t terms, rare;  // ChannelTerms, RareTerms [tile channels]
+  // Backward, see resident_marks.cuh: uint32 [tile rows][mark_words], uint16 [tile rows + 1], uint16
+  // [places].
+  int32_t mark_bits, mark_first, mark_list;
   int32_t kernel;       // (A, A) [taps]
   int32_t window;       // (A, A) [window]; backward: the pools'
   int32_t window_grad;  // A [window], backward
@@ -58,6 +61,7 @@ struct Resident {
   int32_t tile_channels, tile_positions;  // most that a tile has
   int32_t column_groups, map_groups;      // groups of rows that warps share a strip of columns in
   int32_t window_width, window_rows;
+  int32_t mark_words;
   int32_t kernel_pieces;  // parts of the positions whose kernel gradients are summed apart
   int32_t inputs;         // vectors that the MLP sees, after blending
   int32_t save;
@@ -222,7 +226,12 @@ inline bool plan(Resident& k, const Machine& m, int cluster, Split split) {
     at.terms = b.take(tc * 4 * a);
     const bool needs_x = (split_ties && (p.spatial || p.pools & kMax)) || p.pools & (kLp | kLse);
     at.rare = b.take(needs_x ? tc * 4 * a : 0);
-    const int64_t sums = last ? k.column_groups * columns : std::max(strips * tc, k.column_groups * columns);
+    const int64_t rows = last ? tp : tc;
+    k.mark_words = static_cast<int32_t>(ceil_div(ceil_div(columns, k.vector), 32));
+    at.mark_bits = b.take(rows * k.mark_words * 4);
+    at.mark_first = b.take((rows + 1) * 2);
+    at.mark_list = b.take((tc + tp) * 2);
+    const int64_t sums = strips * rows + std::max(k.column_groups * columns, tc + tp);
     at.scratch = at.window = b.take(std::max({window * 3 * a, sums * a, threads * kMaxInputs * a}));
     at.window_grad = at.window + static_cast<int32_t>(policy::round_up(window * 2 * a, 16));
   }

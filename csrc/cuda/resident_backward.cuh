@@ -9,20 +9,21 @@ namespace resident {
 #if CBAM_HAS_CLUSTERS
 
 // dx of the tile. kNeedsX: shared ties, the p = 2 norm and log-sum-exp look at x again, and the residual is
-// asked for there.
+// asked for there. Else all vectors but the marked ones are computed without comparisons.
 template <class Tr, bool kNeedsX, bool kResidual>
 __device__ __forceinline__ void input_grads(const Block<Tr>& b, Landed& landed) {
   using T = typename Tr::T;
   using A = typename Tr::A;
-  constexpr int V = Tr::V;
+  constexpr int V = Tr::V, kUnroll = kNeedsX ? 2 : 4;
   const Resident& k = b.k;
   const Problem& p = k.p;
   const T* x = b.template at<T>(k.at.tile);
   const T* dy = b.template at<T>(k.at.tile_dy);
   const ChannelTerms<A>* channels = b.template at<ChannelTerms<A>>(k.at.terms);
   const RareTerms<A>* rare = b.template at<RareTerms<A>>(k.at.rare);
-  const Places<A> places(b);
   const A* tops = b.template at<A>(k.at.top);
+  const Places<A> places(b);
+  const Marks<Tr> marks(b);
   T* dx = as<T>(p.dx) + b.origin();
   const int64_t stride = b.stride();
   const int pitch = b.vectors * V, c0 = b.tile_channels.begin, p0 = b.tile_positions.begin;
@@ -32,43 +33,64 @@ __device__ __forceinline__ void input_grads(const Block<Tr>& b, Landed& landed) 
     const Strip<Tr> s(b, item, k.map_groups);
     if (!s.inside) continue;
     const int column = s.vector * V;
-    ChannelTerms<A> of_channel[V];
-    PositionTerms<A> of_place[V];
-    if constexpr (Tr::kLast) {
-#pragma unroll
-      for (int j = 0; j < V; ++j)
-        of_channel[j] = kNeedsX ? channels[column + j] : with_average(channels[column + j]);
-    } else {
-      places.read(column, of_place);
-#pragma unroll
-      for (int j = 0; j < V; ++j) of_place[j] = kNeedsX ? of_place[j] : with_mean(of_place[j]);
-    }
-#pragma unroll 2
-    for (int r = s.first; r < b.rows; r += s.step) {
-      A d[V], v[V];
-      load_shared<Tr>(dy + r * pitch + column, d);
-      if constexpr (kNeedsX) load_shared<Tr>(x + r * pitch + column, v);
-      if constexpr (Tr::kLast)
-        of_place[0] = kNeedsX ? places[r] : with_mean(places[r]);
-      else
-        of_channel[0] = kNeedsX ? channels[r] : with_average(channels[r]);
+    const unsigned* bits = marks.bits + s.vector / 32;
+    const unsigned bit = 1u << s.vector % 32;
+    // Of the columns: gate and average of channels, or spatial gate and mean of positions.
+    A factor[V], offset[V];
+    if constexpr (!kNeedsX && Tr::kLast) {
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        const int c = Tr::kLast ? column + j : r, at = Tr::kLast ? r : column + j;
-        const ChannelTerms<A>& channel = of_channel[Tr::kLast ? j : 0];
-        const PositionTerms<A>& place = of_place[Tr::kLast ? 0 : j];
-        if constexpr (kNeedsX) {
-          d[j] = input_grad_of_x(p, channel, rare[c], place, split ? tops[at] : A(0), d[j], v[j], c0 + c,
-                                 p0 + at);
-        } else {
-          const A inner = inner_grad<A, false>(place, d[j], A(1), A(0), A(0), c0 + c);
-          const A grad = channel.gate * inner + (channel.mark == p0 + at ? channel.maximum : channel.average);
-          d[j] = kResidual ? grad + d[j] : grad;
+        factor[j] = channels[column + j].gate;
+        offset[j] = channels[column + j].average;
+      }
+    } else if constexpr (!kNeedsX) {
+      load_factors<V>(places.spatial + column, factor);
+      load_factors<V>(places.mean + column, offset);
+    }
+    PositionTerms<A> of_place[V];
+    if constexpr (kNeedsX && !Tr::kLast) places.read(column, of_place);
+#pragma unroll kUnroll
+    for (int r = s.first; r < b.rows; r += s.step) {
+      A d[V], grad[V];
+      load_shared<Tr>(dy + r * pitch + column, d);
+      if constexpr (kNeedsX) {
+        A v[V];
+        load_shared<Tr>(x + r * pitch + column, v);
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+          const int c = Tr::kLast ? column + j : r, at = Tr::kLast ? r : column + j;
+          grad[j] = input_grad_of_x(p, channels[c], rare[c], Tr::kLast ? places[r] : of_place[j],
+                                    split ? tops[at] : A(0), d[j], v[j], c0 + c, p0 + at);
+        }
+      } else {
+        const A row_factor = Tr::kLast ? places.spatial[r] : channels[r].gate;
+        const A row_offset = Tr::kLast ? places.mean[r] : channels[r].average;
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+          grad[j] = Tr::kLast ? factor[j] * (d[j] * row_factor + row_offset) + offset[j]
+                              : row_factor * (d[j] * factor[j] + offset[j]) + row_offset;
+          if (kResidual) grad[j] += d[j];
         }
       }
-      store_vector<Tr>(dx + r * stride + column, d);  // [V]
+      if (kNeedsX || !(bits[r * marks.words] & bit)) store_vector<Tr>(dx + r * stride + column, grad);  // [V]
     }
   }
+  if constexpr (kNeedsX) return;
+  marks.for_each([&](int, int r, int vector) {
+    const int column = vector * V;
+    A d[V];
+    load_shared<Tr>(dy + r * pitch + column, d);
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      const int c = Tr::kLast ? column + j : r, at = Tr::kLast ? r : column + j;
+      const ChannelTerms<A> channel = channels[c];
+      const A pooled = places.mean[at] + (places.mark[at] == c0 + c ? places.maximum[at] : A(0));
+      const A average = channel.average + (channel.mark == p0 + at ? channel.maximum : A(0));
+      const A grad = channel.gate * (d[j] * places.spatial[at] + pooled) + average;
+      d[j] = kResidual ? grad + d[j] : grad;
+    }
+    store_vector<Tr>(dx + r * stride + column, d);  // [V]
+  });
 }
 
 template <class Tr>
@@ -76,23 +98,28 @@ __device__ __forceinline__ void backward(const Resident& k, unsigned char* memor
   const Block<Tr> b(k, memory);
   const Problem& p = k.p;
   cluster_started(k, b.rank);
+  const Marks<Tr> marks(b);
+  marks.clear();
   start_barriers(b, 2);
   load_tile(b, k.at.tile, p.x);
   load_tile(b, k.at.tile_dy, p.dy);
   stage_kernel(b);
   stage_saved(b);
   __syncthreads();
+  marks.make_list();
   Landed landed(b);
+  product_sums(b, landed);
   if (p.spatial) {
-    spatial_grads(b, landed);
     ptx::cluster_sync();
     conv_grads(b);
   }
   if (p.pools) {
-    if (kRareOptions && p.ties == kTiesSplit)
-      gate_grads<Tr, true>(b, landed);
-    else
-      gate_grads<Tr, false>(b, landed);
+    if (p.spatial) {
+      if (kRareOptions && p.ties == kTiesSplit)
+        pool_sums<Tr, true>(b, landed);
+      else
+        pool_sums<Tr, false>(b, landed);
+    }
     pool_grads(b);
   }
   __syncthreads();

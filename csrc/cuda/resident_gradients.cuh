@@ -2,22 +2,13 @@
 #pragma once
 
 #include "resident_conv_grad.cuh"
+#include "resident_marks.cuh"
 #include "resident_weights.cuh"
 
 namespace cbam {
 namespace resident {
 
 #if CBAM_HAS_CLUSTERS
-
-template <class A_>
-struct Total {
-  using A = A_;
-  A sum;
-  static __device__ __forceinline__ Total empty(int) { return {A(0)}; }
-  __device__ __forceinline__ void add(A v, int) { sum += v; }
-  __device__ __forceinline__ void merge(const Total& other) { sum += other.sum; }
-  __device__ __forceinline__ Total exchange(int bit) const { return {__shfl_xor_sync(kAllLanes, sum, bit)}; }
-};
 
 // What the backward reads of the forward, for this block's tile and its share of the MLP.
 template <class Tr>
@@ -28,6 +19,7 @@ __device__ __forceinline__ void stage_saved(const Block<Tr>& b) {
   A* gate = b.template at<A>(k.at.gate);
   ChannelTerms<A>* terms = b.template at<ChannelTerms<A>>(k.at.terms);
   const Places<A> places(b);
+  const Marks<Tr> marks(b);
   const bool needs_x = input_grad_needs_x(p);
   const int64_t pools = pool_count(p.pools);
   const auto pooled = [&](int bit, int64_t c) {
@@ -36,9 +28,10 @@ __device__ __forceinline__ void stage_saved(const Block<Tr>& b) {
   for (int i = b.thread; i < b.tile_channels.size(); i += b.threads) {
     const int64_t c = b.tile_channels.begin + i, at = b.n * p.channels + c;
     gate[i] = p.pools ? constant<A>(p.channel_gate, at) : A(1);  // [1]
-    const int mark =
+    const int argmax =
         p.pools & kMax ? load_index<Cache::kReadOnly>(p.pool_index, at, is_short_extent(p.positions)) : -1;
-    terms[i] = {gate[i], A(0), A(0), mark};
+    terms[i] = {gate[i], A(0), A(0), argmax};
+    if (argmax >= 0) marks.add(b.tile_channels.begin + i, argmax);
     if (needs_x) {
       b.template at<RareTerms<A>>(k.at.rare)[i] = {p.pools & kMax ? pooled(kMax, c) : A(0), A(0), A(0),
                                                    p.pools & kLse ? pooled(kLse, c) : A(0)};
@@ -51,6 +44,7 @@ __device__ __forceinline__ void stage_saved(const Block<Tr>& b) {
     places.mark[i] = p.spatial
                          ? load_index<Cache::kReadOnly>(p.spatial_index, at, is_short_extent(p.channels))
                          : -1;  // [1]
+    if (p.spatial) marks.add(places.mark[i], b.tile_positions.begin + i);
     if (p.ties == kTiesSplit) {
       const int64_t map = at + b.n * p.positions;
       b.template at<A>(k.at.top)[i] = p.spatial ? constant<A>(p.spatial_pool, map) : A(0);  // [1]
@@ -63,140 +57,133 @@ __device__ __forceinline__ void stage_saved(const Block<Tr>& b) {
   }
 }
 
-// ---- ds = sum_c dy g x; by positions, and then already dz; by channels, this block's part of ds.
+// ---- Sums over one pass of x and dy. With t = x dy: ds = sum_c g t; by positions, and then already dz; by
+// channels, this block's part of ds. And sum_p s t, which is dg but for what comes through the spatial pools.
 
 template <class Tr>
-__device__ __forceinline__ void spatial_grads(const Block<Tr>& b, Landed& landed) {
+__device__ __forceinline__ void product_sums(const Block<Tr>& b, Landed& landed) {
   using T = typename Tr::T;
   using A = typename Tr::A;
   constexpr int V = Tr::V;
   const Resident& k = b.k;
   const T* x = b.template at<T>(k.at.tile);
   const T* dy = b.template at<T>(k.at.tile_dy);
-  const A* gate = b.template at<A>(k.at.gate);
-  A* map = b.template at<A>(k.at.pooled);
   const A* gates = b.template at<A>(k.at.spatial);
-  const int pitch = b.vectors * V;
-  const auto out = [&](int i, const Total<A>& total) {
-    const A s = gates[i];
-    map[i] = Tr::kByChannel ? total.sum : total.sum * s * (A(1) - s);
-  };
-  const auto product = [&](int at, A(&v)[V]) {
-    A d[V];
-    load_shared<Tr>(x + at, v);
-    load_shared<Tr>(dy + at, d);
+  const A* of_rows = Tr::kLast ? gates : b.template at<A>(k.at.gate);
+  const A* of_columns = Tr::kLast ? b.template at<A>(k.at.gate) : gates;
+  const int groups = k.column_groups;
+  A* row_parts = b.template at<A>(k.at.scratch);                  // [strips][rows]
+  A* column_parts = row_parts + Strip<Tr>::items(b, 1) * b.rows;  // [groups][columns]
+  for (int item = b.warp; item < Strip<Tr>::items(b, groups); item += b.warps) {
+    const Strip<Tr> s(b, item, groups);
+    A factor[V], sums[V] = {};
+    load_factors<V>(of_columns + s.vector * V, factor);
+    sum_rows(b, s, landed, row_parts, [&](int r, int offset) {
+      A v[V], d[V], sum = 0;
+      load_shared<Tr>(x + offset, v);
+      load_shared<Tr>(dy + offset, d);
+      const A of_row = of_rows[r];
 #pragma unroll
-    for (int j = 0; j < V; ++j) v[j] *= d[j];
-  };
-  if constexpr (Tr::kLast) {
-    reduce_rows<Total<A>>(
-        b, landed,
-        [&](int r, int i, A(&v)[V]) {
-          product(r * pitch + i * V, v);
-          A g[V];
-          load_factors<V>(gate + i * V, g);
-#pragma unroll
-          for (int j = 0; j < V; ++j) v[j] *= g[j];
-        },
-        out);
-  } else {
-    reduce_columns<Total<A>>(
-        b, landed, b.template at<Total<A>>(k.at.scratch),
-        [&](const Strip<Tr>& s, int r, A(&v)[V]) {
-          product(r * pitch + s.vector * V, v);
-          const A g = gate[r];
-#pragma unroll
-          for (int j = 0; j < V; ++j) v[j] *= g;
-        },
-        out);
+      for (int j = 0; j < V; ++j) {
+        const A product = v[j] * d[j];
+        sums[j] += product * of_row;
+        sum += product * factor[j];
+      }
+      return sum;
+    });
+    put_columns(b, s, sums, column_parts);
   }
+  __syncthreads();
+  A* map = b.template at<A>(k.at.pooled);
+  A* gate_grad = b.template at<A>(k.at.gate_grad);
+  const auto put_sum = [&](bool position, int i, A sum) {
+    const A s = position ? gates[i] : A(0);
+    if (!position)
+      gate_grad[i] = sum;
+    else if (k.p.spatial)
+      map[i] = Tr::kByChannel ? sum : sum * s * (A(1) - s);
+  };
+  for (int i = b.thread; i < b.vectors * V; i += b.threads)
+    put_sum(!Tr::kLast, i, column_sum(b, column_parts, groups, i));
+  for (int r = b.thread; r < b.rows; r += b.threads) put_sum(Tr::kLast, r, row_sum(b, row_parts, r));
 }
 
-// ---- dg = sum_p x (dy s + dq_mean / C + dq_max [c is the argmax]) of the tile's channels.
-
-// dx' of one element. Without shared ties `maximum` already holds the mean's share too: see with_mean.
-template <class A, bool kSplit>
-__device__ __forceinline__ A inner_grad(const PositionTerms<A>& q, A dy, A gate, A x, A top, int channel) {
-  if constexpr (kSplit)
-    return dy * q.spatial + q.mean + even_share(q.maximum, gate * x == top, q.mark);
-  else
-    return dy * q.spatial + (q.mark == channel ? q.maximum : q.mean);
-}
-// One selection an element, in place of a selection and an addition.
-template <class A>
-__device__ __forceinline__ PositionTerms<A> with_mean(const PositionTerms<A>& q) {
-  return {q.spatial, q.mean, q.maximum + q.mean, q.mark};
-}
-template <class A>
-__device__ __forceinline__ ChannelTerms<A> with_average(const ChannelTerms<A>& c) {
-  return {c.gate, c.average, c.maximum + c.average, c.mark};
-}
+// ---- What the spatial pools add to dg = sum_p x dx': sum_p x (dq_mean / C + dq_max [c is the argmax]).
 
 template <class Tr, bool kSplit>
-__device__ __forceinline__ void gate_grads(const Block<Tr>& b, Landed& landed) {
+__device__ __forceinline__ void pool_sums(const Block<Tr>& b, Landed& landed) {
   using T = typename Tr::T;
   using A = typename Tr::A;
   constexpr int V = Tr::V;
   const Resident& k = b.k;
   const T* x = b.template at<T>(k.at.tile);
-  const T* dy = b.template at<T>(k.at.tile_dy);
   const A* gate = b.template at<A>(k.at.gate);
   const A* top = b.template at<A>(k.at.top);
   const Places<A> places(b);
-  A* out = b.template at<A>(k.at.gate_grad);
-  const int pitch = b.vectors * V;
-  if constexpr (Tr::kLast) {
-    reduce_columns<Total<A>>(
-        b, landed, b.template at<Total<A>>(k.at.scratch),
-        [&](const Strip<Tr>& s, int r, A(&v)[V]) {
-          A d[V];
-          load_shared<Tr>(x + r * pitch + s.vector * V, v);
-          load_shared<Tr>(dy + r * pitch + s.vector * V, d);
-          const PositionTerms<A> q = kSplit ? places[r] : with_mean(places[r]);
-          const A highest = kSplit ? top[r] : A(0);
-#pragma unroll
-          for (int j = 0; j < V; ++j) {
-            const int c = s.vector * V + j;
-            v[j] *= inner_grad<A, kSplit>(q, d[j], kSplit ? gate[c] : A(1), v[j], highest, c);
-          }
-        },
-        [&](int c, const Total<A>& total) { out[c] = total.sum; });
-  } else {
-    A* parts = b.template at<A>(k.at.scratch);  // [strips][tile channels]
-    landed.wait(b.rows - 1);                    // without a spatial gate, this is the first pass
-    const int strips = Strip<Tr>::items(b, 1);
-    for (int item = b.warp; item < strips * k.map_groups; item += b.warps) {
-      const Strip<Tr> s(b, item, k.map_groups);
-      PositionTerms<A> q[V];
-      A highest[V];
-      places.read(s.vector * V, q);
+  const Marks<Tr> marks(b);
+  const int c0 = b.tile_channels.begin, groups = Tr::kLast ? k.column_groups : k.map_groups;
+  A* parts = b.template at<A>(k.at.scratch);            // [strips][rows] or, channels-last, [groups][columns]
+  A* maxima = parts + Strip<Tr>::items(b, 1) * b.rows;  // contiguous, of marked vectors
+  // Shared ties compare every element; else only the mean's part is everywhere, and maxima are added apart.
+  const auto grad = [&](const PositionTerms<A>& q, A highest, int c, A v) {
+    return kSplit ? q.mean + even_share(q.maximum, gate[c] * v == highest, q.mark) : q.mean;
+  };
+  if constexpr (!kSplit && !Tr::kLast) {
+    marks.for_each([&](int i, int row, int vector) {
+      A v[V], sum = 0;
+      load_shared<Tr>(x + (row * b.vectors + vector) * V, v);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        highest[j] = kSplit ? top[s.vector * V + j] : A(0);
-        if (!kSplit) q[j] = with_mean(q[j]);
+        const int at = vector * V + j;
+        if (places.mark[at] == c0 + row) sum += v[j] * places.maximum[at];
       }
-      // All lanes of a warp take part in every sum, whether their row is there or not.
-#pragma unroll 2
-      for (int base = s.group * Tr::kDown; base < b.rows; base += s.step) {
-        const int r = min(base + s.down, b.rows - 1);
-        A v[V], d[V], sum = 0;
-        load_shared<Tr>(x + r * pitch + s.vector * V, v);
-        load_shared<Tr>(dy + r * pitch + s.vector * V, d);
-        const A g = kSplit ? gate[r] : A(1);
+      maxima[i] = sum;
+    });
+  }
+  for (int item = b.warp; item < Strip<Tr>::items(b, groups); item += b.warps) {
+    const Strip<Tr> s(b, item, groups);
+    const int column = s.vector * V;
+    if constexpr (Tr::kLast) {
+      A sums[V] = {};
+#pragma unroll 4
+      for (int r = s.first; r < b.rows; r += s.step) {
+        A v[V];
+        load_shared<Tr>(x + r * b.vectors * V + column, v);
+        const PositionTerms<A> q = places[r];
+        const A highest = kSplit ? top[r] : A(0);
 #pragma unroll
-        for (int j = 0; j < V; ++j) {
-          sum += v[j] * inner_grad<A, kSplit>(q[j], d[j], g, v[j], highest[j], b.tile_channels.begin + r);
+        for (int j = 0; j < V; ++j) sums[j] += v[j] * grad(q, highest, column + j, v[j]);
+        const int at = q.mark - column;
+        if (!kSplit && at >= 0 && at < V) {
+#pragma unroll
+          for (int j = 0; j < V; ++j) sums[j] += j == at ? v[j] * q.maximum : A(0);
         }
-        sum = lane_sum<1, Tr::kAcross>(s.inside ? sum : A(0));
-        if (b.lane % Tr::kAcross == 0 && base + s.down < b.rows) parts[s.index * b.rows + r] = sum;
       }
+      put_columns(b, s, sums, parts);
+    } else {
+      PositionTerms<A> q[V];
+      A highest[V] = {};
+      places.read(column, q);
+      if constexpr (kSplit) load_factors<V>(top + column, highest);
+      sum_rows(b, s, landed, parts, [&](int r, int offset) {
+        A v[V], sum = 0;
+        load_shared<Tr>(x + offset, v);
+#pragma unroll
+        for (int j = 0; j < V; ++j) sum += v[j] * grad(q[j], highest[j], r, v[j]);
+        return sum;
+      });
     }
-    __syncthreads();
-    for (int c = b.thread; c < b.rows; c += b.threads) {
-      A sum = 0;
-      for (int i = 0; i < strips; ++i) sum += parts[i * b.rows + c];
-      out[c] = sum;
-    }
+  }
+  __syncthreads();
+  A* out = b.template at<A>(k.at.gate_grad);
+  for (int c = b.thread; c < b.tile_channels.size(); c += b.threads) {
+    A sum = out[c];
+    if constexpr (Tr::kLast)
+      sum += column_sum(b, parts, groups, c);
+    else
+      sum += row_sum(b, parts, c);
+    for (int i = marks.first[c]; !kSplit && !Tr::kLast && i < marks.first[c + 1]; ++i) sum += maxima[i];
+    out[c] = sum;
   }
 }
 

@@ -24,6 +24,8 @@ __device__ __forceinline__ void load_factors(const float* from, float (&v)[V]) {
 
 // ---- Walks.
 
+constexpr int kBatch = 4;  // rows a lane takes at a time: one wait, and fewer exchanges, for all of them
+
 template <bool kValue>
 struct Flag {
   static constexpr bool value = kValue;
@@ -62,11 +64,40 @@ struct Strip {
   }
 };
 
-// Merges a strip's rows over its lanes; the lanes `down == 0` have the result.
-template <class Tr, class S>
-__device__ __forceinline__ void merge_down(S& s) {
-  merge_lanes(s, Tr::kAcross, 32);
-}
+// Merges each of kCount values over the lanes whose numbers differ in the bits [kFrom, kTo). At every step
+// half of the values change places, so that few are exchanged: the lane is left with `left` values from
+// number `first` on, in the beginning of s, and other lanes with the same ones where `repeated`.
+template <int kCount, int kFrom, int kTo>
+struct Spread {
+  static constexpr int kSteps = (kTo / kFrom == 2) + 2 * (kTo / kFrom == 4) + 3 * (kTo / kFrom == 8);
+  static constexpr int left = kCount >> kSteps ? kCount >> kSteps : 1;
+  int first = 0;
+  bool repeated = false;
+  static_assert(kFrom << kSteps == kTo);
+
+  template <class S>
+  __device__ __forceinline__ Spread(S (&s)[kCount], int lane) {
+    constexpr int kMost = kCount / 2 ? kCount / 2 : 1;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int bit = kTo / 2 >> step, half = kCount >> (step + 1);
+      const bool upper = lane & bit;
+      if (half == 0) {
+        s[0].merge(s[0].exchange(bit));
+        repeated = repeated || upper;
+        continue;
+      }
+#pragma unroll
+      for (int j = 0; j < kMost; ++j) {
+        if (j >= half) break;
+        const S given = upper ? s[j] : s[j + half];
+        if (upper) s[j] = s[j + half];
+        s[j].merge(given.exchange(bit));
+      }
+      if (upper) first += half;
+    }
+  }
+};
 
 // The maximum and sum of a vector, the usual pools: the index of the maximum is found later.
 template <class A, int V>
@@ -101,22 +132,23 @@ __device__ __forceinline__ bool moves(A v, A peak) {
   return !(v <= peak);
 }
 
-// One statistic for each row of the tile: value(row, vector, v) brings V elements, whose indices begin at
-// vector * V; out(row, S) is called in one lane. `landed` is waited on where a tile may still be loading.
-template <class S, class Tr, class Value, class Out>
-__device__ __forceinline__ void reduce_rows(const Block<Tr>& b, Landed& landed, Value value, Out out) {
+constexpr int kTeam = 8;  // lanes a row
+
+// The usual pools of the tile's rows, kRows of them a team at a time: fewer exchanges, and the maximum's
+// place within its vector is looked for in as many rows at a time.
+template <int kRows, class S, class Tr, class Value, class Out>
+__device__ __forceinline__ void reduce_usual_rows(const Block<Tr>& b, Landed& landed, Value value, Out out) {
   using A = typename Tr::A;
-  constexpr int V = Tr::V;
-  constexpr int kTeam = 8;  // lanes a row
+  constexpr int V = Tr::V, kTeams = 32 / kTeam;
   const int lane = b.lane % kTeam, team = b.lane / kTeam;
-  for (int base = b.warp * (32 / kTeam); base < b.rows; base += b.warps * (32 / kTeam)) {
-    const bool inside = base + team < b.rows;
-    const int row = inside ? base + team : b.rows - 1;
-    landed.wait(row);
-    S acc = S::empty(lane < b.vectors ? lane * V : kNoIndex);
-    if constexpr (IsUsual<S>::value) {
-      A sum = 0, peak = acc.peak.value;
-      int best = min(lane, b.vectors - 1);
+  for (int base = b.warp * kTeams * kRows; base < b.rows; base += b.warps * kTeams * kRows) {
+    landed.wait(min(base + kTeams * kRows, b.rows) - 1);
+    S acc[kRows];  // until the merge, a mark is a vector's
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) {
+      const int row = min(base + u * kTeams + team, b.rows - 1);
+      A sum = 0, peak = negative_infinity<A>();
+      int best = lane;
 #pragma unroll 2
       for (int j = lane; j < b.vectors; j += kTeam) {
         A v[V];
@@ -126,39 +158,60 @@ __device__ __forceinline__ void reduce_rows(const Block<Tr>& b, Landed& landed, 
         if (moves(m, peak)) best = j;
         peak = ptx::max_nan(peak, m);
       }
-      acc.sum = sum;
-      acc.peak.value = peak;
-      if (lane < b.vectors) {
+      if (peak != peak) {  // `best` went on moving: back to the first vector with a NaN
         A v[V];
-        if (peak == peak) {
+        best = lane;
+        value(row, best, v);
+        while (largest_of(v) == largest_of(v)) {
+          best += kTeam;
           value(row, best, v);
-#pragma unroll
-          for (int j = V - 1; j >= 0; --j) {
-            if (v[j] == peak) acc.peak.mark = best * V + j;
-          }
-        } else {  // `best` went on moving: back to the first vector with a NaN
-          best = lane;
-          value(row, best, v);
-          while (largest_of(v) == largest_of(v)) {
-            best += kTeam;
-            value(row, best, v);
-          }
-#pragma unroll
-          for (int j = V - 1; j >= 0; --j) {
-            if (v[j] != v[j]) acc.peak.mark = best * V + j;
-          }
         }
       }
-    } else {
+      acc[u] = {sum, {peak, lane < b.vectors ? best : kNoIndex}};
+    }
+    const Spread<kRows, 1, kTeam> mine(acc, lane);
+    const int row = base + mine.first * kTeams + team;
+    if (row >= b.rows || mine.repeated) continue;
+    S total = acc[0];
+    const int vector = total.peak.mark;
+    A v[V];
+    value(row, vector, v);
+#pragma unroll
+    for (int j = V - 1; j >= 0; --j) {
+      if (v[j] == total.peak.value || v[j] != v[j]) total.peak.mark = vector * V + j;
+    }
+    out(row, total);
+  }
+}
+
+// One statistic for each row of the tile: value(row, vector, v) brings V elements, whose indices begin at
+// vector * V; out(row, S) is called in one lane. `landed` is waited on where a tile may still be loading.
+template <class S, class Tr, class Value, class Out>
+__device__ __forceinline__ void reduce_rows(const Block<Tr>& b, Landed& landed, Value value, Out out) {
+  using A = typename Tr::A;
+  constexpr int V = Tr::V, kTeams = 32 / kTeam;
+  if constexpr (IsUsual<S>::value) {
+    // Where there are rows for all warps.
+    if (b.rows > b.warps * kTeams * (kBatch / 2))
+      reduce_usual_rows<kBatch, S>(b, landed, value, out);
+    else
+      reduce_usual_rows<1, S>(b, landed, value, out);
+  } else {
+    const int lane = b.lane % kTeam, team = b.lane / kTeam;
+    for (int base = b.warp * kTeams; base < b.rows; base += b.warps * kTeams) {
+      const bool inside = base + team < b.rows;
+      const int row = inside ? base + team : b.rows - 1;
+      landed.wait(row);
+      S acc = S::empty(lane < b.vectors ? lane * V : kNoIndex);
       for (int j = lane; j < b.vectors; j += kTeam) {
         A v[V];
         value(row, j, v);
 #pragma unroll
         for (int u = 0; u < V; ++u) acc.add(v[u], j * V + u);
       }
+      merge_lanes(acc, 1, kTeam);
+      if (inside && lane == 0) out(row, acc);
     }
-    merge_lanes(acc, 1, kTeam);
-    if (inside && lane == 0) out(row, acc);
   }
 }
 
@@ -214,10 +267,11 @@ __device__ __forceinline__ void reduce_columns(const Block<Tr>& b, Landed& lande
         }
       }
     }
+    const Spread<V, Tr::kAcross, 32> mine(acc, b.lane);
+    if (!mine.repeated && strip.inside) {
+      S* to = parts + strip.group * columns + strip.vector * V + mine.first;
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      merge_down<Tr>(acc[j]);
-      if (b.lane < Tr::kAcross && strip.inside) parts[strip.group * columns + strip.vector * V + j] = acc[j];
+      for (int j = 0; j < mine.left; ++j) to[j] = acc[j];
     }
   }
   __syncthreads();
@@ -226,6 +280,81 @@ __device__ __forceinline__ void reduce_columns(const Block<Tr>& b, Landed& lande
     for (int g = 1; g < groups; ++g) total.merge(parts[g * columns + i]);
     out(i, total);
   }
+}
+
+// ---- Sums of rows while a strip is walked.
+
+// Sums each of kBatch values over the lanes of a row. Half of the values change places at each of two steps;
+// lane l ends with the sum of value batch_value(l).
+template <class Tr, class A>
+__device__ __forceinline__ A sum_batch(A (&v)[kBatch], int lane) {
+  constexpr int kHalf = Tr::kAcross / 2, kQuarter = Tr::kAcross / 4;
+  const bool upper = lane & kHalf, odd = lane & kQuarter;
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const A given = upper ? v[j] : v[j + 2], kept = upper ? v[j + 2] : v[j];
+    v[j] = kept + __shfl_xor_sync(kAllLanes, given, kHalf);
+  }
+  const A given = odd ? v[0] : v[1], kept = odd ? v[1] : v[0];
+  return lane_sum<1, kQuarter>(kept + __shfl_xor_sync(kAllLanes, given, kQuarter));
+}
+template <class Tr>
+__device__ __forceinline__ int batch_value(int lane) {
+  return (lane / (Tr::kAcross / 2) % 2) * 2 + lane / (Tr::kAcross / 4) % 2;
+}
+
+// Walks a strip: body(row, offset of this lane's vector in the tile) brings this lane's part of a row's sum,
+// which ends up in parts[strip][row].
+template <class A, class Tr, class Body>
+__device__ __forceinline__ void sum_rows(const Block<Tr>& b, const Strip<Tr>& s, Landed& landed, A* parts,
+                                         Body body) {
+  const int pitch = b.vectors * Tr::V, jump = s.step * pitch;
+  const int mine = batch_value<Tr>(b.lane) * s.step + s.down;
+  const bool full = (s.index + 1) * Tr::kAcross <= b.vectors, puts = b.lane % (Tr::kAcross / 4) == 0;
+  A* out = parts + s.index * b.rows;
+  int offset = s.first * pitch + s.vector * Tr::V;
+  for (int base = s.group * Tr::kDown; base < b.rows; base += kBatch * s.step, offset += kBatch * jump) {
+    const int end = base + (kBatch - 1) * s.step + Tr::kDown;
+    landed.wait(min(end, b.rows) - 1);
+    A sums[kBatch];
+    if (full && end <= b.rows) {
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) sums[u] = body(base + u * s.step + s.down, offset + u * jump);
+    } else {
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const int r = base + u * s.step + s.down;
+        sums[u] = s.inside && r < b.rows ? body(r, offset + u * jump) : A(0);
+      }
+    }
+    const A sum = sum_batch<Tr>(sums, b.lane);
+    if (puts && base + mine < b.rows) out[base + mine] = sum;
+  }
+}
+// The sum of a row over all strips.
+template <class A, class Tr>
+__device__ __forceinline__ A row_sum(const Block<Tr>& b, const A* parts, int row) {
+  const int strips = Strip<Tr>::items(b, 1);
+  A sum = 0;
+  for (int i = 0; i < strips; ++i) sum += parts[i * b.rows + row];
+  return sum;
+}
+// The sums of a strip's columns over its lanes, into parts[group][column].
+template <class A, class Tr>
+__device__ __forceinline__ void put_columns(const Block<Tr>& b, const Strip<Tr>& s, A (&sums)[Tr::V],
+                                            A* parts) {
+#pragma unroll
+  for (int j = 0; j < Tr::V; ++j) sums[j] = lane_sum<Tr::kAcross, 32>(sums[j]);
+  if (b.lane < Tr::kAcross && s.inside) {
+#pragma unroll
+    for (int j = 0; j < Tr::V; ++j) parts[(s.group * b.vectors + s.vector) * Tr::V + j] = sums[j];
+  }
+}
+template <class A, class Tr>
+__device__ __forceinline__ A column_sum(const Block<Tr>& b, const A* parts, int groups, int column) {
+  A sum = parts[column];
+  for (int g = 1; g < groups; ++g) sum += parts[g * b.vectors * Tr::V + column];
+  return sum;
 }
 
 #endif  // CBAM_HAS_CLUSTERS

@@ -1,0 +1,189 @@
+// The host side of the CUDA backend (ops, tiers, workspace) on the CPU: its ops registered for CPU tensors,
+// on a runtime that tests/test_cuda_host.py controls and whose calls are logged. No kernel is in it.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <sstream>
+#include <string>
+
+#include "launch.h"
+#include "resident_launch.h"
+
+namespace {
+
+struct Fake {
+  int device = 0;
+  int capability = 90, multiprocessors = 132, shared = 227 << 10, l2 = 50 << 20;
+  int clusters_of_8 = 16, clusters_of_16 = 8;  // that run at a time; negative: the error of this number
+  int ptx = 90;                                // the version that the kernels were compiled for
+  int launch_error = 0;
+} fake;
+std::string calls;  // a line each
+
+template <class... Parts>
+void log(const Parts&... parts) {
+  std::ostringstream line;
+  ((line << parts << ' '), ...);
+  calls += line.str() + '\n';
+}
+
+// One address a kernel; `kernels` names them.
+char kernels[2][4];
+std::string name_of(const void* kernel) {
+  const auto i = static_cast<const char*>(kernel) - &kernels[0][0];
+  static const char* const dtypes[] = {"float32", "float64", "float16", "bfloat16"};
+  return std::string(i / 4 ? "backward " : "forward ") + dtypes[i % 4];
+}
+cudaError_t streamed(bool backward, int dtype) {
+  log("streamed", name_of(&kernels[backward][dtype]));
+  return static_cast<cudaError_t>(fake.launch_error);
+}
+cudaError_t resident(bool backward, int dtype, const cbam::resident::Resident& k, cudaStream_t stream,
+                     int* clusters) {
+  const auto kernel = reinterpret_cast<void (*)(const cbam::resident::Resident)>(&kernels[backward][dtype]);
+  return cbam::resident::launch_kernel(kernel, k, stream, clusters);
+}
+
+}  // namespace
+
+extern "C" {
+
+__attribute__((visibility("default"))) void fake_set(const int* values) {
+  fake = {values[0], values[1], values[2], values[3], values[4], values[5], values[6], values[7], values[8]};
+  calls.clear();
+}
+__attribute__((visibility("default"))) const char* fake_calls() {
+  return calls.c_str();
+}
+
+// LibTorch's shims that would ask for a device; the build renames them, so that their declarations stay.
+AOTITorchError aoti_torch_get_device_index(AtenTensorHandle, int32_t* index) {
+  *index = fake.device;
+  return AOTI_TORCH_SUCCESS;
+}
+int32_t aoti_torch_device_type_cuda() {
+  return aoti_torch_device_type_cpu();
+}
+AOTITorchError aoti_torch_create_device_guard(int32_t index, DeviceGuardHandle* guard) {
+  log("guard", index);
+  *guard = nullptr;
+  return AOTI_TORCH_SUCCESS;
+}
+AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) {
+  return AOTI_TORCH_SUCCESS;
+}
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t index, void** stream) {
+  log("stream of", index);
+  *stream = nullptr;
+  return AOTI_TORCH_SUCCESS;
+}
+
+AOTITorchError torch_c10_cuda_check_msg(int32_t error, const char*, const char*, uint32_t, bool,
+                                        char** message) {
+  if (error) *message = const_cast<char*>(cudaGetErrorString(static_cast<cudaError_t>(error)));
+  return AOTI_TORCH_SUCCESS;
+}
+void torch_c10_cuda_free_error_msg(char*) {}
+
+// CUDA's runtime.
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  switch (which) {
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = fake.capability / 10;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = fake.capability % 10;
+      break;
+    case cudaDevAttrMultiProcessorCount:
+      *value = fake.multiprocessors;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = fake.shared;
+      break;
+    case cudaDevAttrL2CacheSize:
+      *value = fake.l2;
+      break;
+    default:
+      return cudaErrorInvalidValue;
+  }
+  return cudaSuccess;
+}
+const char* cudaGetErrorString(cudaError_t error) {
+  static std::string text;
+  text = "what CUDA says of error " + std::to_string(static_cast<int>(error));
+  return text.c_str();
+}
+cudaError_t cudaGetLastError() {
+  return cudaSuccess;
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void*, int, size_t, cudaStream_t) {
+  return cudaSuccess;
+}
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute which, int value) {
+  log(which == cudaFuncAttributeNonPortableClusterSizeAllowed ? "non-portable" : "shared limit", value);
+  return cudaSuccess;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* of, const void*) {
+  *of = {};
+  of->ptxVersion = fake.ptx;
+  return cudaSuccess;
+}
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t* config) {
+  const unsigned cluster = config->attrs[0].val.clusterDim.x;
+  log("asked of", cluster);
+  *clusters = cluster == 8 ? fake.clusters_of_8 : fake.clusters_of_16;
+  return *clusters < 0 ? static_cast<cudaError_t>(-*clusters) : cudaSuccess;
+}
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void**) {
+  log("resident", name_of(kernel), "grid", config->gridDim.x, "cluster", config->attrs[0].val.clusterDim.x,
+      "threads", config->blockDim.x, "shared", config->dynamicSmemBytes);
+  return static_cast<cudaError_t>(fake.launch_error);
+}
+
+}  // extern "C"
+
+namespace cbam {
+
+#define STREAMED(name, backward, dtype)                                        \
+  cudaError_t launch_streamed_##name(const Streamed&, Variant, cudaStream_t) { \
+    return streamed(backward, dtype);                                          \
+  }
+STREAMED(forward_float32, false, kFloat32)
+STREAMED(forward_float64, false, kFloat64)
+STREAMED(forward_float16, false, kFloat16)
+STREAMED(forward_bfloat16, false, kBFloat16)
+STREAMED(backward_float32, true, kFloat32)
+STREAMED(backward_float64, true, kFloat64)
+STREAMED(backward_float16, true, kFloat16)
+STREAMED(backward_bfloat16, true, kBFloat16)
+
+namespace resident {
+
+#define RESIDENT(name, backward, dtype)                                              \
+  cudaError_t launch_##name(const Resident& k, cudaStream_t stream, int* clusters) { \
+    return ::resident(backward, dtype, k, stream, clusters);                         \
+  }
+RESIDENT(forward_float32, false, kFloat32)
+RESIDENT(forward_float16, false, kFloat16)
+RESIDENT(forward_bfloat16, false, kBFloat16)
+RESIDENT(backward_float32, true, kFloat32)
+RESIDENT(backward_float16, true, kFloat16)
+RESIDENT(backward_bfloat16, true, kBFloat16)
+
+}  // namespace resident
+}  // namespace cbam
+
+#include "resident_tier.cpp"
+#include "tiers.cpp"
+#include "workspace.cpp"
+// All headers are in by now: only the registration still says CUDA.
+#define CUDA CPU
+#include "ops.cpp"

@@ -1,0 +1,168 @@
+"""The host side of the CUDA backend, on a runtime that the test controls: what the launcher asks of the device, which
+tier and cluster it picks, and what a launch that fails says. tests/cuda_host.cpp has the runtime."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from simt import build
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ROOT / "csrc" / "cuda"
+TOOLKIT = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
+# Shims of LibTorch that would ask for a device, and are the test's own.
+RENAMED = (
+    "aoti_torch_get_device_index",
+    "aoti_torch_device_type_cuda",
+    "aoti_torch_create_device_guard",
+    "aoti_torch_delete_device_guard",
+    "aoti_torch_get_current_cuda_stream",
+    "torch_c10_cuda_check_msg",
+    "torch_c10_cuda_free_error_msg",
+)
+REASONS = {
+    "there is no g++": shutil.which(build.CXX) is None,
+    "there are no CUDA headers": not (TOOLKIT / "cuda_runtime.h").exists(),
+    "torch is built without CUDA": torch.version.cuda is None,
+}
+pytestmark = pytest.mark.skipif(any(REASONS.values()), reason=next((r for r, v in REASONS.items() if v), ""))
+
+# The order of `Fake` in cuda_host.cpp, and an H100.
+H100 = {"device": 0, "capability": 90, "multiprocessors": 132, "shared": 227 << 10, "l2": 50 << 20,
+        "clusters_of_8": 16, "clusters_of_16": 8, "ptx": 90, "launch_error": 0}  # fmt: skip
+OUT_OF_RESOURCES, CLUSTER_TOO_LARGE = 701, 912
+
+RUNNER = """
+import ctypes, json, sys, torch
+sys.path[:0] = [{tests!r}, {root!r}]
+import cbam_fused
+from cbam_fused import _ops
+from oracle import Options, make_problem
+torch.ops.load_library({library!r})
+lib = ctypes.CDLL({library!r})
+lib.fake_calls.restype = ctypes.c_char_p
+for line in sys.stdin:
+    device, shape, dtype, layout, backward = json.loads(line)
+    lib.fake_set((ctypes.c_int * len(device))(*device))
+    problem = make_problem((max(shape[0], 1), *shape[1:]), Options(hidden=max(1, shape[1] // 16)),
+                           getattr(torch, dtype), layout=layout)
+    x = problem.x[: shape[0]]
+    p, c = problem.p, problem.c
+    arguments = (*p, None, None, None, None, 0.0)
+    options = (c.pools, c.spatial, c.ties, c.residual)
+    error = ""
+    try:
+        if backward:
+            n, ch, *rest = x.shape
+            acc = torch.float32
+            saved = (x.new_empty((n, 2, ch), dtype=acc), torch.zeros((n, ch), dtype=_ops.index_dtype(shape[2] * shape[3])),
+                     x.new_empty((n, ch), dtype=acc), x.new_empty((n, 2, *rest), dtype=acc),
+                     torch.zeros((n, *rest), dtype=_ops.index_dtype(ch)), x.new_empty((n, 1, *rest), dtype=acc))
+            torch.ops.cbam_fused_cuda.cbam_backward(torch.empty_like(x), x, *arguments, *saved, *options)
+        else:
+            torch.ops.cbam_fused_cuda.cbam_forward(x, *arguments, *options, True)
+    except RuntimeError as e:
+        error = str(e)
+    print(json.dumps([lib.fake_calls().decode().splitlines(), error]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def run():
+    """run(shape, dtype, layout, backward, **device): the runtime's calls, and the error's text."""
+    include = Path(torch.__file__).parent / "include"
+    source = Path(__file__).with_name("cuda_host.cpp")
+    flags = ["-std=c++17", "-O0", "-shared", "-fPIC", "-fvisibility=hidden", "-Wl,-Bsymbolic", "-DUSE_CUDA"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", *(f"-D{name}=fake_{name}" for name in RENAMED)]
+    flags += [f"-I{p}" for p in (SOURCES, include, TOOLKIT)]
+    libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
+    parts = (source, *sorted(SOURCES.glob("*.h")), *sorted(SOURCES.glob("*.cpp")))
+    text = "".join((torch.__version__, *flags, *libraries, *(p.read_text() for p in parts)))
+    library = build.CACHE / f"cuda_host-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
+    if not library.exists():
+        build.CACHE.mkdir(parents=True, exist_ok=True)
+        temporary = library.with_suffix(f".{os.getpid()}")
+        subprocess.run([build.CXX, *flags, "-o", str(temporary), str(source), *libraries], check=True)
+        temporary.rename(library)
+    code = RUNNER.format(tests=str(Path(__file__).parent), root=str(ROOT), library=str(library))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    devices = iter(range(64))  # each call's own: what a device says is asked once
+
+    def call(shape, dtype="bfloat16", layout="contiguous", backward=False, **device):
+        values = {**H100, "device": next(devices), **device}
+        process.stdin.write(json.dumps([list(values.values()), shape, dtype, layout, backward]) + "\n")
+        process.stdin.flush()
+        calls, error = json.loads(process.stdout.readline())
+        index = str(values["device"])
+        assert calls[:2] == [f"guard {index} ", f"stream of {index} "], calls
+        return [c.strip() for c in calls[2:]], error
+
+    yield call
+    process.stdin.close()
+    assert process.wait() == 0
+
+
+def test_the_launcher_asks_the_device_before_it_launches(run):
+    calls, error = run((16, 512, 28, 28))
+    assert not error and len(calls) == 4, (calls, error)
+    assert calls[:3] == ["shared limit 232448", "asked of 8", "shared limit 232448"]
+    assert calls[3].startswith("resident forward bfloat16 grid 128 cluster 8 threads 256 shared ")
+    assert int(calls[3].split()[-1]) <= H100["shared"]
+
+
+def test_sixteen_blocks_are_allowed_explicitly_and_asked_for_only_where_eight_do_not_hold_a_sample(run):
+    calls, _ = run((8, 256, 56, 56), backward=True)
+    assert [c for c in calls if c.startswith("asked")] == ["asked of 16"]
+    assert calls.count("non-portable 1") == 2
+    assert calls[-1].startswith("resident backward bfloat16 grid 128 cluster 16 threads 512 ")
+
+
+ELSEWHERE = {
+    "older than sm_90": ({"capability": 80}, ()),
+    "less shared memory": ({"shared": 48 << 10}, ()),
+    "refuses the cluster": ({"clusters_of_8": -CLUSTER_TOO_LARGE, "clusters_of_16": -CLUSTER_TOO_LARGE}, ("8", "8", "16", "16")),
+    "runs none at a time": ({"clusters_of_8": 0, "clusters_of_16": 0}, ("8", "8", "16", "16")),
+    "knows PTX before clusters alone": ({"ptx": 80}, ()),
+    "would be mostly empty": ({"clusters_of_8": 66}, ("8",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("device, asked", ELSEWHERE.values(), ids=ELSEWHERE)
+def test_what_the_device_does_not_run_goes_to_the_streamed_tier(run, device, asked):
+    calls, error = run((16, 512, 28, 28), **device)
+    assert not error
+    assert [c.split()[-1] for c in calls if c.startswith("asked")] == list(asked)
+    assert calls[-1] == "streamed forward bfloat16" and not any(c.startswith("resident") for c in calls)
+
+
+def test_a_device_that_refuses_eight_blocks_is_asked_for_sixteen(run):
+    calls, error = run((16, 512, 28, 28), clusters_of_8=0)
+    assert not error and calls[-1].startswith("resident forward bfloat16 grid 256 cluster 16 ")
+
+
+@pytest.mark.parametrize("backward", (False, True), ids=("forward", "backward"))
+def test_a_failed_launch_raises_with_the_kernel_and_cudas_message(run, backward):
+    """Of either tier; nothing is launched in its place."""
+    op = "cbam_backward" if backward else "cbam_forward"
+    for tier, shape in (("resident", (16, 512, 28, 28)), ("streamed", (16, 512, 7, 7))):
+        calls, error = run(shape, backward=backward, launch_error=OUT_OF_RESOURCES)
+        assert (
+            f"cbam_fused: the {tier} kernel of {op} did not launch: what CUDA says of error {OUT_OF_RESOURCES}"
+            in error
+        )
+        assert [c.split()[0] for c in calls if c.startswith(("resident", "streamed"))] == [tier]
+
+
+@pytest.mark.parametrize("backward", (False, True), ids=("forward", "backward"))
+def test_nothing_is_launched_on_an_empty_batch(run, backward):
+    assert run((0, 512, 28, 28), backward=backward) == ([], "")
