@@ -27,7 +27,8 @@ def translated() -> None:
     """Both translations at once, each in a compiler of its own."""
 
     def translate(direction: str) -> None:
-        module = cuda_ptx._module(direction, TRAITS)
+        kernel = cuda_ptx.STREAMED.format(direction, TRAITS)
+        module = cuda_ptx._module(f"streamed_{direction}.cuh", kernel)
         module.compile(*module.mod.funcs)
 
     with ThreadPoolExecutor() as pool:
