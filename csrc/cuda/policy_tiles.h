@@ -106,7 +106,7 @@ inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector,
     t.chunks = static_cast<int32_t>(ceil_div(s.rows, t.chunk_rows));
     return t;
   }
-  const bool wide = large && (!reduces || s.rows * int64_t{kTileBytes} > kItemBytes);
+  const bool wide = large && (!reduces || s.rows * int64_t{kTileBytes} >= kItemBytes);
   int width = wide ? kGradTileBytes : kTileBytes;
   if (!wide && s.rows * int64_t{width} > kMaxItemBytes) width = kMinTileBytes;
   while (s.rows * int64_t{width} * 2 <= (large ? kItemBytes : kItemBytes / 2)) width *= 2;
@@ -132,7 +132,7 @@ inline Tiling channels_last_tiling(const Problem& p, int vector, bool reduces, b
   t.columns = std::min(32, ceil_power(row_vectors));
   t.columns_log2 = log2_of(t.columns);
   int64_t positions = kTileBytes / element_bytes(p.dtype);
-  const bool wide = large && (!reduces || positions * row_bytes > kItemBytes);
+  const bool wide = large && (!reduces || positions * row_bytes >= kItemBytes);
   if (wide)
     positions = kGradTileBytes / element_bytes(p.dtype);
   else if (positions * row_bytes > kMaxItemBytes)
