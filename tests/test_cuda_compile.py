@@ -29,10 +29,10 @@ pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 CASES = {
     "sm_80": ("BFloat16, 8, kContiguous, false", "double, 2, kChannelsLast, false"),
     "sm_86": ("float, 4, kChannelsLast, false", "Half, 8, kContiguous, true"),
-    "sm_89": ("Half, 8, kContiguous, true", "float, 4, kContiguous, false"),
+    "sm_89": ("Half, 8, kContiguous, true", "float, 4, kContiguous, true"),
     "sm_90a": ("BFloat16, 8, kChannelsLast, false", "BFloat16, 8, kContiguous, false"),
     "sm_100a": ("double, 2, kContiguous, false", "BFloat16, 8, kChannelsLast, false"),
-    "sm_120": ("Half, 8, kContiguous, false", "float, 4, kContiguous, true"),
+    "sm_120": ("Half, 8, kContiguous, false", "float, 4, kContiguous, false"),
 }
 DIRECTIONS = ("forward", "backward")
 

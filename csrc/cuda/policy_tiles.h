@@ -26,7 +26,7 @@ constexpr int64_t kMaxTermRows = 1024;     // where rows are short, the channels
 constexpr int64_t kPoolPositions = 512;    // channels-last: positions a partial pool, at most
 constexpr int kPoolBytes = 64;             // channels-last: width of a partial pool's tile
 constexpr int64_t kInlineMlp = 128 << 10;  // multiplications that one block may do for a unit
-constexpr int kHiddenTile = 16, kGateTile = 128;
+constexpr int kHiddenTile = 8, kGateTile = 128;
 constexpr int64_t kConvPositions = 1024;
 constexpr int64_t kStagedBytes = 40 << 10;  // most shared memory for the maps of a convolution's item
 constexpr int64_t kKernelBytes = 8 << 10;   // most shared memory for the convolution's weights

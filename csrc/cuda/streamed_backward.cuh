@@ -21,8 +21,7 @@ __device__ __forceinline__ void outer_sum(int64_t tile, int64_t rows, int64_t co
   const int width = static_cast<int>(min(int64_t{kWeightTile}, columns - c0));
   A* of_left = shared.take<A>(kWeightStage * kWeightTile);
   A* of_right = shared.take<A>(kWeightStage * kWeightTile);
-  // Opaque: its derivatives, computed ahead of the loop over the items, would push others out of registers.
-  const int thread = ptx::opaque(static_cast<int>(threadIdx.x));
+  const int thread = thread_index();
   const int lane = thread % 32, warp = thread / 32;
   A total[kMine][kTurns] = {}, row_total = 0;
   for (int64_t first = 0; first < count; first += kWeightStage) {
@@ -71,7 +70,7 @@ __device__ __forceinline__ void outer_sum(int64_t tile, int64_t rows, int64_t co
 template <class A, class Value, class Out>
 __device__ __forceinline__ void column_sum(int64_t tile, int64_t columns, int64_t count, Shared shared,
                                            Value value, Out out) {
-  const int thread = ptx::opaque(static_cast<int>(threadIdx.x));
+  const int thread = thread_index();
   const int64_t c = tile * kConvColumns + thread % kConvColumns;
   const int group = thread / kConvColumns, groups = kThreads / kConvColumns;
   A* parts = shared.take<A>(kThreads);
@@ -132,8 +131,8 @@ __device__ __forceinline__ void conv_weight_item(const Streamed& k, int64_t tile
   if (p.dbn_weight.data && tile == (entries - 1) / kConvColumns) {
     __syncthreads();
     A dz = 0, dz_conv = 0;
-    if (threadIdx.x < 32) {
-      for (int64_t i = threadIdx.x; i < rows; i += 32) {
+    if (thread_index() < 32) {
+      for (int64_t i = thread_index(); i < rows; i += 32) {
         dz += part(i, 2 * count);
         dz_conv += part(i, 2 * count + 1);
       }
@@ -141,7 +140,7 @@ __device__ __forceinline__ void conv_weight_item(const Streamed& k, int64_t tile
       dz_conv = warp_sum(dz_conv);
       const Norm<A> norm = load_norm<T>(p);
       const A bias = p.conv_bias.data ? load_weight<T>(p.conv_bias, 0) : A(0);
-      if (threadIdx.x == 0) {
+      if (thread_index() == 0) {
         store_weight<T>(p.dbn_weight, 0, norm.inverse_deviation * (dz_conv + (bias - norm.mean) * dz));
       }
     }

@@ -54,6 +54,12 @@ struct Item {
   int64_t first, count;  // the unit's samples
 };
 
+// threadIdx.x for the smaller stages. The compiler would derive what they need of it ahead of the loop over
+// the items, and keep it in registers that the passes over x have no room for.
+__device__ __forceinline__ int thread_index() {
+  return ptx::opaque(static_cast<int>(threadIdx.x));
+}
+
 __device__ __forceinline__ bool is_short_extent(int64_t extent) {
   return extent < kShortIndexExtent;
 }
@@ -195,7 +201,7 @@ __device__ __forceinline__ void run_items(const Streamed& k, Body body, Weights 
   }
   __syncthreads();
   if (shared_last) {
-    for (int64_t i = threadIdx.x; i < int64_t{s.units} * kCounters; i += kThreads) {
+    for (int64_t i = thread_index(); i < int64_t{s.units} * kCounters; i += kThreads) {
       ptx::store(k.w.counters + kUnitCounters + i, 0u);
     }
     if (leader) {
