@@ -100,7 +100,7 @@ def problem(samples, shape, dtype, last):
     return x, dy, p
 
 
-def counted(tier, samples, shape, dtype, last) -> None:
+def counted(tier, samples, shape, dtype, last, by_tensor=False) -> None:
     x, dy, p = problem(samples, shape, dtype, last)
     size = x.numel() * x.element_size()
     streamed = cs.Machine(multiprocessors=8, resident=8)
@@ -126,6 +126,8 @@ def counted(tier, samples, shape, dtype, last) -> None:
             f"   weights {weights / size:6.3f} S   {verdict(judged / size, COUNTED[tier, name])}",
             flush=True,
         )
+        if by_tensor and tier == "streamed":
+            print(*(f"    {n} {moved / size:5.3f} S" for n, moved in machine.scratch.items()), flush=True)
 
 
 def modelled_row(tier, name, samples, shape, dtype, last, l2, floor, dram, small, time=None) -> None:
@@ -199,6 +201,7 @@ def main(arguments=None) -> None:
         default=["contiguous", "channels_last"],
         choices=["contiguous", "channels_last"],
     )
+    parser.add_argument("--by-tensor", action="store_true", help="counted scratch memory, tensor by tensor")
     parser.add_argument(
         "--modelled", action="store_true", help="DRAM traffic by ../shared/ptxcpu instead; takes long"
     )

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstring>
 #include <sstream>
 #include <string>
 
@@ -22,6 +23,17 @@ struct Fake {
   int ptx = 90;                                // the version that the kernels were compiled for
   int launch_error = 0;
 } fake;
+// The current stream, and the counters that the last launch of the streamed tier was given.
+struct {
+  void* handle = nullptr;
+  unsigned long long id = 0;
+  bool capturing = false;
+} stream_now;
+struct {
+  const uint32_t* address = nullptr;
+  int64_t words = 0;
+  bool zero = false;
+} counters;
 std::string calls;  // a line each
 
 template <class... Parts>
@@ -38,8 +50,10 @@ std::string name_of(const void* kernel) {
   static const char* const dtypes[] = {"float32", "float64", "float16", "bfloat16"};
   return std::string(i / 4 ? "backward " : "forward ") + dtypes[i % 4];
 }
-cudaError_t streamed(bool backward, int dtype) {
+cudaError_t streamed(bool backward, int dtype, const cbam::Streamed& k) {
   log("streamed", name_of(&kernels[backward][dtype]));
+  counters = {k.w.counters, cbam::counter_words(k), true};
+  for (int64_t i = 0; i < counters.words; ++i) counters.zero &= k.w.counters[i] == 0;
   return static_cast<cudaError_t>(fake.launch_error);
 }
 cudaError_t resident(bool backward, int dtype, const cbam::resident::Resident& k, cudaStream_t stream,
@@ -55,6 +69,15 @@ extern "C" {
 __attribute__((visibility("default"))) void fake_set(const int* values) {
   fake = {values[0], values[1], values[2], values[3], values[4], values[5], values[6], values[7], values[8]};
   calls.clear();
+}
+__attribute__((visibility("default"))) void fake_stream(int64_t handle, int64_t id, int64_t capturing) {
+  stream_now = {reinterpret_cast<void*>(handle), static_cast<unsigned long long>(id), capturing != 0};
+}
+// Address, words, whether they were all zero.
+__attribute__((visibility("default"))) void fake_counters(int64_t* out) {
+  out[0] = reinterpret_cast<int64_t>(counters.address);
+  out[1] = counters.words;
+  out[2] = counters.zero;
 }
 __attribute__((visibility("default"))) const char* fake_calls() {
   return calls.c_str();
@@ -78,7 +101,7 @@ AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) {
 }
 AOTITorchError aoti_torch_get_current_cuda_stream(int32_t index, void** stream) {
   log("stream of", index);
-  *stream = nullptr;
+  *stream = stream_now.handle;
   return AOTI_TORCH_SUCCESS;
 }
 
@@ -121,10 +144,16 @@ cudaError_t cudaGetLastError() {
   return cudaSuccess;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = cudaStreamCaptureStatusNone;
+  *status = stream_now.capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
-cudaError_t cudaMemsetAsync(void*, int, size_t, cudaStream_t) {
+cudaError_t cudaStreamGetId(cudaStream_t, unsigned long long* id) {
+  *id = stream_now.id;
+  return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  log("memset", bytes);
+  std::memset(memory, value, bytes);
   return cudaSuccess;
 }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute which, int value) {
@@ -152,9 +181,9 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
 
 namespace cbam {
 
-#define STREAMED(name, backward, dtype)                                        \
-  cudaError_t launch_streamed_##name(const Streamed&, Variant, cudaStream_t) { \
-    return streamed(backward, dtype);                                          \
+#define STREAMED(name, backward, dtype)                                          \
+  cudaError_t launch_streamed_##name(const Streamed& k, Variant, cudaStream_t) { \
+    return streamed(backward, dtype, k);                                         \
   }
 STREAMED(forward_float32, false, kFloat32)
 STREAMED(forward_float64, false, kFloat64)

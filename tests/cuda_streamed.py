@@ -33,10 +33,13 @@ OPERATIONS = (
 )
 REPORT = (
     "fits", "scratch", "counters", "grid", "vector", "fold", "units", "unit_samples", "reduce_chunks", "pool_chunks",
-    "ring", "conv_items", "stages", "shared", "lag", "tiles",
+    "ring", "conv_items", "stages", "shared", "lag", "tiles", "blocks", "static_shared",
 )  # fmt: skip
-
-
+# The order of Scratch in streamed.h.
+SCRATCH = (
+    "pool_parts", "pool_marks", "hidden", "spatial_parts", "spatial_marks", "spatial_grad", "pooled_grad",
+    "cross_parts", "gate_parts", "logit_grad", "hidden_grad", "pool_grad", "conv_parts",
+)  # fmt: skip
 SAVED = ("pooled", "pool_index", "channel_gate", "spatial_pool", "spatial_index")
 
 
@@ -63,7 +66,11 @@ ORDER = (
 
 @dataclass
 class Machine:
-    """A modelled device and how the host schedules it. `offset`: bytes by which x's tensors are displaced."""
+    """A modelled device and how the host schedules it. `offset`: bytes by which x's tensors are displaced.
+
+    All launches of a machine share its counters, as those on one stream do, and nothing but the launches
+    themselves ever clears them.
+    """
 
     multiprocessors: int = 3
     l2: int = 50 << 20
@@ -75,16 +82,20 @@ class Machine:
     flavor: Optional[str] = None
     report: Dict[str, int] = field(default_factory=dict)
     traffic: Dict[str, int] = field(default_factory=dict)
+    scratch: Dict[str, int] = field(default_factory=dict)
+    counters: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint32))
 
     def execute(self, call: "_Call", arrays: List[Optional[build.Array]]) -> None:
-        """Runs one op's launch; fills in `report` and `traffic` (bytes asked of each tensor)."""
+        """Runs one op's launch; fills in `report`, `traffic` (bytes asked of each tensor) and `scratch` (of each of its)."""
         lib = library(call.x.dtype, self.flavor)
         report = np.zeros(len(REPORT), np.int64)
         lib.run("plan", call.sizes, report)
         self.report = dict(zip(REPORT, report.tolist()))
         assert self.report["fits"], self.report
-        counters = build.Array(np.zeros(self.report["counters"], np.uint32), "counters")
-        scratch = build.Array(np.zeros(max(self.report["scratch"], 1), np.uint8), "scratch", unwritten=True)
+        if self.counters.size < self.report["counters"]:
+            self.counters = np.zeros(self.report["counters"], np.uint32)
+        counters = build.Array(self.counters, "counters")
+        scratch = self._scratch(lib, call)
         lib.run(
             "run", call.sizes, float(call.norm.eps), *arrays, counters, scratch, self.launches, seed=self.seed,
             resident=self.resident,
@@ -94,6 +105,19 @@ class Machine:
             name: a.bytes_read + a.bytes_written for name, a in zip(ORDER, arrays) if a is not None
         }
         self.traffic["scratch"] = scratch.bytes_read + scratch.bytes_written
+        self.scratch = dict(scratch.moved)
+
+    def _scratch(self, lib, call: "_Call") -> build.Array:
+        """Scratch memory, every tensor of it a buffer with bounds of its own."""
+        sizes = np.zeros(len(SCRATCH), np.int64)
+        lib.run("scratch_sizes", call.sizes, sizes)
+        parts, at = {}, 0
+        for name, size in zip(SCRATCH, sizes.tolist()):
+            if size:
+                parts[name] = (at, size)
+            at += -(-size // 256) * 256
+        assert at == self.report["scratch"], (parts, self.report)
+        return build.Array(np.zeros(max(at, 1), np.uint8), "scratch", unwritten=True, parts=parts)
 
 
 @functools.lru_cache(maxsize=None)

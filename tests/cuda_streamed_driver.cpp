@@ -1,5 +1,8 @@
 // Runs the streamed tier's kernels of one dtype (CBAM_ELEMENT) on the host; see cuda_streamed.py.
+#include <optional>
+
 #include "cuda_streamed_problem.h"
+#include "stream_counters.h"
 #include "streamed_backward.cuh"
 #include "streamed_forward.cuh"
 
@@ -24,6 +27,46 @@ extern "C" SIMT_API void plan(const int64_t* sizes, int64_t* report) {
   Streamed k{};
   k.p = sizes_of(sizes);
   plan_call(sizes, k, report);
+}
+
+// out[0]: whether every item waits only for items of lower tickets, whatever the number of units.
+extern "C" SIMT_API void waits_backwards(const int64_t* sizes, int64_t* out) {
+  Streamed k{};
+  k.p = sizes_of(sizes);
+  plan_call(sizes, k, nullptr);
+  const Schedule& s = k.s;
+  const auto items = [&](const StagePlan& d) {
+    return int64_t{d.items} * (d.per_sample ? s.unit_samples : 1);
+  };
+  // Tickets of unit 0.
+  const auto first = [&](const StagePlan& d) { return int64_t{d.lag} * s.step_items + d.first; };
+  const auto last = [&](const StagePlan& d) { return first(d) + items(d) - 1; };
+  bool fine = s.plans > 0;
+  int64_t step = 0;
+  for (int i = 0; i < s.plans; ++i) {
+    const StagePlan& d = s.plan[i];
+    step += items(d);
+    for (int j = 0; j < s.plans; ++j) {
+      const StagePlan& before = s.plan[j];
+      const bool waited = before.tail[0] >= 0 ? d.wait_counter == kTailDone : d.wait_counter == before.stage;
+      if (waited && i != j) fine &= last(before) < first(d);
+    }
+    if (d.wait_counter < 0 && s.ring) {
+      fine &= last(s.plan[s.stage_plan[s.ring_counter]]) < first(d) + int64_t{s.ring} * s.step_items;
+    }
+  }
+  out[0] = fine && step == s.step_items;
+}
+
+// The size in bytes of each tensor of scratch, in the order of Scratch; each starts at a multiple of 256.
+extern "C" SIMT_API void scratch_sizes(const int64_t* sizes, int64_t* out) {
+  Streamed k{};
+  k.p = sizes_of(sizes);
+  plan_call(sizes, k, nullptr);
+  visit_scratch(k, [&](int64_t bytes) -> void* {
+    *out++ = bytes;
+    return nullptr;
+  });
 }
 
 // One argument a tensor, so that each is registered and checked by its name.
@@ -51,5 +94,67 @@ extern "C" SIMT_API void run(const int64_t* sizes, double eps, void* p0, void* p
       else
         launch<StreamedTraits<T, 1, kContiguous, false>>(k);
     }
+  }
+}
+
+// What two streams run at the same time: even blocks belong to one launch, odd blocks to the other.
+template <class Tr>
+__global__ void two_launches(const Streamed even, const Streamed odd) {
+  streamed_forward_kernel<Tr>(blockIdx.x % 2 ? odd : even);
+}
+
+// The forward of two problems of one size on the streams with these ids; x and y hold both, one after the
+// other. Where each launch's counters are comes from the library's own StreamCounters, which takes memory
+// from `pool`, `room` words of zeros.
+extern "C" SIMT_API void run_on_streams(const int64_t* sizes, const void* x, void* y, void* pooled,
+                                        void* channel_gate, void* spatial_pool, void* spatial_gate,
+                                        const void* w1, const void* w2, const void* conv_weight,
+                                        uint32_t* pool, int64_t room, char* scratch, int64_t scratch_bytes,
+                                        int64_t first_stream, int64_t second_stream) {
+  StreamCounters<uint32_t*> counters;
+  Streamed launches[2]{};
+  for (int64_t i = 0; i < 2; ++i) {
+    Streamed& k = launches[i];
+    Problem& p = k.p = sizes_of(sizes);
+    const auto half = [&](auto* both, int64_t elements, int64_t bytes) -> decltype(both) {
+      using Byte =
+          std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(both)>>, const char, char>;
+      return static_cast<Byte*>(both) + i * elements * bytes;
+    };
+    const int64_t a = accumulate_bytes(p.dtype), size = p.samples * p.channels * p.positions;
+    const int64_t map = p.samples * p.positions;
+    p.x = half(x, size, sizeof(T));
+    p.y = half(y, size, sizeof(T));
+    p.pooled = half(pooled, p.samples * pool_count(p.pools) * p.channels, a);
+    p.channel_gate = half(channel_gate, p.samples * p.channels, a);
+    p.spatial_pool = half(spatial_pool, 2 * map, a);
+    p.spatial_gate = half(spatial_gate, map, a);
+    p.w1 = {w1, 0};
+    p.w2 = {w2, 0};
+    p.conv_weight = {conv_weight, 0};
+    plan_call(sizes, k, nullptr);
+    lay_out_scratch(k, scratch + i * scratch_bytes);
+    k.w.counters = counters.of(0, uint64_t(i ? second_stream : first_stream), counter_words(k),
+                               [&](int64_t words) -> uint32_t* {
+                                 uint32_t* fresh = pool;
+                                 pool += words;
+                                 return (room -= words) < 0 ? nullptr : fresh;
+                               });
+  }
+  const simt::LaunchConfig config{.grid = 2 * unsigned(launches[0].grid),
+                                  .block = kThreads,
+                                  .shared = unsigned(launches[0].shared_bytes)};
+  simt::launch(config, "two_launches", two_launches<StreamedTraits<T, kVector<T>, kContiguous, false>>,
+               launches[0], launches[1]);
+}
+
+// Asks for `count` sets of counters: out[i] is the set that (devices[i], streams[i]) gets for words[i].
+extern "C" SIMT_API void counter_sets(const int64_t* devices, const int64_t* streams, const int64_t* words,
+                                      int64_t count, int64_t* out) {
+  StreamCounters<std::optional<int64_t>> counters;
+  int64_t made = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    out[i] = *counters.of(int32_t(devices[i]), uint64_t(streams[i]), words[i],
+                          [&](int64_t) { return std::optional<int64_t>(made++); });
   }
 }

@@ -56,7 +56,8 @@ inline Problem sizes_of(const int64_t* v) {
 }
 
 // Fills report: fits, scratch bytes, counter words, grid, vector, fold, units, samples a unit, reduce
-// chunks, pool chunks, ring, conv items, stages, shared bytes, lag of the last stage, reduce tiles.
+// chunks, pool chunks, ring, conv items, stages, shared bytes, lag of the last stage, reduce tiles, blocks a
+// multiprocessor, static shared bytes.
 inline Variant plan_call(const int64_t* sizes, Streamed& k, int64_t* report) {
   k.operation = int32_t(sizes[kOperationAt]);
   const Device device{sizes[kL2At], int32_t(sizes[kMultiprocessorsAt]), int32_t(sizes[kSharedBytesAt])};
@@ -78,7 +79,9 @@ inline Variant plan_call(const int64_t* sizes, Streamed& k, int64_t* report) {
                               k.s.plans,
                               k.shared_bytes,
                               k.s.plan[k.s.plans - 1].lag,
-                              k.s.reduce.tiles};
+                              k.s.reduce.tiles,
+                              k.blocks_per_multiprocessor,
+                              kStaticShared};
     for (int i = 0; i < int(sizeof(values) / sizeof(values[0])); ++i) report[i] = values[i];
   }
   return variant;

@@ -75,9 +75,8 @@ for line in sys.stdin:
 """
 
 
-@pytest.fixture(scope="module")
-def run():
-    """run(shape, dtype, layout, backward, **device): the runtime's calls, and the error's text."""
+def library() -> Path:
+    """cuda_host.cpp, compiled."""
     include = Path(torch.__file__).parent / "include"
     source = Path(__file__).with_name("cuda_host.cpp")
     flags = ["-std=c++17", "-O0", "-shared", "-fPIC", "-fvisibility=hidden", "-Wl,-Bsymbolic", "-DUSE_CUDA"]
@@ -92,7 +91,13 @@ def run():
         temporary = library.with_suffix(f".{os.getpid()}")
         subprocess.run([build.CXX, *flags, "-o", str(temporary), str(source), *libraries], check=True)
         temporary.rename(library)
-    code = RUNNER.format(tests=str(Path(__file__).parent), root=str(ROOT), library=str(library))
+    return library
+
+
+@pytest.fixture(scope="module")
+def run():
+    """run(shape, dtype, layout, backward, **device): the runtime's calls, and the error's text."""
+    code = RUNNER.format(tests=str(Path(__file__).parent), root=str(ROOT), library=str(library()))
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

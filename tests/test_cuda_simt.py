@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from oracle import OPTIONS, Options, assert_within, check, leaves, make_problem, run_problem
@@ -125,6 +128,116 @@ def test_bitwise_equal_under_every_schedule(monkeypatch, options, layout):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
+class Gpu(NamedTuple):
+    multiprocessors: int
+    l2: int  # MiB
+    block: int  # KiB of shared memory that a block may ask for
+    shared: int  # KiB of a multiprocessor
+
+
+# CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability"; L2 from the data sheets.
+GPUS = {
+    "A100 sm_80": Gpu(108, 40, 163, 164), "RTX 3090 sm_86": Gpu(82, 6, 99, 100), "L4 sm_89": Gpu(58, 48, 99, 100),
+    "H100 sm_90": Gpu(132, 50, 227, 228), "B200 sm_100": Gpu(148, 126, 227, 228), "RTX 5090 sm_120": Gpu(170, 96, 99, 100),
+}  # fmt: skip
+# What networks have, as compat.md of the project's design lists it, and the smallest.
+SEEN = (
+    (64, 112, 112), (64, 56, 56), (256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7), (512, 7, 7), (32, 160, 160),
+    (16, 320, 320), (512, 20, 20), (256, 200, 336), (2048, 25, 42), (1, 1, 1), (7, 7, 7), (127, 1, 1),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
+def test_plans(gpu):
+    """On every device: all blocks of a launch are resident, and no item waits for one of a later ticket."""
+    lib = cs.library(torch.float32)
+    report, fine, plans = np.zeros(len(cs.REPORT), np.int64), np.zeros(1, np.int64), 0
+    for dtype, operation, layout in itertools.product(cs.ELEMENTS, cs.OPERATIONS, LAYOUTS):
+        small = make_problem((1, 8, 2, 2), Options(hidden=5), dtype)
+        machine = cs.Machine(multiprocessors=gpu.multiprocessors, l2=gpu.l2 << 20, shared=gpu.block << 10)
+        call = cs._Call(operation, small.x, small.p, small.c, cs.NO_NORM, machine)
+        for (c, h, w), n in itertools.product(SEEN, (1, 3, 48, 1024)):
+            call.sizes[2:8] = (layout == "channels_last", n, c, 1, h, w)
+            call.sizes[11] = max(1, c // 16)
+            lib.run("plan", call.sizes, report)
+            lib.run("waits_backwards", call.sizes, fine)
+            plan = dict(zip(cs.REPORT, report.tolist()))
+            case = (dtype, operation, layout, n, c, h, w, plan)
+            assert plan["fits"] and fine[0], case
+            assert plan["grid"] <= plan["blocks"] * gpu.multiprocessors and plan["blocks"] <= 2, case
+            # A KiB of each block is CUDA's own.
+            assert plan["blocks"] * (plan["shared"] + plan["static_shared"] + 1024) <= gpu.shared << 10, case
+            plans += 1
+    assert plans == 4 * 6 * 2 * len(SEEN) * 4
+
+
+def _on_streams(first, second, seed, resident):
+    """y of two forwards that run at the same time, as launches on the streams of these ids."""
+    shape = (3, 8, 8, 8)
+    problem = make_problem((2 * shape[0], *shape[1:]), Options(mlp_bias=False, kernel=3))
+    n, c, h, w = shape
+    machine = cs.Machine(l2=SMALL_L2)
+    call = cs._Call("cbam_forward", problem.x[:n], problem.p, problem.c, cs.NO_NORM, machine)
+    lib = cs.library(torch.float32)
+    report = np.zeros(len(cs.REPORT), np.int64)
+    lib.run("plan", call.sizes, report)
+    numbers = dict(zip(cs.REPORT, report.tolist()))
+    assert numbers["vector"] == 4 and numbers["units"] > 1
+    scratch, room = -(-numbers["scratch"] // 256) * 256, 4096
+
+    def made(name, *size):
+        return cs.build.Array(np.zeros((2 * n, *size), np.float32), name, unwritten=True)
+
+    y, pool = made("y", c, h, w), cs.build.Array(np.zeros(room, np.uint32), "counters")
+    lib.run(
+        "run_on_streams", call.sizes, problem.x.numpy(), y, made("pooled", 2, c), made("channel_gate", c),
+        made("spatial_pool", 2, h, w), made("spatial_gate", h, w), problem.p.w1.numpy(), problem.p.w2.numpy(),
+        problem.p.conv_weight.numpy(), pool, room,
+        cs.build.Array(np.zeros(2 * scratch, np.uint8), "scratch", unwritten=True), scratch, first, second,
+        seed=seed, resident=resident,
+    )  # fmt: skip
+    assert not pool.data.any(), "the counters must be zero again"
+    return problem, torch.from_numpy(y.data)
+
+
+@pytest.mark.parametrize("resident", (2, 5))
+def test_two_streams_at_once(resident):
+    """Launches interleaved block by block, on the counters that the library gives their streams."""
+    for seed in range(4):
+        problem, y = _on_streams(7, 8, seed, resident)
+        machine = cs.Machine(l2=SMALL_L2)
+        halves = [
+            cs.cbam_forward(x.contiguous(), problem.p, problem.c, machine=machine)["y"]
+            for x in problem.x.split(3)
+        ]
+        assert torch.equal(y, torch.cat(halves))
+
+
+def test_two_launches_on_the_counters_of_one_stream_are_noticed():
+    """What the test above would see if two streams were given one set: a hang, a race or wrong numbers."""
+    for seed in range(4):
+        with pytest.raises(cs.build.SimtError):
+            _on_streams(7, 7, seed, 5)
+
+
+def test_counters_of_streams_and_devices():
+    """One set a device and stream, kept; a launch that needs more gets a new one, for that stream alone."""
+    calls = (
+        (0, 0, 48),
+        (0, 5, 48),
+        (1, 0, 48),
+        (0, 0, 1024),
+        (0, 0, 1025),
+        (0, 5, 1024),
+        (0, 0, 48),
+        (0, 0, 2048),
+    )
+    devices, streams, words = (np.array(column, np.int64) for column in zip(*calls))
+    out = np.zeros(len(calls), np.int64)
+    cs.library(torch.float32).run("counter_sets", devices, streams, words, len(calls), out)
+    assert out.tolist() == [0, 1, 2, 0, 3, 1, 3, 3]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("ties", ("first", "split"))
 @pytest.mark.parametrize("shape", ((3, 8, 8, 8), (3, 8, 7, 7)))
@@ -159,20 +272,23 @@ def test_without_saving(monkeypatch):
         assert torch.equal(expected, got)
 
 
+# Shapes, and the most that forward and backward may ask for, in S. The backward leaves eight maps and eleven
+# vectors of channels in fp32, written once and read at least once: (8 P + 11 C) * 4 bytes a sample, which is
+# 0.26 S for 64 channels of 16 bits and 0.46 S for 49 positions. On top of that, at 14 x 14 and 7 x 7 each item of
+# the MLP reads the whole vector that it multiplies, and each of many chunks of channels the maps.
 BYTES = (
-    ((1, 256, 32, 32), torch.float32), ((1, 256, 56, 56), torch.bfloat16), ((1, 512, 28, 28), torch.float32),
-    ((1, 512, 28, 28), torch.bfloat16),
+    ((1, 256, 32, 32), torch.float32, 5.2), ((1, 256, 56, 56), torch.bfloat16, 5.2),
+    ((1, 512, 28, 28), torch.float32, 5.2), ((1, 512, 28, 28), torch.bfloat16, 5.2),
+    ((1, 256, 28, 28), torch.bfloat16, 5.2), ((1, 256, 40, 40), torch.bfloat16, 5.2),
+    ((1, 1024, 14, 14), torch.float32, 5.24), ((1, 64, 56, 56), torch.bfloat16, 5.37),
+    ((1, 1024, 14, 14), torch.bfloat16, 5.36), ((1, 2048, 7, 7), torch.bfloat16, 6.5),
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape, dtype", BYTES, ids=str)
-def test_bytes(monkeypatch, shape, dtype, layout):
-    """x, y, dy and dx move exactly 4 S and 5 S; with scratch memory at most 4.1 S and 5.2 S.
-
-    Most of the backward's scratch are sums a channel and tile; the rest is ds, dq and what the weights'
-    gradients are summed from.
-    """
+@pytest.mark.parametrize("shape, dtype, bar", BYTES, ids=str)
+def test_bytes(monkeypatch, shape, dtype, bar, layout):
+    """x, y, dy and dx move exactly 4 S and 5 S; with scratch memory at most 4.1 S, and 5.2 S or what is above."""
     if cs.build.default_flavor() != "checked":
         pytest.skip("only the checked flavour counts bytes")
     problem = make_problem(shape, Options(hidden=shape[1] // 16), dtype, layout=layout)
@@ -183,7 +299,7 @@ def test_bytes(monkeypatch, shape, dtype, layout):
     assert forward["x"] == 3 * size and forward["y"] == size
     assert backward["x"] == 2 * size and backward["dy"] == 2 * size and backward["dx"] == size
     assert 4 * size + forward["scratch"] <= 4.1 * size
-    assert 5 * size + backward["scratch"] <= 5.2 * size
+    assert 5 * size + backward["scratch"] <= bar * size
 
 
 # The gates alone, as `masks` differentiates them: dy is zero, and one half of the block is missing.

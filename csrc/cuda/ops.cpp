@@ -75,7 +75,7 @@ class Call {
  public:
   Problem p{};
 
-  Call(const Tensor& x, const Options& o) : x_(x), guard_(x.get_device_index()) {
+  Call(const Tensor& x, const Options& o) : x_(x) {
     STD_TORCH_CHECK(x.dim() >= 3 && x.dim() <= 5, "cbam_fused: x must have 3 to 5 dimensions, got ", x.dim());
     p.dtype = dtype_of(x);
     accumulate_ = p.dtype == kFloat64 ? ScalarType::Double : ScalarType::Float;
@@ -101,6 +101,9 @@ class Call {
     p.x = x.data_ptr();
   }
 
+  // After the checks and before the first allocation.
+  void enter_device() { guard_.emplace(x_.get_device_index()); }
+
   bool empty() const { return x_.numel() == 0; }
   int64_t map_elements() const { return p.samples * p.positions; }
 
@@ -110,6 +113,7 @@ class Call {
                     " must have the shape and dtype of x");
     STD_TORCH_CHECK(p.layout == kChannelsLast ? is_channels_last(t) : t.is_contiguous(), "cbam_fused: ", name,
                     " must have the layout of x");
+    check_device(t, name);
     return t.data_ptr();
   }
   // A saved tensor; its elements are of the accumulation dtype, or indices into `extent`.
@@ -117,6 +121,7 @@ class Call {
     const ScalarType type = extent ? index_type(extent) : accumulate_;
     STD_TORCH_CHECK(t.is_contiguous() && t.numel() == count && t.scalar_type() == type, "cbam_fused: ", name,
                     " must be contiguous with ", count, " elements of the dtype in _ops.py, got ", t.numel());
+    check_device(t, name);
     return t.data_ptr();
   }
 
@@ -225,6 +230,10 @@ class Call {
   }
 
  private:
+  void check_device(const Tensor& t, const char* name) const {
+    STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == x_.get_device_index(), "cbam_fused: ", name,
+                    " must be on the device of x");
+  }
   Weight weight(const Optional& w, int64_t count, const char* name) {
     if (!w) return {nullptr, 0};
     const bool wide = w->scalar_type() != x_.scalar_type();
@@ -233,15 +242,14 @@ class Call {
     STD_TORCH_CHECK(!wide || (w->scalar_type() == ScalarType::Float && p.dtype != kFloat64),
                     "cbam_fused: ", name,
                     " must have the dtype of x, or float32 where x is float16 or bfloat16");
-    STD_TORCH_CHECK(w->is_cuda() && w->get_device_index() == x_.get_device_index(), "cbam_fused: ", name,
-                    " must be on the device of x");
+    check_device(*w, name);
     if (w->is_contiguous()) return {w->data_ptr(), wide};
     kept_.push_back(torch::stable::contiguous(*w));
     return {kept_.back().data_ptr(), wide};
   }
 
   const Tensor& x_;
-  torch::stable::accelerator::DeviceGuard guard_;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
   ScalarType accumulate_;
   std::vector<Tensor> kept_;
 };
@@ -254,6 +262,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_forward(
   Call call(x, {pools, spatial, ties, residual});
   call.take_weights({w1, b1, w2, b2, conv_weight, conv_bias});
   call.take_norm({bn_weight, bn_bias, bn_mean, bn_var, bn_eps});
+  call.enter_device();
   Tensor y = torch::stable::empty_like(x);
   call.p.y = y.data_ptr();
   Saved s = call.make_saved(save, save);
@@ -282,6 +291,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   call.take_norm({bn_weight, bn_bias, bn_mean, bn_var, bn_eps});
   call.take_saved({pooled, pool_index, channel_gate, spatial_pool, spatial_index}, spatial_gate);
   p.dy = call.like_x(dy, "dy");
+  call.enter_device();
   Tensor dx = torch::stable::empty_like(x);
   p.dx = dx.data_ptr();
   const bool norm = spatial && bn_mean.has_value();
@@ -301,6 +311,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward(
     bool save) {
   Call call(x, {pools, spatial, ties, false});
   call.take_weights({w1, b1, w2, b2, conv_weight, conv_bias});
+  call.enter_device();
   Saved s = call.make_saved(save, true);
   Tensor z = spatial ? call.map() : call.nothing();
   if (spatial) call.p.z = z.data_ptr();
@@ -321,6 +332,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bac
   if (spatial) p.dz = call.saved(dz, call.map_elements(), "dz");
   if (pools) p.dchannel_gate = call.saved(dchannel_gate, p.samples * p.channels, "dchannel_gate");
   p.dy = call.like_x(dy, "dy");
+  call.enter_device();
   Tensor dx = torch::stable::empty_like(x);
   p.dx = dx.data_ptr();
   Tensor dw1 = call.gradient(w1, pools, p.dw1), db1 = call.gradient(b1, pools && w1.has_value(), p.db1);
@@ -342,6 +354,7 @@ std::tuple<Tensor, Tensor> scale_forward(const Tensor& x, const Tensor& channel_
   Problem& p = call.p;
   if (p.pools) p.channel_gate = call.saved(channel_gate, p.samples * p.channels, "channel_gate");
   p.z = call.saved(z, call.map_elements(), "z");
+  call.enter_device();
   Tensor y = torch::stable::empty_like(x), gate = call.map();
   p.y = y.data_ptr();
   p.spatial_gate = gate.data_ptr();
@@ -356,6 +369,7 @@ std::tuple<Tensor, Tensor> scale_backward(const Tensor& dy, const Tensor& x, con
   if (p.pools) p.channel_gate = call.saved(channel_gate, p.samples * p.channels, "channel_gate");
   p.spatial_gate = call.saved(spatial_gate, call.map_elements(), "spatial_gate");
   p.dy = call.like_x(dy, "dy");
+  call.enter_device();
   Tensor dz = call.map();
   Tensor dgate = p.pools ? call.accumulate({p.samples, p.channels}) : call.nothing();
   p.dz_out = dz.data_ptr();

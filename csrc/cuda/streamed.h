@@ -11,8 +11,11 @@ constexpr int kMlpSamples = 4;                       // samples an item of the M
 constexpr int kBatch = 4;                            // vectors that one read of the MLP's weights serves
 constexpr int kMlpStage = 1024;                      // elements of each that are in shared memory at a time
 constexpr int kLogitTile = 32;                       // channels an item of kLogitGrad
-constexpr int kWeightRows = 8, kWeightColumns = 32;  // tile of a weight's gradient
-static_assert(kThreads / kWeightColumns == kWeightRows);
+constexpr int kWeightTile = 64;                      // rows and columns an item of a matrix' gradient
+constexpr int kWeightStage = 16;                     // samples of it that are in shared memory at a time
+constexpr int kWeightRows = 8, kWeightColumns = 32;  // the resident tier's tile of such a gradient
+constexpr int kConvColumns = 32;                     // entries an item of the convolution's gradient
+static_assert(kWeightTile % 32 == 0 && kWeightTile % (kThreads / 32) == 0 && kWeightTile <= kThreads);
 constexpr int kStaticShared = 2 << 10;  // most that a kernel declares beside its dynamic shared memory
 
 // The kinds of work. A stage's items wait for all items of the stage before it, of the same unit.
@@ -30,6 +33,7 @@ enum Stage : int32_t {
   kHiddenGrad,   // dl -> gradient of the hidden layer, a range of hidden units of a whole unit
   kPoolGrad,     // hidden layer's gradient -> gradient of the pools, a range of channels of a whole unit
   kInputGrad,    // dy, everything above -> dx
+  kFinishPools,  // partial channel pools of a whole unit -> channel pools; only in a tail
   kStageCount
 };
 
@@ -44,9 +48,11 @@ enum Operation : int32_t {
 };
 
 // Counters in the workspace: a ticket, finished blocks, finished weight-gradient inputs, then a row of
-// kCounters a unit, indexed by stage; kTailDone is raised when a stage's tail has run.
+// kCounters a unit, indexed by stage; kTailDone is raised when a stage's tail has run. A stage's tail are the
+// small stages that the block which finishes a unit's last item does at once, for the whole unit.
 constexpr int kTicket = 0, kBlocksDone = 1, kReadyForWeights = 2, kUnitCounters = 32;
 constexpr int kTailDone = kStageCount, kCounters = 16;
+constexpr int kTails = 3;
 static_assert(kTailDone < kCounters);
 
 // A number that depends on how many samples the unit has (the last one may have fewer).
@@ -61,7 +67,7 @@ struct StagePlan {
   uint32_t first;        // the step's tickets before this stage
   int32_t wait_counter;  // -1: nothing to wait for
   Count wait_for;
-  int32_t tail;           // the block that finishes the unit's last item does the stage's tail
+  int32_t tail[kTails];   // stages, -1 after the last
   int32_t feeds_weights;  // raises kReadyForWeights
   Count total;            // items of one unit
 };

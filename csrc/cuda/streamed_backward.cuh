@@ -7,64 +7,88 @@
 
 namespace cbam {
 
-// ---- Weight gradients: sums over the batch in the order of the samples, eight interleaved.
+// ---- Weight gradients: sums over the batch in the order of the samples, a stage of them at a time.
 
-// tile[r][c] = sum_i left(i, r) right(i, c) for i < count, rows below `rows` and columns below `columns`.
-template <class A, class Left, class Right, class Out>
+// One tile of sum_i left(i, r) right(i, c) for i < count, rows below `rows` and columns below `columns`.
+// Tiles of the first columns also hand sum_i left(i, r) to `row_out`: the gradient of a bias.
+template <class A, class Left, class Right, class Out, class RowOut>
 __device__ __forceinline__ void outer_sum(int64_t tile, int64_t rows, int64_t columns, int64_t count,
-                                          Shared shared, Left left, Right right, Out out) {
-  const int64_t tiles = (columns + kWeightColumns - 1) / kWeightColumns;
-  const int64_t r0 = tile / tiles * kWeightRows,
-                c = tile % tiles * kWeightColumns + threadIdx.x % kWeightColumns;
-  const int group = threadIdx.x / kWeightColumns;
-  A* parts = shared.take<A>(kThreads * kWeightRows);
-  const int lane = threadIdx.x % kWeightColumns;
-  static_assert(kWeightColumns == 32, "a group is a warp");
-  A acc[kWeightRows] = {};
-  for (int64_t i = group; i < count; i += kThreads / kWeightColumns) {
-    const A of_right = c < columns ? right(i, c) : A(0);                       // [1]
-    A of_left = 0;                                                             // in the lane of its row
-    if (lane < kWeightRows && r0 + lane < rows) of_left = left(i, r0 + lane);  // [1]
+                                          Shared shared, Left left, Right right, Out out, RowOut row_out) {
+  constexpr int kWarps = kThreads / 32, kMine = kWeightTile / kWarps, kTurns = kWeightTile / 32;
+  const int64_t across = (columns + kWeightTile - 1) / kWeightTile;
+  const int64_t r0 = tile / across * kWeightTile, c0 = tile % across * kWeightTile;
+  const int height = static_cast<int>(min(int64_t{kWeightTile}, rows - r0));
+  const int width = static_cast<int>(min(int64_t{kWeightTile}, columns - c0));
+  A* of_left = shared.take<A>(kWeightStage * kWeightTile);
+  A* of_right = shared.take<A>(kWeightStage * kWeightTile);
+  const int thread = thread_index();
+  const int lane = thread % 32, warp = thread / 32;
+  A total[kMine][kTurns] = {}, row_total = 0;
+  for (int64_t first = 0; first < count; first += kWeightStage) {
+    const int size = static_cast<int>(min(int64_t{kWeightStage}, count - first));
+    if (first) __syncthreads();
 #pragma unroll
-    for (int r = 0; r < kWeightRows; ++r) acc[r] += __shfl_sync(kAllLanes, of_left, r) * of_right;
+    for (int i = thread; i < kWeightStage * kWeightTile; i += kThreads) {
+      const int of = i / kWeightTile, at = i % kWeightTile;
+      of_left[i] = of < size && at < height ? left(first + of, r0 + at) : A(0);   // [1]
+      of_right[i] = of < size && at < width ? right(first + of, c0 + at) : A(0);  // [1]
+    }
+    __syncthreads();
+    A sum[kMine][kTurns] = {}, row_sum = 0;
+    for (int i = 0; i < size; ++i) {
+      A v[kTurns];
+#pragma unroll
+      for (int j = 0; j < kTurns; ++j) v[j] = of_right[i * kWeightTile + j * 32 + lane];
+#pragma unroll
+      for (int r = 0; r < kMine; ++r) {
+        const A u = of_left[i * kWeightTile + r * kWarps + warp];
+#pragma unroll
+        for (int j = 0; j < kTurns; ++j) sum[r][j] += u * v[j];
+      }
+      if (thread < kWeightTile) row_sum += of_left[i * kWeightTile + thread];
+    }
+    // A stage's sum by itself, so that rounding grows with the number of stages, not of samples.
+#pragma unroll
+    for (int r = 0; r < kMine; ++r) {
+#pragma unroll
+      for (int j = 0; j < kTurns; ++j) total[r][j] += sum[r][j];
+    }
+    row_total += row_sum;
   }
 #pragma unroll
-  for (int r = 0; r < kWeightRows; ++r) parts[r * kThreads + threadIdx.x] = acc[r];
-  __syncthreads();
-  // Group g finishes row g of the tile.
-  if (c < columns && r0 + group < rows) {
-    const A* row = parts + group * kThreads + threadIdx.x % kWeightColumns;
-    A total = row[0];
-    for (int g = 1; g < kThreads / kWeightColumns; ++g) total += row[g * kWeightColumns];
-    out(r0 + group, c, total);
+  for (int r = 0; r < kMine; ++r) {
+#pragma unroll
+    for (int j = 0; j < kTurns; ++j) {
+      const int at = r * kWarps + warp, c = j * 32 + lane;
+      if (at < height && c < width) out(r0 + at, c0 + c, total[r][j]);
+    }
   }
+  if (c0 == 0 && thread < height) row_out(r0 + thread, row_total);
 }
 
 // total[c] = sum_i value(i, c) for one tile of columns.
 template <class A, class Value, class Out>
 __device__ __forceinline__ void column_sum(int64_t tile, int64_t columns, int64_t count, Shared shared,
                                            Value value, Out out) {
-  const int64_t c = tile * kWeightColumns + threadIdx.x % kWeightColumns;
-  const int group = threadIdx.x / kWeightColumns, groups = kThreads / kWeightColumns;
+  const int thread = thread_index();
+  const int64_t c = tile * kConvColumns + thread % kConvColumns;
+  const int group = thread / kConvColumns, groups = kThreads / kConvColumns;
   A* parts = shared.take<A>(kThreads);
   A sum = 0;
   if (c < columns) {
 #pragma unroll 8
     for (int64_t i = group; i < count; i += groups) sum += value(i, c);  // [1]
   }
-  parts[threadIdx.x] = sum;
+  parts[thread] = sum;
   __syncthreads();
   if (group == 0 && c < columns) {
-    for (int g = 1; g < groups; ++g) sum += parts[g * kWeightColumns + threadIdx.x];
+    for (int g = 1; g < groups; ++g) sum += parts[g * kConvColumns + thread];
     out(c, sum);
   }
 }
 
 __device__ __forceinline__ int64_t weight_tiles(int64_t rows, int64_t columns) {
-  return (rows + kWeightRows - 1) / kWeightRows * ((columns + kWeightColumns - 1) / kWeightColumns);
-}
-__device__ __forceinline__ int64_t bias_tiles(int64_t columns) {
-  return (columns + kWeightColumns - 1) / kWeightColumns;
+  return (rows + kWeightTile - 1) / kWeightTile * ((columns + kWeightTile - 1) / kWeightTile);
 }
 
 // Entry e of a row of conv_parts, summed over the batch: where it goes.
@@ -104,11 +128,11 @@ __device__ __forceinline__ void conv_weight_item(const Streamed& k, int64_t tile
     column_sum<A>(tile, entries, rows, shared, part, [&](int64_t e, A sum) { put_conv_grad<T>(p, e, sum); });
   }
   // The norm's weight needs two sums: sum dz (z - mean) / deviation, with z = conv + bias.
-  if (p.dbn_weight.data && tile == (entries - 1) / kWeightColumns) {
+  if (p.dbn_weight.data && tile == (entries - 1) / kConvColumns) {
     __syncthreads();
     A dz = 0, dz_conv = 0;
-    if (threadIdx.x < 32) {
-      for (int64_t i = threadIdx.x; i < rows; i += 32) {
+    if (thread_index() < 32) {
+      for (int64_t i = thread_index(); i < rows; i += 32) {
         dz += part(i, 2 * count);
         dz_conv += part(i, 2 * count + 1);
       }
@@ -116,7 +140,7 @@ __device__ __forceinline__ void conv_weight_item(const Streamed& k, int64_t tile
       dz_conv = warp_sum(dz_conv);
       const Norm<A> norm = load_norm<T>(p);
       const A bias = p.conv_bias.data ? load_weight<T>(p.conv_bias, 0) : A(0);
-      if (threadIdx.x == 0) {
+      if (thread_index() == 0) {
         store_weight<T>(p.dbn_weight, 0, norm.inverse_deviation * (dz_conv + (bias - norm.mean) * dz));
       }
     }
@@ -131,46 +155,34 @@ __device__ __forceinline__ void weight_item(const Streamed& k, int64_t index, Sh
   const auto logit = [&](int64_t n, int64_t c) { return fresh<A>(k.w.logit_grad, n * p.channels + c); };
   const auto hidden = [&](int64_t i, int64_t j) { return fresh<A>(k.w.hidden_grad, i * p.hidden + j); };
   if (p.pools) {
-    int64_t tiles = weight_tiles(p.channels, p.hidden);
-    if (index < tiles) {
+    const int64_t of_w2 = weight_tiles(p.channels, p.hidden);
+    if (index < of_w2) {
       outer_sum<A>(
           index, p.channels, p.hidden, p.samples, shared, logit,
           [&](int64_t n, int64_t j) { return fresh<A>(k.w.hidden, n * p.hidden + j); },
           [&](int64_t c, int64_t j, A sum) {
             if (p.dw2.data) store_weight<T>(p.dw2, c * p.hidden + j, sum);
+          },
+          [&](int64_t c, A sum) {
+            if (p.db2.data) store_weight<T>(p.db2, c, A(vectors) * sum);
           });
       return;
     }
-    index -= tiles;
-    tiles = bias_tiles(p.channels);
-    if (index < tiles) {
-      column_sum<A>(index, p.channels, p.samples, shared, logit, [&](int64_t c, A sum) {
-        if (p.db2.data) store_weight<T>(p.db2, c, A(vectors) * sum);
-      });
+    index -= of_w2;
+    const int64_t of_w1 = p.w1.data ? weight_tiles(p.hidden, p.channels) : 0;
+    if (index < of_w1) {
+      outer_sum<A>(
+          index, p.hidden, p.channels, p.samples * vectors, shared, hidden,
+          [&](int64_t i, int64_t c) { return mlp_input<A>(p, i / vectors, i % vectors, c); },
+          [&](int64_t j, int64_t c, A sum) {
+            if (p.dw1.data) store_weight<T>(p.dw1, j * p.channels + c, sum);
+          },
+          [&](int64_t j, A sum) {
+            if (p.db1.data) store_weight<T>(p.db1, j, sum);
+          });
       return;
     }
-    index -= tiles;
-    if (p.w1.data) {
-      tiles = weight_tiles(p.hidden, p.channels);
-      if (index < tiles) {
-        outer_sum<A>(
-            index, p.hidden, p.channels, p.samples * vectors, shared, hidden,
-            [&](int64_t i, int64_t c) { return mlp_input<A>(p, i / vectors, i % vectors, c); },
-            [&](int64_t j, int64_t c, A sum) {
-              if (p.dw1.data) store_weight<T>(p.dw1, j * p.channels + c, sum);
-            });
-        return;
-      }
-      index -= tiles;
-      tiles = bias_tiles(p.hidden);
-      if (index < tiles) {
-        column_sum<A>(index, p.hidden, p.samples * vectors, shared, hidden, [&](int64_t j, A sum) {
-          if (p.db1.data) store_weight<T>(p.db1, j, sum);
-        });
-        return;
-      }
-      index -= tiles;
-    }
+    index -= of_w1;
   }
   if (p.spatial) conv_weight_item<T>(k, index, shared);
 }
@@ -207,24 +219,14 @@ __device__ __forceinline__ void backward_item(const Streamed& k, const Item& ite
       logit_grad_stage<T>(k, item, shared);
       break;
     case kHiddenGrad:
-      hidden_grad_stage<T>(k, part_of_unit(item, k.p.hidden, k.s.hidden_tile), shared);
+      hidden_grad_stage<T>(k, mlp_range(item, k.p.hidden, k.s.hidden_tile), shared);
       break;
     case kPoolGrad:
-      pool_grad_stage<T>(k, part_of_unit(item, k.p.channels, k.s.gate_tile), shared);
+      pool_grad_stage<T>(k, mlp_range(item, k.p.channels, k.s.gate_tile), shared);
       break;
     default:
       input_grad_stage<Tr>(k, item, shared);
   }
-}
-
-// What follows a unit's last logit gradient, where one block does the MLP's backward.
-template <class T>
-__device__ __forceinline__ void backward_tail(const Streamed& k, const Item& item, Shared shared) {
-  if (k.p.w1.data) {
-    hidden_grad_stage<T>(k, whole_unit(item, k.p.hidden), shared);
-    __syncthreads();
-  }
-  pool_grad_stage<T>(k, whole_unit(item, k.p.channels), shared);
 }
 
 template <class Tr>
@@ -235,7 +237,6 @@ __global__ void __launch_bounds__(kThreads, Tr::kBlocks) streamed_backward_kerne
   share_parameters(launch, &k);
   run_items(
       k, [&](const Item& item) { backward_item<Tr>(k, item, shared); },
-      [&](const Item& item) { backward_tail<typename Tr::T>(k, item, shared); },
       [&](int index) { weight_item<typename Tr::T>(k, index, shared); });
 }
 

@@ -56,7 +56,7 @@ struct ConvItem {
     high = static_cast<int>(min(int64_t{positions}, int64_t{end} + s.conv_halo));
     A* staged = shared.take<A>(s.kernel_staged ? 2 * count : 0);
     kernel = s.kernel_staged ? staged : nullptr;
-    for (int i = threadIdx.x; s.kernel_staged && i < 2 * count; i += kThreads) {
+    for (int i = thread_index(); s.kernel_staged && i < 2 * count; i += kThreads) {
       staged[i] = kernel_weight<T>(p, i / count, i % count);  // [1]
     }
   }
@@ -81,7 +81,7 @@ __device__ __forceinline__ MapWindow<A, Read> map_window(const Schedule& s, Shar
                                                          int64_t size, Read read) {
   A* staged = shared.take<A>(s.conv_staged ? size : 0);
   if (!s.conv_staged) return {nullptr, low, read};
-  for (int i = low + threadIdx.x; i < high; i += kThreads) staged[i - low] = read(i);  // [1]
+  for (int i = low + thread_index(); i < high; i += kThreads) staged[i - low] = read(i);  // [1]
   return {staged, low, read};
 }
 __device__ __forceinline__ int64_t window_size(const Streamed& k) {
@@ -142,7 +142,7 @@ __device__ __forceinline__ void conv_stage(const Streamed& k, const Item& item, 
   const auto maximum = [&](int i) -> A { return fresh<A>(p.spatial_pool, maps + i); };
   const auto mean = [&](int i) -> A { return fresh<A>(p.spatial_pool, maps + p.positions + i); };
   if (k.s.reduce.chunks > 1) {
-    for (int i = c.low + threadIdx.x; i < c.high; i += kThreads) {
+    for (int i = c.low + thread_index(); i < c.high; i += kThreads) {
       if (kRareOptions && p.ties == kTiesSplit)
         put_spatial_pool(k, item.n, i, merged_chunks<A, true>(k, item.n, i));
       else
@@ -155,7 +155,7 @@ __device__ __forceinline__ void conv_stage(const Streamed& k, const Item& item, 
   const Norm<A> norm = load_norm<T>(p);
   const A bias = p.conv_bias.data ? load_weight<T>(p.conv_bias, 0) : A(0);
   __syncthreads();
-  for (int i = c.begin + threadIdx.x; i < c.end; i += kThreads) {
+  for (int i = c.begin + thread_index(); i < c.end; i += kThreads) {
     A z = 0;
     for_taps(p, coordinates(p, i), 1, [&](int tap, int at) {
       z += c.weight(0, tap) * q_max(at);
@@ -200,7 +200,7 @@ __device__ __forceinline__ void conv_grad_stage(const Streamed& k, const Item& i
   const A slope = load_norm<T>(p).slope;
   __syncthreads();
 
-  for (int i = c.begin + threadIdx.x; i < c.end; i += kThreads) {
+  for (int i = c.begin + thread_index(); i < c.end; i += kThreads) {
     A max_grad = 0, mean_grad = 0;
     for_taps(p, coordinates(p, i), -1, [&](int tap, int at) {
       const A v = dz(at);
@@ -211,7 +211,7 @@ __device__ __forceinline__ void conv_grad_stage(const Streamed& k, const Item& i
     put(k.w.pooled_grad, (slot * 2 + 1) * p.positions + i, slope * mean_grad / A(p.channels));
   }
 
-  const int count = static_cast<int>(taps(p)), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int count = static_cast<int>(taps(p)), lane = thread_index() % 32, warp = thread_index() / 32;
   const int64_t row = (item.n * s.conv_items + item.index) * (2 * int64_t{count} + 2);
   A dz_conv = 0;  // in lane 0
   for (int line = warp; line < p.kernel_d * p.kernel_h; line += kThreads / 32) {
@@ -246,17 +246,17 @@ __device__ __forceinline__ void conv_grad_stage(const Streamed& k, const Item& i
     }
   }
   A dz_sum = 0;
-  for (int i = c.begin + threadIdx.x; i < c.end; i += kThreads) dz_sum += dz(i);
+  for (int i = c.begin + thread_index(); i < c.end; i += kThreads) dz_sum += dz(i);
   dz_sum = warp_sum(dz_sum);
   if (lane == 0) {
     warps[2 * warp] = dz_sum;
     warps[2 * warp + 1] = dz_conv;
   }
   __syncthreads();
-  if (threadIdx.x < 2) {
+  if (thread_index() < 2) {
     A total = 0;
-    for (int i = 0; i < kThreads / 32; ++i) total += warps[2 * i + threadIdx.x];
-    put(k.w.conv_parts, row + 2 * count + threadIdx.x, total);
+    for (int i = 0; i < kThreads / 32; ++i) total += warps[2 * i + thread_index()];
+    put(k.w.conv_parts, row + 2 * count + thread_index(), total);
   }
 }
 

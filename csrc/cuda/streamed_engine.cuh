@@ -28,7 +28,7 @@ struct StreamedTraits {
   static_assert(kThreads % 32 == 0 && kThreads * kBlocks <= 1024);
 };
 
-// Dynamic shared memory, handed out in 16-byte steps in the order in which policy.h counts it.
+// Dynamic shared memory, handed out in 16-byte steps in the order in which streamed_memory.h counts it.
 struct Shared {
   unsigned char* next;
   template <class X>
@@ -49,10 +49,16 @@ __device__ __forceinline__ void share_parameters(const Streamed& launch, Streame
 // One item: sample n of a per-sample stage; `index` counts within the sample, or within the unit.
 struct Item {
   int stage, index;
-  int unit;
+  int unit, whole;
   int64_t n;
   int64_t first, count;  // the unit's samples
 };
+
+// threadIdx.x for the smaller stages. The compiler would derive what they need of it ahead of the loop over
+// the items, and keep it in registers that the passes over x have no room for.
+__device__ __forceinline__ int thread_index() {
+  return ptx::opaque(static_cast<int>(threadIdx.x));
+}
 
 __device__ __forceinline__ bool is_short_extent(int64_t extent) {
   return extent < kShortIndexExtent;
@@ -87,6 +93,8 @@ struct Work {
   enum Kind { kMain, kWeights, kNothing, kEnd };
   int kind;
   int plan;
+  int turn;   // in the tail of plan
+  int again;  // item has been replaced by a stage of the tail
   Item item;
 
   // By one thread.
@@ -109,11 +117,30 @@ struct Work {
     const int64_t first = unit * s.unit_samples, left = k.p.samples - first;
     item.stage = d.stage;
     item.unit = static_cast<int>(unit);
+    item.whole = turn = 0;
     item.first = first;
     item.count = left < s.unit_samples ? left : s.unit_samples;
     item.n = d.per_sample ? first + within / d.items : first;
     item.index = static_cast<int>(d.per_sample ? within % d.items : within);
     if (item.n < k.p.samples) kind = kMain;
+  }
+
+  // By one thread, after the whole block has done the item: tells those that wait for it.
+  __device__ __forceinline__ void finish(const Streamed& k) {
+    const StagePlan& d = k.s.plan[plan];
+    uint32_t* unit = unit_counters(k, item.unit);
+    again = 0;
+    if (turn == 0 && d.tail[0] >= 0) {
+      const uint32_t all = expected(d.total, item.count);
+      if (ptx::add_acquire_release(unit + d.stage, 1) != all - 1) return;
+    }
+    if (turn < kTails && d.tail[turn] >= 0) {
+      item.stage = d.tail[turn++];
+      item.whole = again = 1;
+      return;
+    }
+    ptx::add_release(unit + (turn ? kTailDone : d.stage), 1);
+    if (d.feeds_weights) ptx::add_release(k.w.counters + kReadyForWeights, 1);
   }
 };
 
@@ -131,69 +158,55 @@ __device__ __forceinline__ void wait_for_inputs(const Streamed& k, const StagePl
   }
 }
 
-// Runs every item of the launch. `body(item)` does one item's work, `tail(item)` what follows when all
-// items of its stage and unit are done, `weights(index)` one item of the weight gradients. All three are
-// entered by the whole block, after a barrier.
-template <class Body, class Tail, class Weights>
-__device__ __forceinline__ void run_items(const Streamed& k, Body body, Tail tail, Weights weights) {
+// Runs every item of the launch. `body(item)` does one item's work, or a whole unit's where item.whole is
+// set, `weights(index)` one item of the weight gradients. Both are entered by the whole block, after a
+// barrier.
+template <class Body, class Weights>
+__device__ __forceinline__ void run_items(const Streamed& k, Body body, Weights weights) {
   CBAM_SHARED(work, Work);
   CBAM_SHARED(shared_last, uint32_t);
   const Schedule& s = k.s;
-  uint32_t* counters = k.w.counters;
   const bool leader = threadIdx.x == 0;
   uint32_t next = 0;
-  if (leader) next = ptx::add_relaxed(counters + kTicket, 1);
+  if (leader) next = ptx::add_relaxed(k.w.counters + kTicket, 1);
   while (true) {
     if (leader) work.take(k, next);
     __syncthreads();
     if (work.kind == Work::kEnd) break;
     // Drawn before the wait below, to hide its latency: this block still takes its items in order.
-    if (leader) next = ptx::add_relaxed(counters + kTicket, 1);
-    if (work.kind == Work::kWeights) {
-      if (leader) wait_for(counters + kReadyForWeights, s.weights_ready);
-      __syncthreads();
-      weights(work.item.index);
-    } else if (work.kind == Work::kMain) {
+    if (leader) next = ptx::add_relaxed(k.w.counters + kTicket, 1);
+    if (work.kind == Work::kMain) {
       if (leader) wait_for_inputs(k, s.plan[work.plan], work.item);
       __syncthreads();
-      body(work.item);
-      __syncthreads();
-      const StagePlan& plan = s.plan[work.plan];
-      uint32_t* unit = unit_counters(k, work.item.unit);
-      if (plan.tail) {
-        if (leader) {
-          const uint32_t all = expected(plan.total, work.item.count);
-          shared_last = ptx::add_acquire_release(unit + plan.stage, 1) == all - 1;
-        }
+      do {
+        body(work.item);
         __syncthreads();
-        if (shared_last) {
-          tail(work.item);
-          __syncthreads();
-          if (leader) {
-            ptx::add_release(unit + kTailDone, 1);
-            if (plan.feeds_weights) ptx::add_release(counters + kReadyForWeights, 1);
-          }
-        }
-      } else if (leader) {
-        ptx::add_release(unit + plan.stage, 1);
-        if (plan.feeds_weights) ptx::add_release(counters + kReadyForWeights, 1);
+        if (leader) work.finish(k);
+        __syncthreads();
+      } while (work.again);
+    } else {
+      if (work.kind == Work::kWeights) {
+        if (leader) wait_for(k.w.counters + kReadyForWeights, s.weights_ready);
+        __syncthreads();
+        weights(work.item.index);
       }
+      __syncthreads();
     }
-    __syncthreads();
   }
   // The counter of finished blocks wraps to zero by itself; the last block clears the others, which
   // nobody reads any more.
   if (leader) {
-    shared_last = ptx::increment_acquire_release(counters + kBlocksDone, gridDim.x - 1) == gridDim.x - 1;
+    const uint32_t last = static_cast<uint32_t>(k.grid) - 1;
+    shared_last = ptx::increment_acquire_release(k.w.counters + kBlocksDone, last) == last;
   }
   __syncthreads();
   if (shared_last) {
-    for (int64_t i = threadIdx.x; i < int64_t{s.units} * kCounters; i += kThreads) {
-      ptx::store(counters + kUnitCounters + i, 0u);
+    for (int64_t i = thread_index(); i < int64_t{s.units} * kCounters; i += kThreads) {
+      ptx::store(k.w.counters + kUnitCounters + i, 0u);
     }
     if (leader) {
-      ptx::store(counters + kTicket, 0u);
-      ptx::store(counters + kReadyForWeights, 0u);
+      ptx::store(k.w.counters + kTicket, 0u);
+      ptx::store(k.w.counters + kReadyForWeights, 0u);
     }
   }
 }

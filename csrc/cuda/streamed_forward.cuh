@@ -224,10 +224,10 @@ __device__ __forceinline__ void forward_item(const Streamed& k, const Item& item
       pool_stage<Tr>(k, item, shared);
       break;
     case kHidden:
-      hidden_stage<T>(k, part_of_unit(item, k.p.hidden, k.s.hidden_tile), shared);
+      hidden_stage<T>(k, mlp_range(item, k.p.hidden, k.s.hidden_tile), shared);
       break;
     case kGate:
-      gate_stage<T>(k, part_of_unit(item, k.p.channels, k.s.gate_tile), shared);
+      gate_stage<T>(k, mlp_range(item, k.p.channels, k.s.gate_tile), shared);
       break;
     case kSpatialPool:
       if constexpr (kLast) {
@@ -245,6 +245,12 @@ __device__ __forceinline__ void forward_item(const Streamed& k, const Item& item
     case kConv:
       conv_stage<T>(k, item, shared);
       break;
+    case kFinishPools:
+      if (split)
+        finish_pools<typename Tr::A, true>(k, item);
+      else
+        finish_pools<typename Tr::A, false>(k, item);
+      break;
     default:
       if constexpr (kLast)
         output_columns<Tr>(k, item, shared);
@@ -253,32 +259,13 @@ __device__ __forceinline__ void forward_item(const Streamed& k, const Item& item
   }
 }
 
-// What follows a unit's last pool item: pools from their parts, and the MLP where one block does it all.
-template <class Tr>
-__device__ __forceinline__ void forward_tail(const Streamed& k, const Item& item, Shared shared) {
-  using A = typename Tr::A;
-  if (k.s.pool_chunks > 1) {
-    if (kRareOptions && k.p.ties == kTiesSplit)
-      finish_pools<A, true>(k, item);
-    else
-      finish_pools<A, false>(k, item);
-    __syncthreads();
-  }
-  if (k.s.stage_plan[kGate] >= 0) return;
-  hidden_stage<typename Tr::T>(k, whole_unit(item, k.p.hidden), shared);
-  __syncthreads();
-  gate_stage<typename Tr::T>(k, whole_unit(item, k.p.channels), shared);
-}
-
 template <class Tr>
 __global__ void __launch_bounds__(kThreads, Tr::kBlocks) streamed_forward_kernel(const Streamed launch) {
   CBAM_DYNAMIC_SHARED(memory);
   CBAM_SHARED(k, Streamed);
   const Shared shared{memory};
   share_parameters(launch, &k);
-  run_items(
-      k, [&](const Item& item) { forward_item<Tr>(k, item, shared); },
-      [&](const Item& item) { forward_tail<Tr>(k, item, shared); }, [](int) {});
+  run_items(k, [&](const Item& item) { forward_item<Tr>(k, item, shared); }, [](int) {});
 }
 
 }  // namespace cbam

@@ -27,8 +27,7 @@ __device__ __forceinline__ void cross_rows(const Streamed& k, const Item& item, 
   using T = typename Tr::T;
   using A = typename Tr::A;
   constexpr int V = Tr::V;
-  constexpr int kAhead =
-      V > 4 || Tr::kFold ? 2 : kUnroll;  // two streams of 8 elements a load: 128 registers hold two
+  constexpr int kAhead = V > 1 ? 2 : kUnroll;  // two streams of 16 bytes a load: 128 registers hold two
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.reduce;
@@ -111,7 +110,7 @@ __device__ __forceinline__ void cross_columns(const Streamed& k, const Item& ite
   using T = typename Tr::T;
   using A = typename Tr::A;
   constexpr int V = Tr::V;
-  constexpr int kAhead = V > 4 ? 2 : kUnroll;
+  constexpr int kAhead = V > 1 ? 2 : kUnroll;
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.reduce;
@@ -231,7 +230,7 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
   using T = typename Tr::T;
   using A = typename Tr::A;
   constexpr int V = Tr::V;
-  constexpr int kAhead = kSplit && Tr::kFold ? 1 : V > 4 || Tr::kFold ? 2 : kUnroll;
+  constexpr int kAhead = kSplit && Tr::kFold ? 1 : V > 1 ? 2 : kUnroll;
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.map;
@@ -310,7 +309,7 @@ __device__ __forceinline__ void gate_grad_columns(const Streamed& k, const Item&
   using T = typename Tr::T;
   using A = typename Tr::A;
   constexpr int V = Tr::V;
-  constexpr int kAhead = V <= 4 ? kUnroll : 1;
+  constexpr int kAhead = V == 1 ? kUnroll : V <= 4 ? 2 : 1;
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.map;

@@ -96,7 +96,7 @@ __device__ __forceinline__ void input_grad_rows(const Streamed& k, const Item& i
   constexpr int V = Tr::V;
   // With x as well, or with a position of its own for every element, the terms stay in shared memory.
   constexpr bool kKeepTerms = !kNeedsX && !Tr::kFold;
-  constexpr int kAhead = !kKeepTerms ? 1 : V > 4 ? 2 : kUnroll;
+  constexpr int kAhead = !kKeepTerms ? 1 : V > 1 ? 2 : kUnroll;
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.map;

@@ -12,7 +12,7 @@ __device__ __forceinline__ void stage_vectors(A* staged, int64_t v, int valid, i
                                               Vector vector) {
 #pragma unroll
   for (int u = 0; u < kBatch; ++u) {
-    for (int i = threadIdx.x; u < valid && i < count; i += kThreads)
+    for (int i = thread_index(); u < valid && i < count; i += kThreads)
       staged[u * kMlpStage + i] = vector(v + u, first + i);
   }
 }
@@ -26,7 +26,7 @@ __device__ __forceinline__ void row_dot(const Weight& m, int64_t r0, int64_t r1,
   A* staged = shared.take<A>(kBatch * kMlpStage);
   int lanes = 1;
   while (lanes < 32 && lanes * 16 <= length) lanes *= 2;
-  const int lane = threadIdx.x & (lanes - 1), team = threadIdx.x / lanes;
+  const int lane = thread_index() & (lanes - 1), team = thread_index() / lanes;
   for (int64_t v = 0; v < count; v += batch) {
     const int valid = static_cast<int>(min(int64_t{batch}, count - v));
     for (int64_t base = r0; base < r1; base += kThreads / lanes) {
@@ -67,7 +67,7 @@ __device__ __forceinline__ void column_dot(const Weight& m, int64_t c0, int64_t 
   A* parts = shared.take<A>(kBatch * kThreads);
   int lanes = 1;
   while (lanes < kThreads && lanes < c1 - c0) lanes *= 2;
-  const int lane = threadIdx.x & (lanes - 1), group = threadIdx.x / lanes, groups = kThreads / lanes;
+  const int lane = thread_index() & (lanes - 1), group = thread_index() / lanes, groups = kThreads / lanes;
   for (int64_t v = 0; v < count; v += kBatch) {
     const int valid = static_cast<int>(min(int64_t{kBatch}, count - v));
     for (int64_t base = c0; base < c1; base += lanes) {
@@ -81,7 +81,7 @@ __device__ __forceinline__ void column_dot(const Weight& m, int64_t c0, int64_t 
           __syncthreads();
         }
         if (c < c1) {
-#pragma unroll 4
+#pragma unroll 2  // with four, some element types spill on some architectures
           for (int r = group; r < size; r += groups) {
             const A w = load_weight<T>(m, (first + r) * stride + c);  // [1]
 #pragma unroll
@@ -92,7 +92,7 @@ __device__ __forceinline__ void column_dot(const Weight& m, int64_t c0, int64_t 
         }
       }
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) parts[u * kThreads + threadIdx.x] = acc[u];
+      for (int u = 0; u < kBatch; ++u) parts[u * kThreads + thread_index()] = acc[u];
       __syncthreads();
       if (group == 0 && c < c1) {
         for (int u = 0; u < valid; ++u) {
@@ -132,10 +132,8 @@ struct MlpRange {
   int64_t begin, end;
 };
 
-__device__ __forceinline__ MlpRange whole_unit(const Item& item, int64_t extent) {
-  return {item.first, item.count, 0, extent};
-}
-__device__ __forceinline__ MlpRange part_of_unit(const Item& item, int64_t extent, int tile) {
+__device__ __forceinline__ MlpRange mlp_range(const Item& item, int64_t extent, int tile) {
+  if (item.whole) return {item.first, item.count, 0, extent};
   const int tiles = static_cast<int>((extent + tile - 1) / tile);
   const int64_t sample = int64_t{item.index / tiles} * kMlpSamples,
                 begin = int64_t{item.index % tiles} * tile;
@@ -156,7 +154,7 @@ __device__ __forceinline__ void hidden_stage(const Streamed& k, MlpRange r, Shar
   const int vectors = k.s.pool_vectors;
   if (!p.w1.data) {
     const int64_t width = r.end - r.begin;
-    for (int64_t i = threadIdx.x; i < r.samples * width; i += kThreads) {
+    for (int64_t i = thread_index(); i < r.samples * width; i += kThreads) {
       const int64_t n = r.sample + i / width, c = r.begin + i % width;
       put(k.w.hidden, n * p.channels + c, summed_input<A>(k, n, c));
     }
@@ -209,7 +207,7 @@ __device__ __forceinline__ void logit_grad_stage(const Streamed& k, const Item& 
   if (item.index >= gate_items) {
     const int64_t begin = int64_t{item.index - gate_items} * kThreads * 4;
     const int64_t end = min(p.positions, begin + kThreads * 4);
-    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
+    for (int64_t i = begin + thread_index(); i < end; i += kThreads) {
       A ds = 0;
       for (int chunk = 0; chunk < s.reduce.chunks; ++chunk) {
         ds += fresh<A>(k.w.spatial_grad, (slot * s.reduce.chunks + chunk) * p.positions + i);  // [1]
@@ -220,7 +218,7 @@ __device__ __forceinline__ void logit_grad_stage(const Streamed& k, const Item& 
     return;
   }
   A* parts = shared.take<A>(kThreads);
-  const int lane = threadIdx.x % kLogitTile, group = threadIdx.x / kLogitTile;
+  const int lane = thread_index() % kLogitTile, group = thread_index() / kLogitTile;
   const int64_t c = int64_t{item.index} * kLogitTile + lane;
   const int cross = k.w.cross_parts ? s.reduce.tiles : 0, gate = k.w.gate_parts ? s.map.tiles : 0;
   A sum = 0;
@@ -234,7 +232,7 @@ __device__ __forceinline__ void logit_grad_stage(const Streamed& k, const Item& 
       sum += fresh<A>(k.w.gate_parts, (slot * s.map.tiles + t) * p.channels + c);  // [1]
     }
   }
-  parts[threadIdx.x] = sum;
+  parts[thread_index()] = sum;
   __syncthreads();
   if (group == 0 && c < p.channels) {
     for (int g = 1; g < kThreads / kLogitTile; ++g) sum += parts[g * kLogitTile + lane];

@@ -1,17 +1,32 @@
-// Keeps the counters of each device and stream.
+// Counters in torch's memory: kept for each stream, or made for one node of a CUDA graph.
 #include "workspace.h"
 
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <map>
-#include <mutex>
-#include <utility>
+#include <optional>
+
+#include "stream_counters.h"
 
 namespace cbam {
+namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// The handle itself may come again for another stream, and cudaStreamPerThread is another one in every
+// thread.
+uint64_t id_of(cudaStream_t stream) {
+#if CUDART_VERSION >= 12000
+  unsigned long long id = 0;
+  STD_CUDA_CHECK(cudaStreamGetId(stream, &id));
+  return id;
+#else
+  return reinterpret_cast<uintptr_t>(stream);
+#endif
+}
+
+}  // namespace
 
 Tensor counters_for(const Tensor& like, int64_t words, cudaStream_t stream) {
   cudaStreamCaptureStatus status;
@@ -21,20 +36,11 @@ Tensor counters_for(const Tensor& like, int64_t words, cudaStream_t stream) {
     STD_CUDA_CHECK(cudaMemsetAsync(own.data_ptr(), 0, static_cast<size_t>(words) * 4, stream));
     return own;
   }
-  static std::mutex mutex;
   // Never destroyed: at exit, torch's allocator may be gone before this library.
-  static auto* kept = new std::map<std::pair<int32_t, cudaStream_t>, Tensor>;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto key = std::make_pair(like.get_device_index(), stream);
-  const auto found = kept->find(key);
-  if (found != kept->end() && found->second.numel() >= words) return found->second;
-  int64_t room = 1024;
-  while (room < words) room *= 2;
-  // An outgrown tensor goes back to the allocator, which hands it out on this same stream only after the
-  // launches that still use it.
-  const Tensor fresh = torch::stable::new_zeros(like, {room}, ScalarType::Int);
-  kept->insert_or_assign(key, fresh);
-  return fresh;
+  static auto* kept = new StreamCounters<std::optional<Tensor>>;
+  return *kept->of(like.get_device_index(), id_of(stream), words, [&](int64_t room) {
+    return std::optional<Tensor>(torch::stable::new_zeros(like, {room}, ScalarType::Int));
+  });
 }
 
 }  // namespace cbam

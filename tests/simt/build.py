@@ -181,6 +181,8 @@ class Array:
         unwritten: starts without values, so that reading an element before it is written is an error
             (in the checked flavour); `data`'s contents are replaced by 0xff bytes (NaN).
         offset: bytes between a 256-byte boundary and the first element: what a slice of a larger tensor has.
+        parts: where `data` holds several tensors, each one's first byte and size by name: they are checked and
+            counted as buffers of their own, and what lies between them belongs to none.
     """
 
     data: np.ndarray
@@ -188,8 +190,16 @@ class Array:
     read_only: bool = False
     unwritten: bool = False
     offset: int = 0
+    parts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    moved: dict[str, int] = field(default_factory=dict, init=False)
     bytes_read: int = field(default=0, init=False)
     bytes_written: int = field(default=0, init=False)
+
+
+def _buffers(value: Array, otherwise: str) -> list[tuple[str, int, int]]:
+    if value.parts:
+        return [(name, at, size) for name, (at, size) in value.parts.items()]
+    return [(value.name or otherwise, 0, value.data.nbytes)]
 
 
 @dataclass(frozen=True)
@@ -235,11 +245,11 @@ class Library:
                 if isinstance(value, Array):
                     base, address = self._allocate(value)
                     arrays.append((value, base, address))
-                    name = (value.name or f"argument {i}").encode()
                     flags = READ_ONLY * value.read_only + UNWRITTEN * value.unwritten
-                    lib.simt_register(
-                        ctypes.c_void_p(address), ctypes.c_uint64(value.data.nbytes), name, flags
-                    )
+                    for name, at, size in _buffers(value, f"argument {i}"):
+                        lib.simt_register(
+                            ctypes.c_void_p(address + at), ctypes.c_uint64(size), name.encode(), flags
+                        )
                     converted.append(ctypes.c_void_p(address))
                 elif isinstance(value, (bool, int, np.integer)):
                     converted.append(ctypes.c_int64(int(value)))
@@ -255,8 +265,12 @@ class Library:
             lib.simt_counts(counts)
             pair = (ctypes.c_uint64 * 2)()
             for value, _, address in arrays:
-                lib.simt_buffer_counts(ctypes.c_void_p(address), pair)
-                value.bytes_read, value.bytes_written = pair[0], pair[1]
+                value.bytes_read = value.bytes_written = 0
+                for name, at, _ in _buffers(value, ""):
+                    lib.simt_buffer_counts(ctypes.c_void_p(address + at), pair)
+                    value.moved[name] = pair[0] + pair[1]
+                    value.bytes_read += pair[0]
+                    value.bytes_written += pair[1]
                 if not value.read_only and value.data.nbytes:
                     flat = np.ctypeslib.as_array((ctypes.c_uint8 * value.data.nbytes).from_address(address))
                     value.data[...] = flat.view(value.data.dtype).reshape(value.data.shape)

@@ -304,6 +304,23 @@ def test_misaligned_slice():
         library.run("run_row_sum", Array(x, "x", read_only=True, offset=4), np.zeros(2, np.float32), 2, 1024)
 
 
+@only_checked
+def test_parts_of_an_array_are_buffers_of_their_own(correct):
+    """Each is counted by itself; a store between two of them, or past one, belongs to none."""
+    x = np.ones((9, 32), np.float32)
+
+    def run(**parts):
+        out = Array(np.zeros(9, np.float32), "out", unwritten=True, parts=parts)
+        correct.run("run_row_sum", Array(x, "x", read_only=True), out, 9, 32)
+        return out
+
+    out = run(low=(0, 16), high=(16, 20))
+    assert np.array_equal(out.data, x.sum(1)) and out.moved == {"low": 16, "high": 20}
+    assert out.bytes_written == 36
+    with pytest.raises(SimtError, match="out-of-bounds store of 4 bytes"):
+        run(low=(0, 16), high=(20, 16))
+
+
 def sanitized(code: str) -> subprocess.CompletedProcess[str]:
     prelude = (
         f"import sys; sys.path.insert(0, {str(build.HERE)!r})\nimport numpy as np, build, test_simt as t\n"

@@ -1,0 +1,195 @@
+// The streamed tier's policy for sizes: how a call is cut into tiles, and how many items each stage has of
+// them.
+#pragma once
+
+#include <algorithm>
+
+#include "streamed.h"
+
+namespace cbam {
+
+struct Device {
+  int64_t l2_bytes;
+  int32_t multiprocessors;
+  int32_t shared_bytes;  // most shared memory that a block may ask for
+};
+
+namespace policy {
+
+// Sizes are the ones at which the modelled traffic of benchmarks/cuda_bytes.py is least.
+constexpr int64_t kItemBytes = 32 << 10;     // what one item reads of x, about
+constexpr int64_t kMaxItemBytes = 64 << 10;  // where narrower tiles would cost more in partial sums
+constexpr int kTileBytes = 128;              // width of a contiguous tile: a cache line
+constexpr int kMinTileBytes = 64;
+constexpr int kGradTileBytes = 256;        // backward: each tile leaves sums and reads gradients a channel
+constexpr int64_t kMaxTermRows = 1024;     // where rows are short, the channels' terms would not fit
+constexpr int64_t kPoolPositions = 512;    // channels-last: positions a partial pool, at most
+constexpr int kPoolBytes = 64;             // channels-last: width of a partial pool's tile
+constexpr int64_t kInlineMlp = 128 << 10;  // multiplications that one block may do for a unit
+constexpr int kHiddenTile = 8, kGateTile = 128;
+constexpr int64_t kConvPositions = 1024;
+constexpr int64_t kStagedBytes = 40 << 10;  // most shared memory for the maps of a convolution's item
+constexpr int64_t kKernelBytes = 8 << 10;   // most shared memory for the convolution's weights
+constexpr int64_t kFoldPoolBytes = 32 << 10;
+constexpr int kBlocks = 2;  // a multiprocessor, where L2 holds what they have in flight
+
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+inline int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
+}
+inline int floor_power(int64_t v) {
+  int p = 1;
+  while (int64_t{p} * 2 <= v && p < (1 << 30)) p *= 2;
+  return p;
+}
+// At most 2**30: a tile's size is the smaller of it and something else.
+inline int ceil_power(int64_t v) {
+  int p = 1;
+  while (p < v && p < (1 << 30)) p *= 2;
+  return p;
+}
+inline int log2_of(int power) {
+  int n = 0;
+  while ((1 << n) < power) ++n;
+  return n;
+}
+inline int64_t gcd(int64_t a, int64_t b) {
+  return b ? gcd(b, a % b) : a;
+}
+
+}  // namespace policy
+
+inline int element_bytes(int dtype) {
+  return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
+}
+inline int accumulate_bytes(int dtype) {
+  return dtype == kFloat64 ? 8 : 4;
+}
+
+// Which instantiation runs: elements a vector, and channels folded into one row (1: none).
+struct Variant {
+  int32_t vector, fold;
+};
+
+// `aligned`: every tensor of x's size starts at a multiple of 16 bytes.
+inline Variant choose_variant(const Problem& p, bool aligned) {
+  const int full = 16 / element_bytes(p.dtype);
+  if (!aligned) return {1, 1};
+  if (p.layout == kChannelsLast) return {p.channels % full == 0 ? full : 1, 1};
+  if (p.positions % full == 0) return {full, 1};
+  const int fold = static_cast<int>(full / policy::gcd(full, p.positions));
+  const bool fits = p.positions >= full && fold * p.positions / full <= kThreads;
+  if (p.dtype != kFloat64 && fits && p.channels % fold == 0) return {full, fold};
+  return {1, 1};
+}
+
+namespace policy {
+
+inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector, bool reduces, bool large,
+                                int sms) {
+  Tiling t{};
+  const int64_t vector_bytes = int64_t{vector} * element_bytes(p.dtype);
+  const int64_t row_bytes = s.row_elements * int64_t{element_bytes(p.dtype)};
+  if (s.fold > 1) {
+    t.columns = s.row_vectors;
+    t.positions = static_cast<int32_t>(p.positions);
+    t.tiles = 1;
+    int64_t rows = std::max<int64_t>(1, kItemBytes / row_bytes);
+    // Each chunk of a reduction leaves sums a position, and each of the backward's passes reads gradients a
+    // position: few chunks where there are many samples.
+    if (reduces) rows = std::max<int64_t>(rows, 512 / element_bytes(p.dtype) / s.fold);
+    if ((reduces || large) && p.samples * ceil_div(s.rows, rows) > 4 * sms) rows *= 2;
+    t.chunks = static_cast<int32_t>(ceil_div(s.rows, rows));
+    t.chunk_rows = static_cast<int32_t>(ceil_div(s.rows, t.chunks));
+    t.chunks = static_cast<int32_t>(ceil_div(s.rows, t.chunk_rows));
+    return t;
+  }
+  const bool wide = large && (!reduces || s.rows * int64_t{kTileBytes} >= kItemBytes);
+  int width = wide ? kGradTileBytes : kTileBytes;
+  if (!wide && s.rows * int64_t{width} > kMaxItemBytes) width = kMinTileBytes;
+  while (s.rows * int64_t{width} * 2 <= (large ? kItemBytes : kItemBytes / 2)) width *= 2;
+  t.columns = static_cast<int32_t>(std::min<int64_t>(32, ceil_power(ceil_div(width, vector_bytes))));
+  t.columns = std::min(t.columns, ceil_power(s.row_vectors));
+  t.columns_log2 = log2_of(t.columns);
+  t.positions = t.columns * vector;
+  t.tiles = static_cast<int32_t>(ceil_div(s.row_vectors, t.columns));
+  t.chunk_rows = s.rows;
+  if (wide || !reduces) {
+    int64_t rows = (wide ? kMaxItemBytes : kItemBytes) / (t.columns * vector_bytes);
+    if (!reduces) rows = std::min<int64_t>(rows, kMaxTermRows);
+    t.chunk_rows = static_cast<int32_t>(ceil_div(s.rows, ceil_div(s.rows, rows)));
+  }
+  t.chunks = static_cast<int32_t>(ceil_div(s.rows, t.chunk_rows));
+  return t;
+}
+
+inline Tiling channels_last_tiling(const Problem& p, int vector, bool reduces, bool large) {
+  Tiling t{};
+  const int64_t row_bytes = p.channels * int64_t{element_bytes(p.dtype)};
+  const int64_t row_vectors = ceil_div(p.channels, vector);
+  t.columns = std::min(32, ceil_power(row_vectors));
+  t.columns_log2 = log2_of(t.columns);
+  int64_t positions = kTileBytes / element_bytes(p.dtype);
+  const bool wide = large && (!reduces || positions * row_bytes >= kItemBytes);
+  if (wide)
+    positions = kGradTileBytes / element_bytes(p.dtype);
+  else if (positions * row_bytes > kMaxItemBytes)
+    positions /= 2;
+  positions = std::max(positions, std::min<int64_t>(kItemBytes / 2 / row_bytes, kThreads));
+  t.tiles = static_cast<int32_t>(ceil_div(p.positions, std::min(positions, p.positions)));
+  t.positions = static_cast<int32_t>(ceil_div(p.positions, t.tiles));
+  t.tiles = static_cast<int32_t>(ceil_div(p.positions, t.positions));
+  t.chunk_rows = static_cast<int32_t>(row_vectors);
+  if (wide) {
+    const int64_t slice_bytes = int64_t{t.positions} * t.columns * vector * element_bytes(p.dtype);
+    const int64_t slices = std::max<int64_t>(1, kMaxItemBytes / slice_bytes);
+    t.chunk_rows = static_cast<int32_t>(std::min(row_vectors, slices * t.columns));
+  }
+  t.chunks = static_cast<int32_t>(ceil_div(row_vectors, t.chunk_rows));
+  return t;
+}
+
+inline void plan_pool(const Problem& p, Schedule& s, int vector) {
+  const int64_t vector_bytes = int64_t{vector} * element_bytes(p.dtype);
+  s.pool_chunks = 1;
+  if (p.layout == kChannelsLast) {
+    const int64_t vectors = ceil_div(p.channels, vector);
+    s.pool_lanes = std::min({32, ceil_power(vectors), ceil_power(ceil_div(kPoolBytes, vector_bytes))});
+    s.pool_chunks = static_cast<int32_t>(ceil_div(p.positions, kPoolPositions));
+    s.pool_rows = static_cast<int32_t>(ceil_div(p.positions, s.pool_chunks));
+    s.pool_chunks = static_cast<int32_t>(ceil_div(p.positions, s.pool_rows));
+    s.pool_items = static_cast<int32_t>(ceil_div(vectors, s.pool_lanes)) * s.pool_chunks;
+  } else if (s.fold > 1) {
+    s.pool_lanes = static_cast<int32_t>(std::min(32, floor_power(std::max<int64_t>(1, p.positions / 8))));
+    const int64_t row = s.row_elements * int64_t{accumulate_bytes(p.dtype)};
+    s.pool_rows = static_cast<int32_t>(std::max<int64_t>(1, kFoldPoolBytes / row));
+    s.pool_items = static_cast<int32_t>(ceil_div(s.rows, s.pool_rows));
+  } else {
+    s.pool_lanes = std::min(kThreads, floor_power(std::max<int64_t>(1, s.row_vectors / 4)));
+    const int64_t pass = kThreads / s.pool_lanes;
+    const int64_t pass_bytes = pass * s.row_elements * element_bytes(p.dtype);
+    s.pool_rows = static_cast<int32_t>(pass * std::max<int64_t>(1, kItemBytes * 3 / 4 / pass_bytes));
+    s.pool_items = static_cast<int32_t>(ceil_div(s.rows, s.pool_rows));
+  }
+}
+
+inline void plan_conv(const Problem& p, Schedule& s, bool backward) {
+  const int64_t a = accumulate_bytes(p.dtype), maps = backward ? 3 : 2;
+  const int64_t plane = int64_t{p.height} * p.width;
+  s.conv_halo = static_cast<int32_t>(std::min<int64_t>(
+      p.positions, p.kernel_d / 2 * plane + int64_t{p.kernel_h / 2} * p.width + p.kernel_w / 2));
+  const int64_t room = kStagedBytes / (maps * a) - 2 * int64_t{s.conv_halo};
+  const int64_t wanted = std::max<int64_t>(kConvPositions, 2 * int64_t{s.conv_halo});
+  s.conv_staged = p.positions <= kStagedBytes / (maps * a) || room >= kThreads;
+  int64_t positions = std::min(p.positions, wanted);
+  if (s.conv_staged && p.positions > kStagedBytes / (maps * a)) positions = std::min(positions, room);
+  s.conv_items = static_cast<int32_t>(ceil_div(p.positions, positions));
+  s.conv_positions = static_cast<int32_t>(ceil_div(p.positions, s.conv_items));
+  s.conv_items = static_cast<int32_t>(ceil_div(p.positions, s.conv_positions));
+  s.kernel_staged = 2 * taps(p) * a <= kKernelBytes;
+}
+
+}  // namespace policy
+}  // namespace cbam

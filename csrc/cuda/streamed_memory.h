@@ -1,0 +1,134 @@
+// The memory that a plan of the streamed tier needs: shared memory of each stage, scratch and counters.
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+#include <type_traits>
+
+#include "policy_tiles.h"
+
+namespace cbam {
+
+inline bool is_backward(int operation) {
+  return operation >= kCbamBackward;
+}
+
+namespace policy {
+
+inline int64_t conv_window(const Problem& p, const Schedule& s) {
+  return std::min<int64_t>(p.positions, s.conv_positions + 2 * int64_t{s.conv_halo});
+}
+
+// Each stage's shared memory, in the order in which its code takes it; see Shared in streamed_engine.cuh.
+inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
+  const Problem& p = k.p;
+  const Schedule& s = k.s;
+  const int64_t a = accumulate_bytes(p.dtype);
+  const auto bytes = [](std::initializer_list<int64_t> sizes) {
+    int64_t total = 0;
+    for (int64_t size : sizes) total += round_up(size, 16);
+    return total;
+  };
+  const bool last = p.layout == kChannelsLast;
+  const auto channels = [&](const Tiling& t) { return last ? p.channels : int64_t{t.chunk_rows} * s.fold; };
+  // What a reduction over the row lanes of a tile leaves: one value a column and group of lanes.
+  const auto columns = [&](const Tiling& t, int64_t value) {
+    const int64_t groups = s.fold > 1 || t.columns == 32 ? kThreads / t.columns : kThreads / 32;
+    return groups * t.columns * vector * value;
+  };
+  const int64_t mean_max = a == 8 ? 24 : 12;
+  const int64_t pairs = 2 * int64_t{kThreads} * a;
+  const int64_t kernel = s.kernel_staged ? 2 * taps(p) * a : 0;
+  const int64_t window = s.conv_staged ? conv_window(p, s) * a : 0;
+  const int64_t fold_sums = s.fold > 1 ? std::max<int64_t>(16 << 10, pairs) : 0;
+  const int64_t terms = 4 * a * (last ? int64_t{s.map.columns} * vector : channels(s.map));
+  const int64_t mlp = kBatch * (int64_t{kThreads} + kMlpStage) * a;  // column_dot's vectors and partial sums
+  switch (stage) {
+    case kPool:
+      if (last) return bytes({kThreads * vector * mean_max});
+      if (s.fold > 1) return bytes({s.pool_rows * int64_t{s.row_elements} * a});
+      return bytes({kThreads / 32 * mean_max});
+    case kHidden:
+    case kGate:
+    case kHiddenGrad:
+    case kPoolGrad:
+      return mlp;
+    case kSpatialPool:
+      return last ? bytes({p.channels * a}) : bytes({channels(s.reduce) * a, columns(s.reduce, mean_max)});
+    case kConv:
+      return bytes({kernel, window, window});
+    case kOutput:
+      return bytes({channels(s.map) * a, s.map.positions * a});
+    case kCross:
+      return bytes({channels(s.reduce) * a, s.reduce.positions * a, s.reduce.positions * a,
+                    std::max(columns(s.reduce, a), fold_sums)});
+    case kConvGrad:
+      return bytes({kernel, window, window, window, kThreads / 32 * 2 * a});
+    case kGateGrad:
+      return bytes({last ? 0 : channels(s.map) * a, s.map.positions * a, s.map.positions * a,
+                    s.map.positions * a, s.map.positions * 4,
+                    std::max(last ? columns(s.map, a) : 0, fold_sums)});
+    case kFinishPools:
+      return 0;
+    case kLogitGrad:
+      return kThreads * a;
+    case kInputGrad:
+      return bytes({terms, terms, s.map.positions * a, s.map.positions * a, s.map.positions * a,
+                    s.map.positions * a, s.map.positions * 4});
+    default:
+      return bytes({kWeightStage * kWeightTile * a, kWeightStage * kWeightTile * a});
+  }
+}
+
+}  // namespace policy
+
+inline int64_t counter_words(const Streamed& k) {
+  return kUnitCounters + int64_t{k.s.units} * kCounters;
+}
+
+// Calls visit(pointer, bytes) for every tensor of scratch but the counters, in the order of Scratch; bytes
+// are zero where this call needs none.
+template <class Visit>
+void visit_scratch(Streamed& k, Visit visit) {
+  const Problem& p = k.p;
+  const Schedule& s = k.s;
+  Scratch& w = k.w;
+  const int64_t a = accumulate_bytes(p.dtype), n = p.samples;
+  const int64_t slots = s.ring ? int64_t{s.ring} * s.unit_samples : int64_t{s.units} * s.unit_samples;
+  const auto runs = [&](int stage) { return s.stage_plan[stage] >= 0; };
+  const auto take = [&](auto*& pointer, bool wanted, int64_t bytes) {
+    void* at = visit(wanted ? bytes : 0);
+    pointer = static_cast<std::remove_reference_t<decltype(pointer)>>(at);
+  };
+  const bool backward = is_backward(k.operation);
+  const bool scale = k.operation == kScaleForward || k.operation == kScaleBackward;
+  const bool parts = runs(kPool) && s.pool_chunks > 1;
+  const bool chunks = runs(kSpatialPool) && s.reduce.chunks > 1;
+  const bool mlp_grad = backward && !scale && p.pools;
+  take(w.pool_parts, parts, 5 * n * s.pool_chunks * p.channels * a);
+  take(w.pool_marks, parts, n * s.pool_chunks * p.channels * 4);
+  take(w.hidden, p.pools && !scale, n * p.hidden * a);
+  take(w.spatial_parts, chunks, 2 * n * s.reduce.chunks * p.positions * a);
+  take(w.spatial_marks, chunks, n * s.reduce.chunks * p.positions * 4);
+  take(w.spatial_grad, runs(kCross), slots * s.reduce.chunks * p.positions * a);
+  take(w.pooled_grad, runs(kConvGrad), slots * 2 * p.positions * a);
+  take(w.cross_parts, runs(kCross), slots * s.reduce.tiles * p.channels * a);
+  take(w.gate_parts, runs(kGateGrad), slots * s.map.tiles * p.channels * a);
+  take(w.logit_grad, mlp_grad, n * p.channels * a);
+  take(w.hidden_grad, mlp_grad && p.w1.data, n * s.pool_vectors * p.hidden * a);
+  take(w.pool_grad, runs(kInputGrad) && p.pools, slots * pool_count(p.pools) * p.channels * a);
+  take(w.conv_parts, runs(kConvGrad), n * s.conv_items * (2 * taps(p) + 2) * a);
+}
+
+// Bytes of scratch; with a base, also points k.w into it.
+inline int64_t lay_out_scratch(Streamed& k, char* base) {
+  int64_t used = 0;
+  visit_scratch(k, [&](int64_t bytes) -> void* {
+    const int64_t at = used;
+    used += policy::round_up(bytes, 256);
+    return base && bytes ? base + at : nullptr;
+  });
+  return used;
+}
+
+}  // namespace cbam

@@ -1,0 +1,101 @@
+"""The streamed tier's compiled PTX, forward and backward, run on the CPU by ptxcpu, an optional sibling directory."""
+
+from __future__ import annotations
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import cuda_ptx
+import pytest
+import torch
+
+if cuda_ptx.unavailable() is not None:
+    pytest.skip(str(cuda_ptx.unavailable()), allow_module_level=True)
+if shutil.which("g++") is None:
+    pytest.skip("there is no g++ to compile the translated kernels with", allow_module_level=True)
+
+import cuda_streamed as cs  # noqa: E402
+from oracle import Options, check, make_problem, run_problem  # noqa: E402
+
+# One instantiation in each direction, vectors of 8 in rows: g++ takes more than a minute over a translation.
+DTYPE = torch.bfloat16
+TRAITS = "cbam::BFloat16, 8, cbam::kContiguous, false"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def translated() -> None:
+    """Both translations at once, each in a compiler of its own."""
+
+    def translate(direction: str) -> None:
+        kernel = cuda_ptx.STREAMED.format(direction, TRAITS)
+        module = cuda_ptx._module(f"streamed_{direction}.cuh", kernel)
+        module.compile(*module.mod.funcs)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(translate, ("forward", "backward")))
+
+
+class Watched(cuda_ptx.PtxMachine):
+    """Few multiprocessors, so that a block draws many items; notes the launches of each op.
+
+    By itself ptxcpu raises for an access that is out of bounds or not aligned, for warps that race for shared
+    memory and for barriers that not all reach; what was never written reads as NaN.
+    """
+
+    def __init__(self, **options):
+        super().__init__(**{"multiprocessors": 3, "l2": 1 << 15, "shared": 99 << 10, **options})
+
+    def execute(self, call, arrays) -> None:
+        super().execute(call, arrays)
+        assert self.result.race_exact and not self.result.races, self.result.race_lines
+
+
+def test_outputs_and_every_gradient(monkeypatch):
+    """Within the budget of the specification, whatever the order of blocks and warps, twice on the same counters."""
+    problem = make_problem(
+        (4, 16, 8, 15), Options(norm="eval", residual=True, conv_bias=True), DTYPE, wide=True
+    )
+    results = []
+    for seed in (1, 2):
+        ops = cs.HostOps(Watched(seed=seed, launches=2)).installed(monkeypatch)
+        results.append(run_problem(problem, "cuda"))
+        for report in ops.reports.values():
+            assert report["vector"] == 8 and report["fold"] == 1 and report["units"] > 1
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    check(problem, "cuda")
+
+
+def test_a_store_beyond_an_output_is_reported():
+    """That the checks are on: y is eight elements too short."""
+
+    class Short(Watched):
+        def execute(self, call, arrays) -> None:
+            y = arrays[cs.ORDER.index("y")]
+            y.data = y.data.reshape(-1)[:-8].copy()
+            super().execute(call, arrays)
+
+    problem = make_problem((4, 16, 8, 15), Options(norm="eval"), DTYPE)
+    with pytest.raises(
+        cuda_ptx._ptxcpu().KernelError, match="invalid global store of 16 bytes .* from start of buffer"
+    ):
+        cs.cbam_forward(problem.x, problem.p, problem.c, machine=Short())
+
+
+def test_dram_and_bank_conflicts():
+    """A batch larger than L2, by the bars of benchmarks/cuda_bytes.py; weights and saved small tensors apart.
+
+    The loops over x read shared memory without conflicts; what an item sets up and sums at its end does not
+    always, and must stay the smaller part.
+    """
+    problem = make_problem((40, 64, 28, 28), Options(hidden=4), DTYPE)
+    x, machine = problem.x, Watched(multiprocessors=4, l2=3 << 20)
+    size = x.numel() * x.element_size()
+    assert size > machine.l2
+    saved = cs.cbam_forward(x, problem.p, problem.c, machine=machine)
+    small = sum(t.numel() * t.element_size() for name, t in saved.items() if name != "y")
+    assert machine.dram_bytes - small <= 1.05 * 2 * size
+    cs.cbam_backward(problem.dy, x, problem.p, problem.c, saved, machine=machine)
+    assert machine.dram_bytes - small <= 1.08 * 3 * size
+    for result in machine.log:
+        for kind in ("ld", "st"):
+            assert result.stats[f"sh_{kind}_wf"] <= 2 * result.stats[f"sh_{kind}_ideal"], kind

@@ -1,0 +1,106 @@
+"""Whose counters a launch of the streamed tier gets: by stream and device, and in a CUDA graph. On the runtime of
+tests/cuda_host.cpp."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from test_cuda_host import H100, library, pytestmark  # noqa: F401
+
+HERE = Path(__file__).resolve().parent
+RUNNER = """
+import ctypes, json, sys, torch
+sys.path.insert(0, {root!r})
+import cbam_fused
+torch.ops.load_library({library!r})
+lib = ctypes.CDLL({library!r})
+lib.fake_calls.restype = ctypes.c_char_p
+w1, w2, kernel = torch.ones(2, 8), torch.ones(8, 2), torch.ones(1, 2, 3, 3)
+found, kept = [], []
+for fake, stream, samples in json.loads(sys.stdin.read()):
+    lib.fake_set((ctypes.c_int * len(fake))(*fake))
+    lib.fake_stream(*(ctypes.c_int64(v) for v in stream))
+    x = torch.ones(samples, 8, 4, 4)
+    # Memory that is not zero, of any size that the allocator may hand out next.
+    kept.append(torch.ops.cbam_fused_cuda.cbam_forward(
+        x, w1, None, w2, None, kernel, None, None, None, None, None, 0.0, 3, 1, 0, False, True))
+    out = (ctypes.c_int64 * 3)()
+    lib.fake_counters(out)
+    found.append([*out, [c.split()[0] for c in lib.fake_calls().decode().splitlines()]])
+print(json.dumps(found))
+"""
+
+
+class Call(NamedTuple):
+    """One forward: on which stream of which device, and whether that stream is being captured."""
+
+    handle: int = 1
+    id: int = 1
+    capturing: bool = False
+    device: int = 0
+    samples: int = 3
+
+
+class Launch(NamedTuple):
+    address: int
+    words: int
+    zero: bool
+    runtime: list
+
+
+@pytest.fixture(scope="module")
+def launches():
+    def run(*calls: Call):
+        device = {**H100, "capability": 80, "l2": 1 << 14}
+        steps = [
+            ([*{**device, "device": c.device}.values()], (c.handle, c.id, int(c.capturing)), c.samples)
+            for c in calls
+        ]
+        code = RUNNER.format(root=str(HERE.parent), library=str(library()))
+        out = subprocess.run(
+            [sys.executable, "-c", code], input=json.dumps(steps), capture_output=True, text=True
+        )
+        assert out.returncode == 0, out.stderr
+        found = [Launch(*row) for row in json.loads(out.stdout)]
+        assert all(f.zero for f in found), found
+        return found
+
+    return run
+
+
+def test_launches_on_one_stream_share_counters_without_a_memset(launches):
+    first, second, third = launches(Call(), Call(samples=2), Call())
+    assert first.address == second.address == third.address
+    for found in (first, second, third):
+        assert "memset" not in found.runtime and found.runtime[-1] == "streamed"
+
+
+def test_another_stream_or_device_has_others(launches):
+    found = launches(Call(), Call(handle=2, id=2), Call(device=1), Call(handle=2, id=2, device=1), Call())
+    assert len({f.address for f in found[:4]}) == 4 and found[4].address == found[0].address
+
+
+def test_a_new_stream_behind_an_old_handle_has_others(launches):
+    old, new = launches(Call(handle=5, id=5), Call(handle=5, id=6))
+    assert old.address != new.address
+
+
+def test_a_stream_outgrows_its_counters_alone(launches):
+    first, other, large, again, beside = launches(
+        Call(), Call(handle=2, id=2), Call(samples=2000), Call(), Call(handle=2, id=2)
+    )
+    assert large.words > 1024 > first.words
+    assert large.address == again.address not in (first.address, other.address)
+    assert beside.address == other.address
+
+
+def test_a_captured_launch_has_its_own_and_a_memset_in_the_graph(launches):
+    eager, captured, after = launches(Call(), Call(capturing=True), Call())
+    assert captured.address != eager.address == after.address
+    assert captured.runtime.count("memset") == 1 and captured.runtime[-2:] == ["memset", "streamed"]
+    assert "memset" not in after.runtime
