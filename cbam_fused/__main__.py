@@ -78,7 +78,9 @@ def _orders(module: FusedCBAM, x: Tensor, dy: Tensor) -> List[Dict[str, Tensor]]
     """
     contiguous = x.is_contiguous()
     other = x.to(memory_format=torch.channels_last if contiguous else torch.contiguous_format)
-    results = [_results(module, v, d, "reference") for v, d in ((x, dy), (other, dy), (x.flip(0), dy.flip(0)))]
+    results = [
+        _results(module, v, d, "reference") for v, d in ((x, dy), (other, dy), (x.flip(0), dy.flip(0)))
+    ]
     for name in ("y", "dx"):
         results[2][name] = results[2][name].flip(0)
     return results
