@@ -216,7 +216,7 @@ def main(arguments=None) -> None:
                 for tier in a.tier:
                     run = modelled_streamed if tier == "streamed" else modelled_resident
                     if not a.modelled:
-                        counted(tier, samples, shape, dtype, last)
+                        counted(tier, samples, shape, dtype, last, a.by_tensor)
                     else:
                         for l2 in a.l2:
                             run(samples, shape, dtype, last, l2 << 20)

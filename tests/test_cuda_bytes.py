@@ -35,6 +35,21 @@ def test_counted_rows_of_the_resident_tier(capsys):
     assert all(row.endswith("goes to the streamed tier") for row in rows[2:])
 
 
+@pytest.mark.skipif(build.default_flavor() != "checked", reason="only the checked flavour counts bytes")
+def test_scratch_memory_by_tensor(capsys):
+    """What the option prints below a row are the parts of the row's scratch memory."""
+    cuda_bytes.main("--tier streamed --layout contiguous --shapes 16,14,14 --by-tensor".split())
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 4 and [row.split()[:2] for row in rows[::2]] == [
+        ["streamed", "forward"],
+        ["streamed", "backward"],
+    ]
+    for row, parts in zip(rows[::2], rows[1::2]):
+        moved = [float(v) for v in re.findall(r"(\S+) S", parts)]
+        assert len(moved) > 2 and min(moved) > 0
+        assert abs(sum(moved) - float(re.search(r"scratch +(\S+) S", row)[1])) <= 1e-3 * len(moved)
+
+
 @pytest.mark.skipif(cuda_ptx.unavailable() is not None, reason=str(cuda_ptx.unavailable()))
 def test_modelled_rows_of_the_resident_tier(capsys):
     """The traffic of a tiny map: all of it once, and small tensors counted apart; no bar for its time."""
