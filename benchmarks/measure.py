@@ -86,7 +86,7 @@ def copy_step(case: Case, x: Tensor, dy: Tensor) -> Step:
     return Step("copy", copy_add, case.threads)
 
 
-def _last_level_cache() -> int:
+def last_level_cache() -> int:
     """Bytes of the third-level cache that a core sees; 32 MiB where Linux's table has none."""
     table = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
     if not table.exists():
@@ -103,7 +103,7 @@ class _Cpu:
     mostly how it comes back."""
 
     def __init__(self, cold: bool) -> None:
-        self.flush = torch.ones(2 * _last_level_cache() // 4) if cold else None
+        self.flush = torch.ones(2 * last_level_cache() // 4) if cold else None
 
     def time(self, step: Step) -> float:
         step.call()

@@ -1,11 +1,13 @@
 """Output and every gradient of every backend, against the reference in fp64."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
-from oracle import DTYPES, OPTIONS, Options, check, layout_of, leaves, make_problem, run_problem
+from oracle import DTYPES, FUSED, OPTIONS, Options, check, layout_of, leaves, make_problem, run_problem
 
+from benchmarks.measure import last_level_cache
 from cbam_fused.functional import run
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -115,6 +117,27 @@ def test_threads(fused, threads, count, batch):
         for layout in ("contiguous", "channels_last"):
             for shape in ((batch, 19, 14, 14), (batch, 130, 7, 7), (batch, 3, 61, 67)):
                 check(make_problem(shape, OPTIONS[name], device=fused.device, layout=layout), fused.backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_id)
+@pytest.mark.parametrize("shape", [(64, 14, 14), (256, 7, 7), (64, 64, 80)], ids=_id)
+@pytest.mark.skipif(all(t.backend != "cpu" for t in FUSED), reason="the CPU kernels are not built")
+def test_outputs_that_bypass_the_caches(shape, dtype):
+    """A batch too large for the last-level cache takes other stores, to the same bits as its parts."""
+    enough = last_level_cache() // (2 * math.prod(shape) * dtype.itemsize)
+    samples = -(-enough // 16) * 16
+    if samples * math.prod(shape) * dtype.itemsize > 256 << 20:
+        pytest.skip("the last-level cache is too large to be filled in a test")
+    for layout in ("contiguous", "channels_last"):
+        problem = make_problem((samples, *shape), Options(), dtype, layout=layout)
+        whole = run_problem(problem, "cpu")[:2]
+        assert problem.x.nbytes > last_level_cache() // 3 > problem.x[:4].nbytes
+        parts = [
+            run_problem(dataclasses.replace(problem, x=x, dy=dy), "cpu")[:2]
+            for x, dy in zip(problem.x.split(4), problem.dy.split(4))
+        ]
+        for got, of_parts in zip(whole, zip(*parts)):
+            assert torch.equal(got, torch.cat(of_parts))
 
 
 @pytest.mark.parametrize("ties", ["first", "split"])
