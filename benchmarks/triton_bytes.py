@@ -16,7 +16,8 @@ In units of S, the size of x in bytes:
   stays in the column before.
 The batch is the largest power of two whose x, dy and dx fill at most 4/5 of L2: it holds what the bars on
 DRAM speak of, and a larger one streams more or is cut into chunks. A small map then has many samples, as
-in training: one sample's weights and gates are shared among few positions.
+in training: one sample's weights and gates are shared among few positions. At 7 x 7 the backward's bar is
+out of reach with five launches: a float32 vector of the channels is 0.041 S, and they hand one on five times.
 """
 
 from __future__ import annotations

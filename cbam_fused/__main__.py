@@ -1,8 +1,8 @@
 """`python -m cbam_fused`: what this machine has, and a self-check of every available backend.
 
 Each backend's output and gradients are compared with the reference in float64. The budget is twice
-(the error of the reference in the same precision + eps * the largest value). Exits with 1 if
-anything is over its budget, not finite, or raises.
+(the error of the reference in the same precision, the largest of three orders of its sums, + eps * the
+largest value). Exits with 1 if anything is over its budget, not finite, or raises.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _results(module: FusedCBAM, x: Tensor, dy: Tensor, backend: str) -> Dict[str
 def _orders(module: FusedCBAM, x: Tensor, dy: Tensor) -> List[Dict[str, Tensor]]:
     """The reference's results in three orders of its sums: as called, in the other layout, samples reversed.
 
-    A gradient of a few elements is one draw of the rounding error, which another order can double.
+    The error of a few elements, as a bias's gradient has, is one draw of chance: one order may meet a small one.
     """
     contiguous = x.is_contiguous()
     other = x.to(memory_format=torch.channels_last if contiguous else torch.contiguous_format)

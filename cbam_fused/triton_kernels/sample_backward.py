@@ -16,8 +16,8 @@ from .device_functions import convolve_maps, folded_norm, load_maps, load_pooled
 
 @triton.jit
 def _gate_backward(
-    n, block, blocks, block_tiles, pooled, channel_gate, dgate_a, dgate_b, w1, w2, dlogits, blended, hidden_part,
-    C, H, tiles_a, tiles_b,
+    n, block, blocks, block_tiles, pooled, channel_gate, dgate_a, dgate_b, w1, w2, dlogits, blended,
+    hidden_part, C, H, tiles_a, tiles_b,
     POOLS: tl.constexpr, MC: tl.constexpr, HB: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dlogits of a block of channels, and its share [1 + RUNS, H] of W2^T dlogits and of W1 u."""
@@ -170,8 +170,8 @@ def sample_backward_kernel(
         blocks = tl.cdiv(C, block_tiles * MC)
         if job < blocks:
             _gate_backward(
-                n, job, blocks, block_tiles, pooled, channel_gate, dgate_a, dgate_b, w1, w2, dlogits, blended, hidden_part,
-                C, HIDDEN, tiles_a, tiles_b, POOLS, MC, HB, ACC,
+                n, job, blocks, block_tiles, pooled, channel_gate, dgate_a, dgate_b, w1, w2, dlogits, blended,
+                hidden_part, C, HIDDEN, tiles_a, tiles_b, POOLS, MC, HB, ACC,
             )  # fmt: skip
         job -= blocks
     if SPATIAL:

@@ -123,10 +123,13 @@ struct Block {
   // Positions whose x takes half of a 1 MiB second-level cache; in backward, where x and dy count and
   // long runs of a row serve memory better than a second read from that cache, three times as much
   // (measured: (1024, 14, 14) gains a quarter, larger maps nothing). Not so many that a sum over a
-  // tile, one value after the other, loses more than the sum over tiles.
+  // tile, one value after the other, loses more than the sum over tiles. In forward, where no sum depends on
+  // tiles, a sample that fits that cache whole is one tile, for map_flat; but not where that leaves the
+  // threads that share a remaining sample without a part of it.
   static int64_t tile_positions(const Problem& p, bool backward) {
     int64_t bytes = p.C * int64_t(sizeof(T)) * (backward ? 2 : 1);
-    if (!backward && p.N >= p.threads && bytes * p.P <= int64_t(1) << 20) return std::min(p.P, int64_t(2048));
+    const bool alone = p.N % p.threads == 0 || p.N > 16 * p.threads;
+    if (!backward && alone && bytes * p.P <= int64_t(1) << 20) return std::min(p.P, int64_t(2048));
     int64_t positions = std::max<int64_t>((int64_t(backward ? 1536 : 512) << 10) / bytes / L * L, 64);
     return std::min({positions, int64_t(2048), p.P});
   }
@@ -154,8 +157,8 @@ struct Block {
   }
 
   // Whether whole vectors of the output can bypass the caches, and it is large enough to gain by it.
-  // Measured with 32 MiB of cache: at 6 MiB both directions lose a fifth, where inputs and output stay in it
-  // together; at 12 MiB forward gains a tenth and backward a quarter.
+  // Measured with 32 MiB of cache: at 6 MiB both directions lose a fifth to a third, where inputs and output
+  // stay in it together; at 12 MiB forward gains a tenth and backward a quarter.
   static bool can_stream(const Problem& p, bool backward, int64_t tiles) {
     const int64_t whole = !kChannelsLast && tiles == 1 ? p.C : 1, width = L * int64_t(sizeof(T));
     const int64_t row = whole * (kChannelsLast ? p.C : p.P) * int64_t(sizeof(T));

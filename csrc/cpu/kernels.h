@@ -1,14 +1,6 @@
 // What the kernel headers need of the standard library, outside any instruction set's attributes.
 #pragma once
 
-#if defined(__GNUC__) && !defined(__clang__)
-// GCC's own AVX-512 header leaves a variable unset on purpose and is warned of it at each use; and no vector
-// crosses the border of a file here, whose passing the other warning is about.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wpsabi"
-#endif
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -18,8 +10,20 @@
 #include <numeric>
 #include <type_traits>
 #include <vector>
+
+#if defined(__GNUC__) && !defined(__clang__)
+// No vector crosses the border of a file here, whose passing this is about.
+#pragma GCC diagnostic ignored "-Wpsabi"
+// GCC's own header leaves a variable unset on purpose, and warns of it at each use.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
+#endif
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
 #endif
 
 #include "problem.h"

@@ -305,15 +305,6 @@ CBAM_INLINE A sum_lanes(Vec<A> v) {
   }
 }
 template <class A, int kBy = kLanes<A> / 2>
-CBAM_INLINE A max_lanes(Vec<A> v) {  // no NaN among the lanes
-  if constexpr (kBy == 0) {
-    return v[0];
-  } else {
-    Vec<A> r = rotate<kBy>(v, VecInt<A>{});
-    return max_lanes<A, kBy / 2>(r > v ? r : v);
-  }
-}
-template <class A, int kBy = kLanes<A> / 2>
 CBAM_INLINE typename Lanes<A>::Int min_lanes(VecInt<A> v) {
   if constexpr (kBy == 0) {
     return v[0];
@@ -338,55 +329,33 @@ CBAM_INLINE V gather_lanes(V a, V b, At at) {
 #endif
 }
 
-// The reductions above on four vectors at a time, to out[4]: the same trees in fewer steps, since a
-// vector that is folded in half leaves room for another.
-template <class A, class V, class S, class Op>
-CBAM_INLINE void fold_lanes(const V (&v)[4], S (&out)[4], Op op) {
+// The sums of four vectors at a time, to out[4]: the same tree in fewer steps, since a vector that is folded
+// in half leaves room for another.
+template <class A>
+CBAM_INLINE void sum_lanes(const Vec<A> (&v)[4], A (&out)[4]) {
   constexpr int n = kLanes<A>, half = n / 2, quarter = n / 4;
   using I = VecInt<A>;
   if constexpr (n >= 4) {
-    V pair[2];
+    Vec<A> pair[2];
     for (int k = 0; k < 2; ++k) {
-      pair[k] =
-          op(gather_lanes<I>(v[2 * k], v[2 * k + 1], [](int i) { return i < half ? i : i + half; }),
-             gather_lanes<I>(v[2 * k], v[2 * k + 1], [](int i) { return i < half ? i + half : i + n; }));
+      pair[k] = gather_lanes<I>(v[2 * k], v[2 * k + 1], [](int i) { return i < half ? i : i + half; }) +
+                gather_lanes<I>(v[2 * k], v[2 * k + 1], [](int i) { return i < half ? i + half : i + n; });
     }
     auto at = [](int i) { return i / quarter * half + i % quarter; };
-    V all = op(gather_lanes<I>(pair[0], pair[1], at),
-               gather_lanes<I>(pair[0], pair[1], [at](int i) { return at(i) + quarter; }));
-    if constexpr (quarter >= 4) all = op(all, rotate<2>(all, I{}));
-    if constexpr (quarter >= 2) all = op(all, rotate<1>(all, I{}));
+    Vec<A> all = gather_lanes<I>(pair[0], pair[1], at) +
+                 gather_lanes<I>(pair[0], pair[1], [at](int i) { return at(i) + quarter; });
+    if constexpr (quarter >= 4) all += rotate<2>(all, I{});
+    if constexpr (quarter >= 2) all += rotate<1>(all, I{});
     static_assert(quarter <= 4, "one more step");
     for (int u = 0; u < 4; ++u) out[u] = all[u * quarter];
   } else {
-    for (int u = 0; u < 4; ++u) out[u] = op(v[u], rotate<1>(v[u], I{}))[0];
+    for (int u = 0; u < 4; ++u) out[u] = sum_lanes<A>(v[u]);
   }
-}
-template <class A>
-CBAM_INLINE void sum_lanes(const Vec<A> (&v)[4], A (&out)[4]) {
-  fold_lanes<A>(v, out, [](Vec<A> a, Vec<A> b) CBAM_INLINE_LAMBDA { return a + b; });
 }
 template <class A>
 CBAM_INLINE void sum_lanes(const Vec<A> (&v)[1], A (&out)[1]) {
   out[0] = sum_lanes<A>(v[0]);
 }
-template <class A>
-CBAM_INLINE void max_lanes(const Vec<A> (&v)[4], A (&out)[4]) {
-  fold_lanes<A>(v, out, [](Vec<A> a, Vec<A> b) CBAM_INLINE_LAMBDA { return b > a ? b : a; });
-}
-template <class A>
-CBAM_INLINE void max_lanes(const Vec<A> (&v)[1], A (&out)[1]) {
-  out[0] = max_lanes<A>(v[0]);
-}
-template <class A>
-CBAM_INLINE void min_lanes(const VecInt<A> (&v)[4], typename Lanes<A>::Int (&out)[4]) {
-  fold_lanes<A>(v, out, [](VecInt<A> a, VecInt<A> b) CBAM_INLINE_LAMBDA { return b < a ? b : a; });
-}
-template <class A>
-CBAM_INLINE void min_lanes(const VecInt<A> (&v)[1], typename Lanes<A>::Int (&out)[1]) {
-  out[0] = min_lanes<A>(v[0]);
-}
-
 // One vector of n totals from n = kLanes vectors: lane u is the reduction of v[u], by the same trees.
 template <class A, int kSegment = kLanes<A>, class V, int kCount, class Op>
 CBAM_INLINE V fold_to_lanes(const V (&v)[kCount], Op op) {

@@ -101,7 +101,7 @@ class Call {
     p.x = x.data_ptr();
   }
 
-  // After the checks and before the first allocation.
+  // After the checks and before the first allocation; torch guards a weight's copy itself.
   void enter_device() { guard_.emplace(x_.get_device_index()); }
 
   bool empty() const { return x_.numel() == 0; }
