@@ -46,7 +46,7 @@ def test_scratch_memory_by_tensor(capsys):
     ]
     for row, parts in zip(rows[::2], rows[1::2]):
         moved = [float(v) for v in re.findall(r"(\S+) S", parts)]
-        assert len(moved) > 2 and min(moved) > 0
+        assert moved and min(moved) > 0
         assert abs(sum(moved) - float(re.search(r"scratch +(\S+) S", row)[1])) <= 1e-3 * len(moved)
 
 
