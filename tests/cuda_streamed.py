@@ -38,7 +38,7 @@ REPORT = (
 # The order of Scratch in streamed.h.
 SCRATCH = (
     "pool_parts", "pool_marks", "hidden", "spatial_parts", "spatial_marks", "spatial_grad", "pooled_grad",
-    "cross_parts", "gate_parts", "logit_grad", "hidden_grad", "pool_grad", "conv_parts",
+    "cross_parts", "gate_parts", "logit_grad", "hidden_parts", "hidden_grad", "pool_grad", "conv_parts",
 )  # fmt: skip
 SAVED = ("pooled", "pool_index", "channel_gate", "spatial_pool", "spatial_index")
 

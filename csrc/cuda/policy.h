@@ -16,7 +16,7 @@ struct Builder {
   int last_stage = -1;
 
   // Appends the next stage of the chain; `items` a sample or, with per_unit, a unit.
-  void add(int stage, int lag, int64_t items, bool per_unit, std::initializer_list<int> tail = {}) {
+  void add(int stage, int lag, int64_t items, bool per_unit) {
     Schedule& s = k.s;
     StagePlan& d = s.plan[s.plans];
     d = {};
@@ -25,7 +25,6 @@ struct Builder {
     d.items = static_cast<int32_t>(items);
     d.per_sample = !per_unit;
     std::fill(d.tail, d.tail + kTails, -1);
-    std::copy(tail.begin(), tail.end(), d.tail);
     d.total = per_unit ? Count{0, d.items} : Count{d.items, 0};
     d.wait_counter = -1;
     if (previous >= 0) {
@@ -37,6 +36,12 @@ struct Builder {
     s.stage_plan[stage] = s.plans;
     previous = s.plans++;
     last_stage = stage;
+  }
+
+  // Appends stages to the tail of the one added last.
+  void tail(std::initializer_list<int> stages) {
+    int* at = std::find(k.s.plan[previous].tail, k.s.plan[previous].tail + kTails, -1);
+    std::copy(stages.begin(), stages.end(), at);
   }
 
   // Puts the stages into the order in which a step draws them.
@@ -99,7 +104,7 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
   // The backward's larger items, of which x, dy and dx of one a multiprocessor have to stay in half of L2.
   const bool large = backward && 3 * device.multiprocessors * kMaxItemBytes <= device.l2_bytes / 2;
   const auto tiling = [&](bool reduces) {
-    if (last) return channels_last_tiling(p, vector, reduces, large);
+    if (last) return channels_last_tiling(p, vector, reduces, large, device.multiprocessors);
     return contiguous_tiling(p, s, vector, reduces, large, device.multiprocessors);
   };
   s.reduce = tiling(true);
@@ -130,16 +135,11 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
     case kAttentionForward: {
       const bool whole = k.operation == kCbamForward;
       if (gate) {
-        const bool parts = s.pool_chunks > 1;
-        if (inline_mlp && parts)
-          b.add(kPool, 0, s.pool_items, false, {kFinishPools, kHidden, kGate});
-        else if (inline_mlp)
-          b.add(kPool, 0, s.pool_items, false, {kHidden, kGate});
-        else if (parts)
-          b.add(kPool, 0, s.pool_items, false, {kFinishPools});
-        else
-          b.add(kPool, 0, s.pool_items, false);
-        if (!inline_mlp) {
+        b.add(kPool, 0, s.pool_items, false);
+        if (s.pool_chunks > 1) b.tail({kFinishPools});
+        if (inline_mlp) {
+          b.tail({kHidden, kGate});
+        } else {
           b.add(kHidden, lag, hidden_items, true);
           b.add(kGate, lag, gate_items, true);
         }
@@ -181,18 +181,24 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
         if (gate) {
           if (!whole) at += lag;
           b.add(kGateGrad, at, map_items, false);
+          s.direct_logits = s.map.tiles == 1;
           at += lag;
         }
       }
       if (gate) {
-        if (inline_mlp && p.w1.data) {
-          b.add(kLogitGrad, at, logit_items, false, {kHiddenGrad, kPoolGrad});
-        } else if (inline_mlp) {
-          b.add(kLogitGrad, at, logit_items, false, {kPoolGrad});
-        } else {
+        const bool blocks = !inline_mlp && p.w1.data;
+        if (blocks) {
+          s.hidden_blocks = static_cast<int32_t>(ceil_div(p.channels, s.gate_tile));
+          b.add(kLogitGrad, at, gate_items, true);
+          b.add(kHiddenGrad, at, hidden_items, true);
+        } else if (!s.direct_logits) {
           b.add(kLogitGrad, at, logit_items, false);
-          if (p.w1.data) b.add(kHiddenGrad, at, hidden_items, true);
+        }
+        if (!inline_mlp) {
           b.add(kPoolGrad, at, gate_items, true);
+        } else {
+          if (p.w1.data) b.tail({kHiddenGrad});
+          b.tail({kPoolGrad});
         }
       }
       if (b.previous >= 0) s.plan[b.previous].feeds_weights = 1;

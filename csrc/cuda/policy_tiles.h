@@ -99,7 +99,8 @@ inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector,
     int64_t rows = std::max<int64_t>(1, kItemBytes / row_bytes);
     // Each chunk of a reduction leaves sums a position, and each of the backward's passes reads gradients a
     // position: few chunks where there are many samples.
-    if (reduces) rows = std::max<int64_t>(rows, 512 / element_bytes(p.dtype) / s.fold);
+    if (reduces || (large && p.samples * ceil_div(s.rows, rows) > sms))
+      rows = std::max<int64_t>(rows, 512 / element_bytes(p.dtype) / s.fold);
     if ((reduces || large) && p.samples * ceil_div(s.rows, rows) > 4 * sms) rows *= 2;
     t.chunks = static_cast<int32_t>(ceil_div(s.rows, rows));
     t.chunk_rows = static_cast<int32_t>(ceil_div(s.rows, t.chunks));
@@ -125,7 +126,7 @@ inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector,
   return t;
 }
 
-inline Tiling channels_last_tiling(const Problem& p, int vector, bool reduces, bool large) {
+inline Tiling channels_last_tiling(const Problem& p, int vector, bool reduces, bool large, int sms) {
   Tiling t{};
   const int64_t row_bytes = p.channels * int64_t{element_bytes(p.dtype)};
   const int64_t row_vectors = ceil_div(p.channels, vector);
@@ -138,6 +139,9 @@ inline Tiling channels_last_tiling(const Problem& p, int vector, bool reduces, b
   else if (positions * row_bytes > kMaxItemBytes)
     positions /= 2;
   positions = std::max(positions, std::min<int64_t>(kItemBytes / 2 / row_bytes, kThreads));
+  // One tile leaves no partial sums of channels; two would halve what an item has to do.
+  if (wide && 2 * p.samples * ceil_div(row_vectors, t.columns) >= sms && p.positions <= 2 * positions)
+    positions = p.positions;
   t.tiles = static_cast<int32_t>(ceil_div(p.positions, std::min(positions, p.positions)));
   t.positions = static_cast<int32_t>(ceil_div(p.positions, t.tiles));
   t.tiles = static_cast<int32_t>(ceil_div(p.positions, t.positions));

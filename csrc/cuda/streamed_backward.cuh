@@ -192,6 +192,13 @@ __device__ __forceinline__ void backward_item(const Streamed& k, const Item& ite
   using T = typename Tr::T;
   constexpr bool kLast = Tr::kLayout == kChannelsLast;
   const bool split = kRareOptions && k.p.ties == kTiesSplit;
+  // A tail's hidden layer sums dl w2 itself, over all channels.
+  const bool blocks = item.stage == kLogitGrad && k.s.hidden_blocks;
+  if (blocks || (item.stage == kHiddenGrad && item.whole)) {
+    const int tile = k.s.gate_tile, tiles = max(1, k.s.hidden_blocks);
+    hidden_parts_stage<T>(k, mlp_range(item, k.p.channels, tile), item.whole ? 0 : item.index % tiles, shared,
+                          [&](int64_t n, int64_t c) { return take_logit_grad<typename Tr::A>(k, n, c); });
+  }
   switch (item.stage) {
     case kCross:
       if constexpr (kLast)
@@ -216,7 +223,7 @@ __device__ __forceinline__ void backward_item(const Streamed& k, const Item& ite
       }
       break;
     case kLogitGrad:
-      logit_grad_stage<T>(k, item, shared);
+      if (!blocks) logit_grad_stage<T>(k, item, shared);
       break;
     case kHiddenGrad:
       hidden_grad_stage<T>(k, mlp_range(item, k.p.hidden, k.s.hidden_tile), shared);

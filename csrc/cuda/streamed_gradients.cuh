@@ -1,6 +1,7 @@
 // Stages kCross, kGateGrad and kInputGrad: the backward passes over x and dy.
 #pragma once
 
+#include "streamed_logit_grad.cuh"
 #include "streamed_tile.cuh"
 
 namespace cbam {
@@ -253,7 +254,6 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
     mark[j] = fields.mark[at];
   }
   const T* x = as<T>(p.x) + item.n * s.rows * s.row_elements + int64_t{me.vector} * V;
-  const int64_t parts = (slot_of(k, item.n) * t.tiles + me.tile) * p.channels;
   FoldSums<Tr> sums(shared.take<A>(0), t);
   const int pass = Tr::kFold ? sums.capacity : me.end - me.first;
   for (int start = me.first; start < me.end; start += pass) {
@@ -293,13 +293,13 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
         for (int u = 0; u < kAhead; ++u) {
           const int at = r + me.row + u * me.lanes;
           here[u] = lanes_sum(here[u], t.columns);
-          if (me.column == 0 && at < bottom) put(k.w.gate_parts, parts + at, here[u]);
+          if (me.column == 0 && at < bottom) put_gate_grad(k, item.n, me.tile, at, here[u]);
         }
       }
     }
     if constexpr (Tr::kFold) {
       sums.finish(k, bottom - start,
-                  [&](int c, A sum) { put(k.w.gate_parts, parts + start * s.fold + c, sum); });
+                  [&](int c, A sum) { put_gate_grad(k, item.n, me.tile, start * s.fold + c, sum); });
     }
   }
 }
@@ -321,7 +321,6 @@ __device__ __forceinline__ void gate_grad_columns(const Streamed& k, const Item&
   Sum<A>* merged = shared.take<Sum<A>>(0);
   __syncthreads();
   const int64_t start = (item.n * p.positions + first) * p.channels;
-  const int64_t parts = (slot_of(k, item.n) * t.tiles + me.tile) * p.channels;
   for (int slice = me.begin; slice < me.end; slice += t.columns) {
     const int i = slice + column;
     const T* x = as<T>(p.x) + start + int64_t{i} * V;
@@ -365,7 +364,7 @@ __device__ __forceinline__ void gate_grad_columns(const Streamed& k, const Item&
       if (int64_t{slice} * V + c >= p.channels) continue;
       Sum<A> total = merged[c];
       for (int g = 1; g < groups; ++g) total.merge(merged[g * width + c]);
-      put(k.w.gate_parts, parts + int64_t{slice} * V + c, total.sum);
+      put_gate_grad(k, item.n, me.tile, int64_t{slice} * V + c, total.sum);
     }
     __syncthreads();
   }

@@ -71,7 +71,7 @@ inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
     case kFinishPools:
       return 0;
     case kLogitGrad:
-      return kThreads * a;
+      return s.hidden_blocks ? mlp : kThreads * a;
     case kInputGrad:
       return bytes({terms, terms, s.map.positions * a, s.map.positions * a, s.map.positions * a,
                     s.map.positions * a, s.map.positions * 4});
@@ -113,8 +113,9 @@ void visit_scratch(Streamed& k, Visit visit) {
   take(w.spatial_grad, runs(kCross), slots * s.reduce.chunks * p.positions * a);
   take(w.pooled_grad, runs(kConvGrad), slots * 2 * p.positions * a);
   take(w.cross_parts, runs(kCross), slots * s.reduce.tiles * p.channels * a);
-  take(w.gate_parts, runs(kGateGrad), slots * s.map.tiles * p.channels * a);
+  take(w.gate_parts, runs(kGateGrad) && !s.direct_logits, slots * s.map.tiles * p.channels * a);
   take(w.logit_grad, mlp_grad, n * p.channels * a);
+  take(w.hidden_parts, mlp_grad && p.w1.data, slots * std::max(1, s.hidden_blocks) * p.hidden * a);
   take(w.hidden_grad, mlp_grad && p.w1.data, n * s.pool_vectors * p.hidden * a);
   take(w.pool_grad, runs(kInputGrad) && p.pools, slots * pool_count(p.pools) * p.channels * a);
   take(w.conv_parts, runs(kConvGrad), n * s.conv_items * (2 * taps(p) + 2) * a);
