@@ -113,8 +113,11 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
   if (spatial) plan_conv(p, s, backward);
   s.pool_vectors = p.pools & kBlend ? 1 : pool_count(p.pools);
 
+  if (gate && spatial && (k.operation == kCbamBackward || k.operation == kAttentionBackward))
+    plan_gather(p, s, device.multiprocessors);
+
   const int64_t reduce_items = int64_t{s.reduce.tiles} * s.reduce.chunks;
-  const int64_t map_items = int64_t{s.map.tiles} * s.map.chunks;
+  const int64_t map_items = s.gather_tiles ? s.conv_items : int64_t{s.map.tiles} * s.map.chunks;
   const Depth depth = choose_depth(p, k.operation, std::max(reduce_items, map_items), device);
   s.unit_samples = depth.unit_samples;
   s.units = static_cast<int32_t>(ceil_div(p.samples, s.unit_samples));
@@ -177,11 +180,11 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
         at = lag;
       }
       if (spatial) {
-        b.add(kConvGrad, at, s.conv_items, false);
+        if (!s.gather_tiles) b.add(kConvGrad, at, s.conv_items, false);
         if (gate) {
-          if (!whole) at += lag;
+          if (!whole && !s.gather_tiles) at += lag;
           b.add(kGateGrad, at, map_items, false);
-          s.direct_logits = s.map.tiles == 1;
+          s.direct_logits = s.map.tiles == 1 && s.reduce.tiles == 1;
           at += lag;
         }
       }

@@ -27,7 +27,7 @@ enum Stage : int32_t {
   kConv,         // spatial pools -> logits, spatial gate
   kOutput,       // x, both gates -> y
   kCross,        // x, dy -> ds, and the part sum_p dy * x * s of dg
-  kConvGrad,     // ds -> dq, and partial gradients of the convolution
+  kConvGrad,     // ds -> dq, and partial gradients of the convolution; unless the passes over x gather dq
   kGateGrad,     // x, dq -> the rest of dg
   kLogitGrad,    // dg -> dl, a range of channels of one sample; or of a whole unit, with its part of dl w2
   kHiddenGrad,   // dl w2 -> gradient of the hidden layer, a range of hidden units of a whole unit
@@ -104,7 +104,9 @@ struct Schedule {
   int32_t pool_chunks;  // partial pools a channel (channels-last)
 
   int32_t conv_positions, conv_items;
-  int32_t conv_halo;    // positions before and after a range that its convolution reads
+  int32_t
+      gather_tiles;   // map tiles an item of kGateGrad and of kInputGrad, which convolve dz themselves; or 0
+  int32_t conv_halo;  // positions before and after a range that its convolution reads
   int32_t conv_staged;  // maps in shared memory, else read where they are
   int32_t kernel_staged;
 
@@ -123,7 +125,7 @@ struct Scratch {
   void* hidden;            // (N, h): summed over pools, after ReLU
   void* spatial_parts;     // (2, N, chunks, P): maximum, sum
   int32_t* spatial_marks;  // (N, chunks, P)
-  void* spatial_grad;      // ds (slots, reduce chunks, P)
+  void* spatial_grad;      // ds (slots, reduce chunks, P), or dz where there is one chunk
   void* pooled_grad;       // dq (slots, 2, P), [max, mean], the mean's divided by C
   void* cross_parts;       // (slots, reduce tiles, C)
   void* gate_parts;        // (slots, map tiles, C)

@@ -192,12 +192,16 @@ __device__ __forceinline__ void backward_item(const Streamed& k, const Item& ite
   using T = typename Tr::T;
   constexpr bool kLast = Tr::kLayout == kChannelsLast;
   const bool split = kRareOptions && k.p.ties == kTiesSplit;
-  // A tail's hidden layer sums dl w2 itself, over all channels.
+  if (item.stage == kConvGrad || (gathers(k.s, item) && item.part == 0)) {
+    conv_grad_stage<T>(k, item, shared);
+    __syncthreads();
+  }
+  // dl w2: of a block of channels, or in a tail of all of them.
   const bool blocks = item.stage == kLogitGrad && k.s.hidden_blocks;
   if (blocks || (item.stage == kHiddenGrad && item.whole)) {
-    const int tile = k.s.gate_tile, tiles = max(1, k.s.hidden_blocks);
-    hidden_parts_stage<T>(k, mlp_range(item, k.p.channels, tile), item.whole ? 0 : item.index % tiles, shared,
-                          [&](int64_t n, int64_t c) { return take_logit_grad<typename Tr::A>(k, n, c); });
+    const MlpRange r = mlp_range(item, k.p.channels, k.s.gate_tile);
+    if (blocks && !k.s.direct_logits) logit_grad_block<typename Tr::A>(k, r);
+    hidden_parts_stage<T>(k, r, r.begin / k.s.gate_tile, shared);
   }
   switch (item.stage) {
     case kCross:
@@ -207,7 +211,6 @@ __device__ __forceinline__ void backward_item(const Streamed& k, const Item& ite
         cross_rows<Tr>(k, item, shared);
       break;
     case kConvGrad:
-      conv_grad_stage<T>(k, item, shared);
       break;
     case kGateGrad:
       if constexpr (kLast) {
@@ -240,7 +243,7 @@ template <class Tr>
 __global__ void __launch_bounds__(kThreads, Tr::kBlocks) streamed_backward_kernel(const Streamed launch) {
   CBAM_DYNAMIC_SHARED(memory);
   CBAM_SHARED(k, Streamed);
-  const Shared shared{memory};
+  const Shared shared{memory, memory};
   share_parameters(launch, &k);
   run_items(
       k, [&](const Item& item) { backward_item<Tr>(k, item, shared); },

@@ -6,19 +6,18 @@
 
 namespace cbam {
 
-// ds of one position: to scratch, or where scale_backward has all of it already, as dz.
+// ds of one position and, where an item has all channels of it, dz.
 template <class A>
 __device__ __forceinline__ void put_spatial_grad(const Streamed& k, int64_t n, int chunk, int position,
                                                  A ds) {
   const Problem& p = k.p;
-  const int64_t chunks = k.s.reduce.chunks;
-  if (k.operation == kScaleBackward && chunks == 1) {
-    const int64_t at = n * p.positions + position;
+  const int64_t chunks = k.s.reduce.chunks, at = n * p.positions + position;
+  if (chunks == 1) {
     const A gate = constant<A>(p.spatial_gate, at);
-    put(p.dz_out, at, ds * gate * (A(1) - gate));
-  } else {
-    put(k.w.spatial_grad, (slot_of(k, n) * chunks + chunk) * p.positions + position, ds);
+    ds *= gate * (A(1) - gate);
+    if (k.operation == kScaleBackward) return put(p.dz_out, at, ds);
   }
+  put(k.w.spatial_grad, (slot_of(k, n) * chunks + chunk) * p.positions + position, ds);
 }
 
 // ---- kCross: ds = sum_c dy g x, and for each tile sum_p dy x s.
@@ -198,14 +197,20 @@ template <class A>
 __device__ __forceinline__ PositionFields<A> stage_positions(const Streamed& k, int64_t n, int first,
                                                              int count, int size, Shared& shared) {
   const Problem& p = k.p;
-  A* mean = shared.take<A>(size);
-  A* maximum = shared.take<A>(size);
+  const Schedule& s = k.s;
+  A* maximum = shared.take<A>(s.gather_tiles ? 0 : size);
+  A* mean = shared.take<A>(s.gather_tiles ? 0 : size);
   A* top = shared.take<A>(size);
   int* mark = shared.take<int>(size);
-  const int64_t at = slot_of(k, n) * 2 * p.positions + first;
   const bool split = p.ties == kTiesSplit;
-  stage_values<A>(maximum, k.w.pooled_grad, at, count, A(0));
-  stage_values<A>(mean, k.w.pooled_grad, at + p.positions, count, A(0));
+  if (s.gather_tiles) {
+    maximum = gathered_grads<A>(k, shared) + first % s.conv_positions;
+    mean = maximum + s.conv_positions;
+  } else {
+    const int64_t at = slot_of(k, n) * 2 * p.positions + first;
+    stage_values<A>(maximum, k.w.pooled_grad, at, count, A(0));
+    stage_values<A>(mean, k.w.pooled_grad, at + p.positions, count, A(0));
+  }
   if (split)
     stage_values<A>(top, p.spatial ? p.spatial_pool : nullptr, n * 2 * p.positions + first, count, A(0));
   stage_marks(mark, p.spatial ? p.spatial_index : nullptr, n * p.positions + first, count,
@@ -235,7 +240,7 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.map;
-  const RowTile<Tr> me(k, t, item.index);
+  const RowTile<Tr> me(k, t, map_tile(k.s, item));
   const int base = me.first * s.fold, positions = static_cast<int>(p.positions);
   const int left = me.tile * t.positions, width = min(t.positions, positions - left);
   A* gates = shared.take<A>(int64_t{t.chunk_rows} * s.fold);
@@ -315,7 +320,7 @@ __device__ __forceinline__ void gate_grad_columns(const Streamed& k, const Item&
   const Tiling& t = s.map;
   const int column = threadIdx.x & (t.columns - 1), row = threadIdx.x >> t.columns_log2;
   const int rows = kThreads >> t.columns_log2;
-  const ColumnTile me(s, t, item.index);
+  const ColumnTile me(s, t, map_tile(s, item));
   const int first = me.first, count = me.count;
   const PositionFields<A> fields = stage_positions<A>(k, item.n, first, count, t.positions, shared);
   Sum<A>* merged = shared.take<Sum<A>>(0);

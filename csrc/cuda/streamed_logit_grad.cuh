@@ -1,7 +1,7 @@
 // From the parts of dg that the passes over x leave, in the order of their tiles, to dl = dg g (1 - g).
 #pragma once
 
-#include "streamed_engine.cuh"
+#include "streamed_mlp.cuh"
 
 namespace cbam {
 
@@ -34,24 +34,26 @@ __device__ __forceinline__ A logit_grad(const Streamed& k, int64_t at, A dg) {
 // kGateGrad's sum of one tile: a part of dg or, where the tile has all positions, the last one.
 template <class A>
 __device__ __forceinline__ void put_gate_grad(const Streamed& k, int64_t n, int tile, int64_t c, A sum) {
-  const int64_t at = n * k.p.channels + c;
-  if (k.s.direct_logits)
-    put(k.w.logit_grad, at, logit_grad(k, at, gate_grad<A>(k, n, c, 0, 1) + sum));
-  else
-    put(k.w.gate_parts, (slot_of(k, n) * k.s.map.tiles + tile) * k.p.channels + c, sum);
+  const int64_t channels = k.p.channels, slot = slot_of(k, n), at = n * channels + c;
+  if (k.s.direct_logits) {
+    if (k.w.cross_parts) sum += fresh<A>(k.w.cross_parts, slot * channels + c);
+    put(k.w.logit_grad, at, logit_grad(k, at, sum));
+  } else {
+    put(k.w.gate_parts, (slot * k.s.map.tiles + tile) * channels + c, sum);
+  }
 }
 
-// dl where an item takes a block of channels of several samples: each is asked for once.
+// dl of a block of channels of several samples.
 template <class A>
-__device__ __forceinline__ A take_logit_grad(const Streamed& k, int64_t n, int64_t c) {
-  const int64_t at = n * k.p.channels + c;
-  if (k.s.direct_logits || !k.s.hidden_blocks) return fresh<A>(k.w.logit_grad, at);
-  const A dl = logit_grad(k, at, gate_grad<A>(k, n, c, 0, 1));
-  put(k.w.logit_grad, at, dl);
-  return dl;
+__device__ __forceinline__ void logit_grad_block(const Streamed& k, const MlpRange& r) {
+  const int64_t width = r.end - r.begin;
+  for (int64_t i = thread_index(); i < r.samples * width; i += kThreads) {
+    const int64_t n = r.sample + i / width, c = r.begin + i % width, at = n * k.p.channels + c;
+    put(k.w.logit_grad, at, logit_grad(k, at, gate_grad<A>(k, n, c, 0, 1)));
+  }
 }
 
-// The same for 32 channels of one sample. scale_backward stops at dg, and also sums ds over its chunks here.
+// dl of 32 channels of one sample. scale_backward stops at dg, and also sums ds over its chunks here.
 template <class T>
 __device__ __forceinline__ void logit_grad_stage(const Streamed& k, const Item& item, Shared shared) {
   using A = Accumulate<T>;

@@ -43,6 +43,12 @@ inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
   const int64_t fold_sums = s.fold > 1 ? std::max<int64_t>(16 << 10, pairs) : 0;
   const int64_t terms = 4 * a * (last ? int64_t{s.map.columns} * vector : channels(s.map));
   const int64_t mlp = kBatch * (int64_t{kThreads} + kMlpStage) * a;  // column_dot's vectors and partial sums
+  const int64_t conv_grad = bytes({kernel, window, window, window, kThreads / 32 * 2 * a});
+  // A pass over x: if it gathers dq, that is at the end, behind what it took to do so.
+  const auto pass = [&](int64_t own) {
+    return s.gather_tiles ? std::max(own, conv_grad) + bytes({2 * s.conv_positions * a}) : own;
+  };
+  const int64_t fields = s.gather_tiles ? 0 : s.map.positions * a;
   switch (stage) {
     case kPool:
       if (last) return bytes({kThreads * vector * mean_max});
@@ -63,18 +69,17 @@ inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
       return bytes({channels(s.reduce) * a, s.reduce.positions * a, s.reduce.positions * a,
                     std::max(columns(s.reduce, a), fold_sums)});
     case kConvGrad:
-      return bytes({kernel, window, window, window, kThreads / 32 * 2 * a});
+      return conv_grad;
     case kGateGrad:
-      return bytes({last ? 0 : channels(s.map) * a, s.map.positions * a, s.map.positions * a,
-                    s.map.positions * a, s.map.positions * 4,
-                    std::max(last ? columns(s.map, a) : 0, fold_sums)});
+      return pass(bytes({last ? 0 : channels(s.map) * a, fields, fields, s.map.positions * a,
+                         s.map.positions * 4, std::max(last ? columns(s.map, a) : 0, fold_sums)}));
     case kFinishPools:
       return 0;
     case kLogitGrad:
       return s.hidden_blocks ? mlp : kThreads * a;
     case kInputGrad:
-      return bytes({terms, terms, s.map.positions * a, s.map.positions * a, s.map.positions * a,
-                    s.map.positions * a, s.map.positions * 4});
+      return pass(bytes(
+          {terms, terms, s.map.positions * a, fields, fields, s.map.positions * a, s.map.positions * 4}));
     default:
       return bytes({kWeightStage * kWeightTile * a, kWeightStage * kWeightTile * a});
   }
@@ -118,7 +123,7 @@ void visit_scratch(Streamed& k, Visit visit) {
   take(w.hidden_parts, mlp_grad && p.w1.data, slots * std::max(1, s.hidden_blocks) * p.hidden * a);
   take(w.hidden_grad, mlp_grad && p.w1.data, n * s.pool_vectors * p.hidden * a);
   take(w.pool_grad, runs(kInputGrad) && p.pools, slots * pool_count(p.pools) * p.channels * a);
-  take(w.conv_parts, runs(kConvGrad), n * s.conv_items * (2 * taps(p) + 2) * a);
+  take(w.conv_parts, runs(kConvGrad) || s.gather_tiles, n * s.conv_items * (2 * taps(p) + 2) * a);
 }
 
 // Bytes of scratch; with a base, also points k.w into it.
