@@ -1,11 +1,12 @@
 """Everything that only a machine with a GPU can show, in one command; each part's outcome at the end.
 
-    python benchmarks/gpu.py [--skip tests sanitizer bars] [--tools memcheck ...]
+    python benchmarks/gpu.py [--skip tests sanitizer bars] [--tools memcheck ...] [--sanitized tests/test_ops.py ...]
 
-1. the whole test suite; 2. the tests that launch kernels, under compute-sanitizer's four tools; 3. the bars at
-N = 32, bfloat16, (256, 56, 56): forward and backward against a copy on the same device, a forward and a training
-step against plain PyTorch, eager and compiled with mode="max-autotune". A result is judged against
-float64 before it is timed. Without a GPU it says so and exits with 2.
+1. the whole test suite; 2. every test of it that launches kernels (`pytest -m gpu`), under each of
+compute-sanitizer's four tools, which takes hours: --sanitized names fewer files; 3. the bars at N = 32, bfloat16,
+(256, 56, 56): forward and backward against a copy on the same device, a forward and a training step against plain
+PyTorch, eager and compiled with mode="max-autotune". A result is judged against float64 before it is timed.
+Without a GPU it says so and exits with 2.
 """
 
 from __future__ import annotations
@@ -31,8 +32,6 @@ from benchmarks.providers import Candidate, build, fused_candidate, make_weights
 from benchmarks.shapes import Case  # noqa: E402
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-# Tests whose problems a sanitizer ends with in minutes.
-SANITIZED = ("tests/test_forward_backward.py", "tests/test_ops.py")
 SHAPE, SAMPLES = (256, 56, 56), 32
 ROUNDS = 50
 # What is measured, as a ratio, and the least that it has to be.
@@ -112,6 +111,7 @@ def main() -> None:
     )
     parser.add_argument("--skip", nargs="+", default=[], choices=["tests", "sanitizer", "bars"])
     parser.add_argument("--tools", nargs="+", default=TOOLS, choices=TOOLS)
+    parser.add_argument("--sanitized", nargs="+", default=["tests"], help="test files; default: all")
     a = parser.parse_args()
     if not torch.cuda.is_available():
         print("torch finds no CUDA device: nothing here can be measured", file=sys.stderr)
@@ -123,7 +123,7 @@ def main() -> None:
     if "sanitizer" not in a.skip:
         for tool in a.tools:
             command = [sanitizer(), "--tool", tool, "--error-exitcode", "1", "--target-processes", "all"]
-            run(f"compute-sanitizer {tool}", [*command, *python, *SANITIZED, "-k", "cuda"], outcomes)
+            run(f"compute-sanitizer {tool}", [*command, *python, *a.sanitized, "-m", "gpu"], outcomes)
     if "bars" not in a.skip:
         for name, value in measure(Case("gpu", SAMPLES, SHAPE, "infer", "bfloat16", device="cuda")).items():
             outcomes[f"{name}: {value:.2f}, bar {BARS[name]:g}"] = value >= BARS[name]

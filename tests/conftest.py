@@ -5,6 +5,18 @@ import torch
 from oracle import DEVICES, FUSED, TARGETS, poisoned_allocations
 
 
+def runs_on_gpu(params):
+    """Whether a test's parameters name a CUDA device, by itself or as a target's."""
+    return any(getattr(v, "device", v) == "cuda" for v in params.values())
+
+
+def pytest_collection_modifyitems(items):
+    """Marks what launches kernels on a GPU: `pytest -m gpu`, which benchmarks/gpu.py runs under the sanitizers."""
+    for item in items:
+        if hasattr(item, "callspec") and runs_on_gpu(item.callspec.params):
+            item.add_marker("gpu")
+
+
 def _name(target):
     return f"{target.backend}@{target.device}"
 

@@ -13,6 +13,9 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+from conftest import runs_on_gpu  # noqa: E402
+from oracle import Target  # noqa: E402
+
 from benchmarks import bars, bench, gpu  # noqa: E402
 from benchmarks.gate import Gate, make_inputs  # noqa: E402
 from benchmarks.measure import (  # noqa: E402
@@ -323,6 +326,31 @@ def test_the_bars_of_the_gpu_are_measured_where_they_are_judged(monkeypatch):
     assert [o["mode"] for o in asked] == ["max-autotune"] * 2
 
 
+def test_the_sanitizers_run_every_test_that_launches_kernels(monkeypatch):
+    commands = []
+
+    class Done:
+        returncode = 0
+
+    monkeypatch.setattr(gpu.subprocess, "run", lambda command, **_: commands.append(command) or Done)
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_name", lambda _: "a GPU")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--skip", "bars"])
+    with pytest.raises(SystemExit) as stop:
+        gpu.main()
+    assert stop.value.code == 0
+    assert commands[0][1:] == ["-m", "pytest", "-q"]
+    assert [c[2] for c in commands[1:]] == list(gpu.TOOLS)
+    for command in commands[1:]:
+        assert command[command.index(sys.executable) :] == [*commands[0], "tests", "-m", "gpu"]
+
+
+def test_what_runs_on_a_gpu_is_marked():
+    assert runs_on_gpu({"fused": Target("triton", "cuda")}) and runs_on_gpu({"device": "cuda", "n": 3})
+    assert not runs_on_gpu({"fused": Target("cpu", "cpu")}) and not runs_on_gpu({"backend": "triton"})
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 def test_a_case_on_the_gpu_is_measured():
     settings = bench.Settings(["eager", "fused"], rounds=5, seconds=1)

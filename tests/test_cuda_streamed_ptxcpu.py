@@ -81,14 +81,17 @@ def test_a_store_beyond_an_output_is_reported():
         cs.cbam_forward(problem.x, problem.p, problem.c, machine=Short())
 
 
-def test_dram_and_bank_conflicts():
+@pytest.mark.parametrize(
+    "samples, l2, ring", ((40, 3 << 20, 4), (20, 3 << 19, 3)), ids=("usual order", "close order")
+)
+def test_dram_and_bank_conflicts(samples, l2, ring):
     """A batch larger than L2, by the bars of benchmarks/cuda_bytes.py; weights and saved small tensors apart.
 
     The loops over x read shared memory without conflicts; what an item sets up and sums at its end does not
     always, and must stay the smaller part.
     """
-    problem = make_problem((40, 64, 28, 28), Options(hidden=4), DTYPE)
-    x, machine = problem.x, Watched(multiprocessors=4, l2=3 << 20)
+    problem = make_problem((samples, 64, 28, 28), Options(hidden=4), DTYPE)
+    x, machine = problem.x, Watched(multiprocessors=4, l2=l2)
     size = x.numel() * x.element_size()
     assert size > machine.l2
     saved = cs.cbam_forward(x, problem.p, problem.c, machine=machine)
@@ -96,6 +99,7 @@ def test_dram_and_bank_conflicts():
     assert machine.dram_bytes - small <= 1.05 * 2 * size
     cs.cbam_backward(problem.dy, x, problem.p, problem.c, saved, machine=machine)
     assert machine.dram_bytes - small <= 1.08 * 3 * size
+    assert machine.report["ring"] == ring, "the order that was to be tested"
     for result in machine.log:
         for kind in ("ld", "st"):
             assert result.stats[f"sh_{kind}_wf"] <= 2 * result.stats[f"sh_{kind}_ideal"], kind

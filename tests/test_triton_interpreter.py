@@ -16,6 +16,8 @@ import torch
 
 pytest.importorskip("triton")
 
+if torch.cuda.is_available():
+    pytestmark = pytest.mark.gpu
 if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
     from triton_cases import *  # noqa: F403
 else:

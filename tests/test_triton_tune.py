@@ -107,6 +107,7 @@ def test_a_wrong_result_never_wins(monkeypatch):
     assert all(row["kernel"] != KEY[0] or row["layout"] != KEY[2] for row in tune.tune(lambda _: None))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="tuning needs a GPU")
 def test_tuner_writes_a_table_that_is_used(monkeypatch):
     monkeypatch.setattr(tune, "SHAPES", {"small": (2, 64, 14, 14)})

@@ -65,25 +65,29 @@ struct Builder {
 
 }  // namespace policy
 
-// How many units are in flight: the depth of the pipeline, and the samples a unit.
+// How many units are in flight: the depth of the pipeline, and the samples a unit. `close`: the backward's
+// passes follow each other as soon as they can, since in the usual order L2 would lose a sample between them.
 struct Depth {
   int32_t lag, unit_samples, blocks;
+  bool close;
 };
 
 inline Depth choose_depth(const Problem& p, int operation, int64_t items, const Device& device) {
   const int64_t sample = p.channels * p.positions * int64_t{element_bytes(p.dtype)};
   const int64_t streams = is_backward(operation) ? 3 : 2;
-  Depth chosen{1, 1, 1};
   for (int blocks : {policy::kBlocks, 1}) {
     for (int lag : {2, 1}) {
       const int64_t wanted = policy::ceil_div(3 * int64_t{blocks} * device.multiprocessors, 2 * lag * items);
       const int64_t unit = std::min(std::max<int64_t>(wanted, 1), std::max<int64_t>(p.samples, 1));
       if ((2 * lag + 2) * streams * unit * sample * 2 <= device.l2_bytes) {
-        return {lag, static_cast<int32_t>(unit), blocks};
+        return {lag, static_cast<int32_t>(unit), blocks, false};
       }
     }
   }
-  return chosen;
+  // Four samples are in flight in the usual order, two and a half in the close one; half as much again is
+  // for blocks that lag behind.
+  const int64_t flow = streams * sample * 3 / 2;
+  return {1, 1, 1, 4 * flow > device.l2_bytes && flow * 5 / 2 <= device.l2_bytes};
 }
 
 // Fills in k.s and the launch shape for k.p and k.operation. False where the shape is out of reach:
@@ -174,6 +178,7 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
       break;
     default: {
       const bool whole = k.operation == kCbamBackward;
+      const bool close = depth.close && whole && spatial && gate;
       int at = 0;  // lag of the stage to come
       if (whole && (spatial || gate)) {
         b.add(kCross, 0, reduce_items, false);
@@ -185,7 +190,7 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
           if (!whole && !s.gather_tiles) at += lag;
           b.add(kGateGrad, at, map_items, false);
           s.direct_logits = s.map.tiles == 1 && s.reduce.tiles == 1;
-          at += lag;
+          if (!close) at += lag;
         }
       }
       if (gate) {
@@ -206,7 +211,12 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
       }
       if (b.previous >= 0) s.plan[b.previous].feeds_weights = 1;
       b.add(kInputGrad, at + (gate && !spatial ? lag : 0), map_items, false);
-      b.order({kConvGrad, kLogitGrad, kCross, kHiddenGrad, kGateGrad, kPoolGrad, kInputGrad});
+      // From the first read of dy to the last, nine wide stages are drawn, or in the close order five: the
+      // convolution and the MLP of a unit then have one wide stage less each to hide behind.
+      if (close)
+        b.order({kConvGrad, kGateGrad, kCross, kLogitGrad, kHiddenGrad, kPoolGrad, kInputGrad});
+      else
+        b.order({kConvGrad, kLogitGrad, kCross, kHiddenGrad, kGateGrad, kPoolGrad, kInputGrad});
       if (!gate && !spatial) break;
       const auto tile = [](int64_t rows, int64_t columns) {
         return ceil_div(rows, kWeightTile) * ceil_div(columns, kWeightTile);

@@ -167,7 +167,7 @@ struct Work {
   }
 };
 
-static_assert(sizeof(Streamed) + sizeof(Work) + sizeof(uint32_t) + 48 <= kStaticShared);
+static_assert(sizeof(Streamed) + sizeof(Work) + 2 * sizeof(uint32_t) + 48 <= kStaticShared);
 
 // An item's inputs: the stage before it, or for a unit's first stage the ring's slot that it takes over.
 __device__ __forceinline__ void wait_for_inputs(const Streamed& k, const StagePlan& plan, const Item& item) {
@@ -188,19 +188,22 @@ template <class Body, class Weights>
 __device__ __forceinline__ void run_items(const Streamed& k, Body body, Weights weights) {
   CBAM_SHARED(work, Work);
   CBAM_SHARED(shared_last, uint32_t);
+  CBAM_SHARED(drawn, uint32_t);
   const Schedule& s = k.s;
   const bool leader = threadIdx.x == 0;
-  uint32_t next = 0;
-  if (leader) next = ptx::add_relaxed(k.w.counters + kTicket, 1);
+  if (leader) drawn = ptx::add_relaxed(k.w.counters + kTicket, 1);
   while (true) {
-    if (leader) work.take(k, next);
+    if (leader) work.take(k, drawn);
     __syncthreads();
     if (work.kind == Work::kEnd) break;
-    // Drawn before the wait below, to hide its latency: this block still takes its items in order.
+    // Drawn before the wait below, to hide its latency: this block still takes its items in order. Kept in
+    // shared memory, since a register that lives through every stage is one too many.
+    uint32_t next = 0;
     if (leader) next = ptx::add_relaxed(k.w.counters + kTicket, 1);
     if (work.kind == Work::kMain) {
       if (leader) wait_for_inputs(k, s.plan[work.plan], work.item);
       __syncthreads();
+      if (leader) drawn = next;
       do {
         body(work.item);
         __syncthreads();
@@ -208,6 +211,7 @@ __device__ __forceinline__ void run_items(const Streamed& k, Body body, Weights 
         __syncthreads();
       } while (work.again);
     } else {
+      if (leader) drawn = next;
       if (work.kind == Work::kWeights) {
         if (leader) wait_for(k.w.counters + kReadyForWeights, s.weights_ready);
         __syncthreads();
