@@ -75,19 +75,24 @@ struct Depth {
 inline Depth choose_depth(const Problem& p, int operation, int64_t items, const Device& device) {
   const int64_t sample = p.channels * p.positions * int64_t{element_bytes(p.dtype)};
   const int64_t streams = is_backward(operation) ? 3 : 2;
+  const auto fits = [&](int lag, int64_t unit) {
+    const int64_t in_flight = std::min((2 * lag + 2) * unit, p.samples);
+    return in_flight * streams * sample * 2 <= device.l2_bytes;
+  };
   for (int blocks : {policy::kBlocks, 1}) {
     for (int lag : {2, 1}) {
       const int64_t wanted = policy::ceil_div(3 * int64_t{blocks} * device.multiprocessors, 2 * lag * items);
       const int64_t unit = std::min(std::max<int64_t>(wanted, 1), std::max<int64_t>(p.samples, 1));
-      if ((2 * lag + 2) * streams * unit * sample * 2 <= device.l2_bytes) {
-        return {lag, static_cast<int32_t>(unit), blocks, false};
-      }
+      if (fits(lag, unit)) return {lag, static_cast<int32_t>(unit), blocks, false};
     }
   }
+  // Fewer than would keep all blocks busy, but as many as fit: they share what is read of the MLP's weights.
+  int32_t unit = 1;
+  while (fits(1, unit + 1)) ++unit;
   // Four samples are in flight in the usual order, two and a half in the close one; half as much again is
   // for blocks that lag behind.
   const int64_t flow = streams * sample * 3 / 2;
-  return {1, 1, 1, 4 * flow > device.l2_bytes && flow * 5 / 2 <= device.l2_bytes};
+  return {1, unit, 1, 4 * flow > device.l2_bytes && flow * 5 / 2 <= device.l2_bytes};
 }
 
 // Fills in k.s and the launch shape for k.p and k.operation. False where the shape is out of reach:

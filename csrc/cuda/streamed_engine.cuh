@@ -330,12 +330,12 @@ __device__ __forceinline__ void merge_lanes(S& s, int from, int to) {
 // Columns is a power of two up to 32.
 template <int V, class S>
 __device__ __forceinline__ int merge_rows(S (&acc)[V], int columns, S* merged) {
-  const int lane = threadIdx.x % 32, column = threadIdx.x & (columns - 1);
+  const int thread = thread_index(), lane = thread % 32, column = thread & (columns - 1);
 #pragma unroll
   for (int k = 0; k < V; ++k) merge_lanes(acc[k], columns, 32);
   if (lane < columns) {
 #pragma unroll
-    for (int k = 0; k < V; ++k) merged[(threadIdx.x / 32 * columns + column) * V + k] = acc[k];
+    for (int k = 0; k < V; ++k) merged[(thread / 32 * columns + column) * V + k] = acc[k];
   }
   __syncthreads();
   return kThreads / 32;

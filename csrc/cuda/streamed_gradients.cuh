@@ -125,7 +125,7 @@ __device__ __forceinline__ void cross_columns(const Streamed& k, const Item& ite
   const int channels = min(me.end * V, static_cast<int>(p.channels)) - left;
   stage_values<A>(gates, p.channel_gate, item.n * p.channels + left, channels, A(1));
   stage_values<A>(spatial, p.spatial_gate, item.n * p.positions + first, count, A(1));
-  for (int i = threadIdx.x; i < count; i += kThreads) ds[i] = A(0);
+  for (int i = thread_index(); i < count; i += kThreads) ds[i] = A(0);
   __syncthreads();
   const int64_t start = (item.n * p.positions + first) * p.channels;
   const int64_t parts = (slot_of(k, item.n) * t.tiles + me.tile) * p.channels;
