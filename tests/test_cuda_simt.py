@@ -88,13 +88,34 @@ def test_an_address_that_is_not_aligned(monkeypatch, layout):
     assert {r["vector"] for r in ops.reports.values()} == {1}
 
 
-def test_large_mlp_is_cut_into_items(monkeypatch):
+# A map that is one tile, whose gate pass leaves dl itself; several tiles; no map, no hidden layer.
+LARGE_MLPS = (
+    ((11, 160, 4, 4), Options(hidden=130, kernel=3), 2, 6), ((3, 160, 16, 20), Options(hidden=210, kernel=3), 2, 6),
+    ((11, 160, 4, 4), Options(hidden=130, kernel=3, pools=("avg", "max", "lp")), 2, 6),
+    ((5, 160, 4, 4), Options(hidden=220, spatial=False), 2, 5), ((3, 400, 4, 4), Options(hidden=0, kernel=3), 0, 4),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("shape, options, blocks, stages", LARGE_MLPS, ids=str)
+def test_large_mlp_is_cut_into_items(monkeypatch, shape, options, blocks, stages):
     """Several items a unit for each of the MLP's stages, forward and backward, and a last unit that is short."""
-    for pools in (("avg", "max"), ("avg", "max", "lp")):
-        problem = make_problem((11, 128, 4, 4), Options(pools=pools, hidden=130, kernel=3))
-        ops = _check(monkeypatch, problem, multiprocessors=2, l2=1 << 20)
-        assert ops.reports["cbam_backward"]["stages"] == 7
-        assert ops.reports["cbam_forward"]["stages"] == 6
+    ops = _check(monkeypatch, make_problem(shape, options), multiprocessors=2, l2=1 << 20)
+    backward = ops.reports["cbam_backward"]
+    assert (backward["hidden_blocks"], backward["stages"]) == (blocks, stages)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ("plain", "norm-train", "all-pools-split"))
+def test_passes_that_gather_the_maps_gradients(monkeypatch, name, layout):
+    """Few channels: items of several tiles that convolve for themselves, the last ones short; folded rows too."""
+    for shape, tiles in (((2, 56, 24, 25), 3), ((4, 56, 7, 7), 1)):
+        problem = make_problem(shape, OPTIONS[name], layout=layout)
+        ops = _check(monkeypatch, problem)
+        results = run_problem(problem, "cuda")
+        for report in (r for op, r in ops.reports.items() if op in ("cbam_backward", "attention_backward")):
+            assert report["gather_tiles"] == tiles and (report["conv_items"] > 1) == (tiles > 1), report
+        cs.HostOps(cs.Machine(seed=1, resident=1)).installed(monkeypatch)
+        assert all(torch.equal(a, b) for a, b in zip(results, run_problem(problem, "cuda")))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
