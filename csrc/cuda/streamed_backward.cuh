@@ -200,8 +200,12 @@ __device__ __forceinline__ void backward_item(const Streamed& k, const Item& ite
   const bool blocks = item.stage == kLogitGrad && k.s.hidden_blocks;
   if (blocks || (item.stage == kHiddenGrad && item.whole)) {
     const MlpRange r = mlp_range(item, k.p.channels, k.s.gate_tile);
-    if (blocks && !k.s.direct_logits) logit_grad_block<typename Tr::A>(k, r);
-    hidden_parts_stage<T>(k, r, r.begin / k.s.gate_tile, shared);
+    typename Tr::A* near = nullptr;
+    if (blocks) {
+      near = shared.take<typename Tr::A>(kMlpSamples * k.s.gate_tile);
+      logit_grad_block(k, r, near);
+    }
+    hidden_parts_stage<T>(k, r, r.begin / k.s.gate_tile, near, shared);
   }
   switch (item.stage) {
     case kCross:

@@ -43,13 +43,18 @@ __device__ __forceinline__ void put_gate_grad(const Streamed& k, int64_t n, int 
   }
 }
 
-// dl of a block of channels of several samples.
+// dl of a block of channels of several samples, which the block's part of dl w2 finds at `near`.
 template <class A>
-__device__ __forceinline__ void logit_grad_block(const Streamed& k, const MlpRange& r) {
+__device__ __forceinline__ void logit_grad_block(const Streamed& k, const MlpRange& r, A* near) {
   const int64_t width = r.end - r.begin;
   for (int64_t i = thread_index(); i < r.samples * width; i += kThreads) {
     const int64_t n = r.sample + i / width, c = r.begin + i % width, at = n * k.p.channels + c;
-    put(k.w.logit_grad, at, logit_grad(k, at, gate_grad<A>(k, n, c, 0, 1)));
+    if (k.s.direct_logits) {
+      near[i] = fresh<A>(k.w.logit_grad, at);
+    } else {
+      near[i] = logit_grad(k, at, gate_grad<A>(k, n, c, 0, 1));
+      put(k.w.logit_grad, at, near[i]);
+    }
   }
 }
 

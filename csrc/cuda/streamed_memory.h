@@ -76,7 +76,7 @@ inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
     case kFinishPools:
       return 0;
     case kLogitGrad:
-      return s.hidden_blocks ? mlp : kThreads * a;
+      return s.hidden_blocks ? bytes({kMlpSamples * s.gate_tile * a}) + mlp : kThreads * a;
     case kInputGrad:
       return pass(bytes(
           {terms, terms, s.map.positions * a, fields, fields, s.map.positions * a, s.map.positions * 4}));

@@ -195,16 +195,19 @@ __device__ __forceinline__ void gate_stage(const Streamed& k, MlpRange r, Shared
       });
 }
 
-// Part `block` of dl w2: its sum over channels [r.begin, r.end).
+// Part `block` of dl w2: its sum over channels [r.begin, r.end). `near`: dl of the range, if it is there.
 template <class T>
 __device__ __forceinline__ void hidden_parts_stage(const Streamed& k, MlpRange r, int64_t block,
-                                                   Shared shared) {
+                                                   const Accumulate<T>* near, Shared shared) {
   using A = Accumulate<T>;
   const Problem& p = k.p;
   const int64_t blocks = max(1, k.s.hidden_blocks);
   column_dot<T>(
       p.w2, 0, p.hidden, r.begin, r.end, p.hidden, r.samples, shared,
-      [&](int64_t v, int64_t c) { return fresh<A>(k.w.logit_grad, (r.sample + v) * p.channels + c); },
+      [&](int64_t v, int64_t c) {
+        if (near) return near[v * (r.end - r.begin) + c - r.begin];
+        return fresh<A>(k.w.logit_grad, (r.sample + v) * p.channels + c);
+      },
       [&](int64_t j, int64_t v, A sum) {
         put(k.w.hidden_parts, (slot_of(k, r.sample + v) * blocks + block) * p.hidden + j, sum);
       });
