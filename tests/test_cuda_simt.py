@@ -192,6 +192,19 @@ def test_plans(gpu):
     assert plans == 4 * 6 * 2 * len(SEEN) * 4
 
 
+@pytest.mark.parametrize("n, share", ((16, 16), (256, 10)))
+def test_units_share_the_weights(n, share):
+    """Where L2 does not hold a full pipeline, a unit, which reads the MLP's weights together, is what it does hold."""
+    gpu = GPUS["H100 sm_90"]
+    small = make_problem((1, 8, 2, 2), Options(hidden=5), torch.bfloat16)
+    machine = cs.Machine(multiprocessors=gpu.multiprocessors, l2=gpu.l2 << 20, shared=gpu.block << 10)
+    call = cs._Call("cbam_backward", small.x, small.p, small.c, cs.NO_NORM, machine)
+    call.sizes[3:8], call.sizes[11] = (n, 2048, 1, 7, 7), 128
+    report = np.zeros(len(cs.REPORT), np.int64)
+    cs.library(torch.float32).run("plan", call.sizes, report)
+    assert dict(zip(cs.REPORT, report.tolist()))["unit_samples"] == share
+
+
 def _on_streams(first, second, seed, resident):
     """y of two forwards that run at the same time, as launches on the streams of these ids."""
     shape = (3, 8, 8, 8)

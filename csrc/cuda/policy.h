@@ -122,8 +122,7 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
   if (spatial) plan_conv(p, s, backward);
   s.pool_vectors = p.pools & kBlend ? 1 : pool_count(p.pools);
 
-  if (gate && spatial && (k.operation == kCbamBackward || k.operation == kAttentionBackward))
-    plan_gather(p, s, device.multiprocessors);
+  if (large && gate && spatial && k.operation != kScaleBackward) plan_gather(p, s, device.multiprocessors);
 
   const int64_t reduce_items = int64_t{s.reduce.tiles} * s.reduce.chunks;
   const int64_t map_items = s.gather_tiles ? s.conv_items : int64_t{s.map.tiles} * s.map.chunks;

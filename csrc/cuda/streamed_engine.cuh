@@ -325,20 +325,34 @@ __device__ __forceinline__ void merge_lanes(S& s, int from, int to) {
   for (int bit = to / 2; bit >= from; bit /= 2) s.merge(s.exchange(bit));
 }
 
-// Merges each column of a tile over its row lanes: thread (row, column) brings V of them. On return,
-// after a barrier, `merged[group * columns * V + i]` for `groups` groups is what is left of column i.
-// Columns is a power of two up to 32.
+// Where merge_rows keeps element i of a tile's row, column i / V: neither its stores, a column a lane, nor
+// reads in the order of i meet in a bank.
+template <int V>
+__device__ __forceinline__ int merged_pitch(int columns) {
+  return V > 1 ? columns + 32 / V : columns;
+}
+
+// Merges each column of a tile over its row lanes: thread (row, column) brings V of them. On return, after a
+// barrier, merged_sum has what is left of them in so many groups. Columns is a power of two up to 32.
 template <int V, class S>
 __device__ __forceinline__ int merge_rows(S (&acc)[V], int columns, S* merged) {
   const int thread = thread_index(), lane = thread % 32, column = thread & (columns - 1);
+  const int pitch = merged_pitch<V>(columns);
 #pragma unroll
   for (int k = 0; k < V; ++k) merge_lanes(acc[k], columns, 32);
   if (lane < columns) {
 #pragma unroll
-    for (int k = 0; k < V; ++k) merged[(thread / 32 * columns + column) * V + k] = acc[k];
+    for (int k = 0; k < V; ++k) merged[(thread / 32 * V + k) * pitch + column] = acc[k];
   }
   __syncthreads();
   return kThreads / 32;
+}
+template <int V, class S>
+__device__ __forceinline__ S merged_sum(const S* merged, int groups, int columns, int i) {
+  const int pitch = merged_pitch<V>(columns), at = i % V * pitch + i / V;
+  S total = merged[at];
+  for (int g = 1; g < groups; ++g) total.merge(merged[g * V * pitch + at]);
+  return total;
 }
 
 }  // namespace cbam

@@ -170,10 +170,9 @@ __device__ __forceinline__ void cross_columns(const Streamed& k, const Item& ite
     }
     if (p.pools) {
       const int groups = merge_rows<V>(acc, t.columns, merged), width = t.columns * V;
-      for (int c = threadIdx.x; c < width; c += kThreads) {
+      for (int c = thread_index(); c < width; c += kThreads) {
         if (int64_t{slice} * V + c >= p.channels) continue;
-        Sum<A> total = merged[c];
-        for (int g = 1; g < groups; ++g) total.merge(merged[g * width + c]);
+        const Sum<A> total = merged_sum<V>(merged, groups, t.columns, c);
         put(k.w.cross_parts, parts + int64_t{slice} * V + c, total.sum);
       }
       __syncthreads();
@@ -365,10 +364,9 @@ __device__ __forceinline__ void gate_grad_columns(const Streamed& k, const Item&
       }
     }
     const int groups = merge_rows<V>(acc, t.columns, merged), width = t.columns * V;
-    for (int c = threadIdx.x; c < width; c += kThreads) {
+    for (int c = thread_index(); c < width; c += kThreads) {
       if (int64_t{slice} * V + c >= p.channels) continue;
-      Sum<A> total = merged[c];
-      for (int g = 1; g < groups; ++g) total.merge(merged[g * width + c]);
+      const Sum<A> total = merged_sum<V>(merged, groups, t.columns, c);
       put_gate_grad(k, item.n, me.tile, int64_t{slice} * V + c, total.sum);
     }
     __syncthreads();

@@ -34,7 +34,7 @@ inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
   // What a reduction over the row lanes of a tile leaves: one value a column and group of lanes.
   const auto columns = [&](const Tiling& t, int64_t value) {
     const int64_t groups = s.fold > 1 || t.columns == 32 ? kThreads / t.columns : kThreads / 32;
-    return groups * t.columns * vector * value;
+    return groups * (t.columns * vector + (s.fold > 1 ? 0 : 32)) * value;
   };
   const int64_t mean_max = a == 8 ? 24 : 12;
   const int64_t pairs = 2 * int64_t{kThreads} * a;
@@ -51,7 +51,7 @@ inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
   const int64_t fields = s.gather_tiles ? 0 : s.map.positions * a;
   switch (stage) {
     case kPool:
-      if (last) return bytes({kThreads * vector * mean_max});
+      if (last) return bytes({kThreads * (vector + 1) * mean_max});
       if (s.fold > 1) return bytes({s.pool_rows * int64_t{s.row_elements} * a});
       return bytes({kThreads / 32 * mean_max});
     case kHidden:
