@@ -6,35 +6,35 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
-NVCC = next(
-    (
-        p
-        for p in (
-            os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc"),
-            shutil.which("nvcc"),
-        )
-        if p and os.path.exists(p)
-    ),
-    None,
-)
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import cuda_resources  # noqa: E402
+
+SOURCES = cuda_resources.SOURCES
+NVCC = cuda_resources.find_nvcc()
 pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 
-# For every architecture that setup.py builds for, a forward and a backward: all of them together cover each
-# element type, layout and folded rows in both directions. Each pair takes 15 seconds.
+# For every architecture that setup.py builds for, some of its kernels: all 16-bit ones with vectors where they
+# are short of registers, and together each element type, layout and folded rows in both directions. A kernel
+# takes about four seconds; benchmarks/cuda_resources.py compiles all of them.
+BF16 = tuple(f"BFloat16, 8, {t}" for t in ("kContiguous, false", "kContiguous, true", "kChannelsLast, false"))
 CASES = {
-    "sm_80": ("BFloat16, 8, kContiguous, false", "double, 2, kChannelsLast, false"),
-    "sm_86": ("float, 4, kChannelsLast, false", "Half, 8, kContiguous, true"),
-    "sm_89": ("Half, 8, kContiguous, true", "float, 4, kContiguous, true"),
-    "sm_90a": ("BFloat16, 8, kChannelsLast, false", "BFloat16, 8, kContiguous, false"),
-    "sm_100a": ("double, 2, kContiguous, false", "BFloat16, 8, kChannelsLast, false"),
-    "sm_120": ("Half, 8, kContiguous, false", "float, 4, kContiguous, false"),
+    "sm_80": {"forward": BF16[:1], "backward": ("double, 2, kChannelsLast, false", BF16[2])},
+    "sm_86": {"forward": ("float, 4, kChannelsLast, false",), "backward": ("Half, 8, kContiguous, true",)},
+    "sm_89": {
+        "forward": ("Half, 8, kContiguous, true",),
+        "backward": ("float, 4, kContiguous, true", "Half, 8, kChannelsLast, false"),
+    },
+    "sm_90a": {"forward": BF16, "backward": BF16},
+    "sm_100a": {"forward": ("double, 2, kContiguous, false", BF16[2]), "backward": BF16},
+    "sm_120": {"forward": BF16, "backward": (*BF16, "float, 4, kContiguous, false")},
 }
-DIRECTIONS = ("forward", "backward")
 
 
 def _tool(name: str):
@@ -49,61 +49,99 @@ def _tool(name: str):
     return str(bundled) if bundled.exists() else None
 
 
-def _compile(tmp_path: Path, traits, arch: str):
-    source = tmp_path / "kernels.cu"
-    source.write_text(
-        "".join(f'#include "streamed_{d}.cuh"\n' for d in DIRECTIONS)
-        + "using namespace cbam;\n"
-        + "".join(
-            f"template __global__ void cbam::streamed_{d}_kernel<StreamedTraits<{t}>>(const Streamed);\n"
-            for d, t in zip(DIRECTIONS, traits)
-        )
-    )
-    cubin = tmp_path / "kernels.cubin"
-    run = subprocess.run(
-        [
-            NVCC, "-std=c++17", "-O3", f"-arch={arch}", f"-I{SOURCES}", "--ptxas-options=-v", "-cubin", "-o", cubin,
-            source,
-        ],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    if "Unsupported gpu architecture" in run.stderr or "not defined for option" in run.stderr:
-        pytest.skip(f"this nvcc does not know {arch}")
-    assert run.returncode == 0, run.stderr
-    assert "warning" not in run.stderr, run.stderr
-    return cubin, run.stderr
+def compile_kernels(folder: Path, text: str, arch: str):
+    """The cubin of these instantiations, and what ptxas reports of each."""
+    source, cubin = folder / "kernels.cu", folder / "kernels.cubin"
+    source.write_text(text)
+    assert NVCC is not None
+    try:
+        report = cuda_resources.compile_report(NVCC, source, arch, cubin)
+    except subprocess.CalledProcessError as error:
+        if "Unsupported gpu architecture" in error.stderr or "not defined for option" in error.stderr:
+            pytest.skip(f"this nvcc does not know {arch}")
+        raise AssertionError(error.stderr) from error
+    assert "warning" not in report, report
+    return cubin, cuda_resources.read_report(report)
+
+
+def machine_code(cubin: Path) -> str:
+    tool = _tool("nvdisasm")
+    if tool is None:
+        pytest.skip("there is no nvdisasm to look at the machine code with")
+    return subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
 
 
 def test_every_architecture_of_the_default_build_is_here():
-    newest = re.search(r'"([\d.;a]+)\+PTX"', (SOURCES.parents[1] / "setup.py").read_text())[1]
-    assert [f"sm_{a.replace('.', '')}" for a in newest.split(";")] == list(CASES)
+    assert cuda_resources.default_architectures() == list(CASES)
 
 
 @pytest.mark.parametrize("arch", CASES)
 def test_resources_and_vector_accesses(tmp_path, arch):
     """No spills, no stack, the blocks a multiprocessor that the traits want, 128-bit accesses of x, dy, y and dx."""
-    cubin, report = _compile(tmp_path, CASES[arch], arch)
-    kernels = re.split(r"Compiling entry function", report)[1:]
-    assert len(kernels) == len(DIRECTIONS), report
-    limit = int(re.search(r"kStaticShared = (\d+) << 10", (SOURCES / "streamed.h").read_text())[1]) << 10
-    for direction, traits in zip(DIRECTIONS, CASES[arch]):
-        (text,) = (k for k in kernels if f"streamed_{direction}_kernel" in k)
-        numbers = re.search(
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text
-        )
-        assert [int(n) for n in numbers.groups()] == [0, 0, 0], text
-        blocks = 1 if traits.startswith("double") else 2
-        assert int(re.search(r"Used (\d+) registers", text)[1]) <= 65536 // (blocks * 256), text
-        assert int(re.search(r"(\d+) bytes smem", text)[1]) <= limit, text
-    tool = _tool("nvdisasm")
-    if tool is None:
-        pytest.skip("there is no nvdisasm to look at the machine code with")
-    sass = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    text = "".join(f'#include "streamed_{direction}.cuh"\n' for direction in CASES[arch])
+    text += "using namespace cbam;\n" + "".join(
+        f"template __global__ void cbam::streamed_{direction}_kernel<StreamedTraits<{t}>>(const Streamed);\n"
+        for direction, traits in CASES[arch].items()
+        for t in traits
+    )
+    cubin, kernels = compile_kernels(tmp_path, text, arch)
+    for direction, traits in CASES[arch].items():
+        assert sum(k.direction == direction for k in kernels) == len(traits)
+    assert [str(k) for k in kernels if k.fault()] == []
+    sass = machine_code(cubin)
     assert not re.search(r"\b(LDL|STL)\b", sass)
     functions = re.split(r"^\s*\.section\s+\.text\.", sass, flags=re.MULTILINE)[1:]
-    for direction in DIRECTIONS:
-        (text,) = (f for f in functions if f"streamed_{direction}_kernel" in f.splitlines()[0])
+    assert len(functions) == len(kernels)
+    for text in functions:
         # Each pass over x unrolls a load of 16 bytes and its remainder; an output is stored in no other way.
         loads, stores = (re.findall(rf"\b{op}\.E(\S*)", text) for op in ("LDG", "STG"))
-        assert sum("128" in m for m in loads) >= (6 if direction == "forward" else 4)
+        forward = "streamed_forward_kernel" in text.splitlines()[0]
+        assert sum("128" in m for m in loads) >= (6 if forward else 4)
         assert any("128" in m for m in stores)
+
+
+REPORT = """ptxas info    : Compiling entry function '{name}' for 'sm_90a'
+ptxas info    : Function properties for {name}
+    {stack} bytes stack frame, {stack} bytes spill stores, 4 bytes spill loads
+ptxas info    : Used {registers} registers, used 1 barriers, {smem} bytes smem, 1632 bytes cmem[0]
+"""
+STREAMED = "_ZN4cbam24streamed_backward_kernelINS_14StreamedTraitsINS_8BFloat16ELi8ELNS_6LayoutE0ELb1EEEEEvNS_8StreamedE"
+RESIDENT = "_ZN4cbam8resident23resident_forward_kernelINS0_6TraitsIfLi4ELNS_6LayoutE1ELNS0_5SplitE0EEEEEvNS0_8ResidentE"
+
+
+def test_a_report_is_read_and_judged():
+    text = REPORT.format(name=STREAMED, stack=8, registers=128, smem=1408)
+    text += REPORT.format(name=RESIDENT, stack=0, registers=129, smem=0).replace(
+        "4 bytes spill", "0 bytes spill"
+    )
+    spilled, wide = cuda_resources.read_report(text)
+    assert spilled[:5] == ("streamed", "backward", "BFloat16, 8, contiguous, folded", 128, 8)
+    assert spilled.fault() == "8 bytes of stack, 8 + 4 spilled"
+    assert wide[:3] == ("resident", "forward", "float, 4, channels_last, by positions")
+    assert wide.fault() == "129 registers, 128 leave the blocks that are wanted"
+    clean = wide._replace(registers=128)
+    assert clean.fault() == ""
+    assert clean._replace(static_shared=16).fault() == "16 bytes of static shared memory, at most 0"
+    assert spilled._replace(stack=0, spill_stores=0, spill_loads=0).fault() == ""
+    with pytest.raises(ValueError, match="nothing about a kernel"):
+        cuda_resources.read_report("ptxas info : 0 bytes gmem")
+
+
+def test_the_table_of_resources(monkeypatch, capsys):
+    """A row for each file on each architecture, and the exit status of what misses."""
+    reports = {"streamed_backward_bfloat16": REPORT.format(name=STREAMED, stack=8, registers=128, smem=1408)}
+    reports["resident_forward_float32"] = REPORT.format(
+        name=RESIDENT, stack=0, registers=100, smem=0
+    ).replace("4 bytes spill", "0 bytes spill")
+    monkeypatch.setattr(cuda_resources, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(
+        cuda_resources, "compile_report", lambda nvcc, source, arch, cubin: reports[source.stem]
+    )
+    assert cuda_resources.main(["--arch", "sm_90a", "sm_120", "--files", "resident_forward_float32"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split() for row in rows[1:3]] == [
+        [arch, "resident_forward_float32", "1", "100", "0", "0", "0"] for arch in ("sm_90a", "sm_120")
+    ]
+    assert rows[3].startswith("2 kernels in ") and rows[3].endswith("0 miss")
+    assert cuda_resources.main(["--arch", "sm_90a", "--files", *reports, "--each"]) == 1
+    assert "8 bytes of stack, 8 + 4 spilled" in capsys.readouterr().out

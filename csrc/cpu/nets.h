@@ -1,84 +1,120 @@
 // The two small networks: the MLP on (samples, channels) and the convolution on two maps.
 // The MLP's matrices are read as they are, in A or in a 16-bit type.
 
-// Vectors that share each load of w: as many as four rows' accumulators leave registers for.
+// Vectors that share each load of a matrix, and vectors of lanes that share each load of a factor: as many as
+// leave room for their accumulators.
 constexpr int kTogether = kVectorBytes == 64 ? 4 : 2;
+
+// The sum over the lanes of each of n vectors, by the same trees for every n.
+template <class A, int n>
+CBAM_INLINE void sum_each(const Vec<A> (&v)[n], A (&out)[n]) {
+  constexpr int L = kLanes<A>;
+  if constexpr (n == 1 || n == 4) {
+    sum_lanes<A>(v, out);
+  } else {
+    for (int k = 0; k < n; k += L) {
+      Vec<A> part[L];
+      for (int u = 0; u < L; ++u) part[u] = k + u < n ? v[k + u] : Vec<A>{};
+      const Vec<A> total = fold_to_lanes<A>(part, Plus{});
+      k + L <= n ? store(out + k, total) : store_first(out + k, total, n - k);
+    }
+  }
+}
+
+// f(first, number as a constant) for groups of kTogether of [0, count), and then of two and of one.
+template <class F>
+CBAM_INLINE void for_together(int64_t count, F&& f) {
+  int64_t i = 0;
+  for (; i + kTogether <= count; i += kTogether) f(i, Rows<kTogether>{});
+  if (kTogether > 2 && i + 2 <= count) f(i, Rows<2>{}), i += 2;
+  for (; i < count; ++i) f(i, Rows<1>{});
+}
 
 // y[i][r] = sum_c w[r][c] * v[i][c] for i < count; v rows are v_stride apart, y rows y_stride.
 template <class W, class A>
 void matvec(const W* w, int64_t rows, int64_t cols, const A* v, int64_t v_stride, int count, A* y,
             int64_t y_stride) {
   constexpr int L = kLanes<A>;
-  auto run = [&](int64_t r, int64_t step, auto block, int first, auto vectors) CBAM_INLINE_LAMBDA {
-    constexpr int R = decltype(block)::value, M = decltype(vectors)::value;
-    const RowPointers<const W, R> ws(w, cols, r, step);
-    Vec<A> acc[M][R];
-    for (int i = 0; i < M; ++i) {
-      for (int u = 0; u < R; ++u) acc[i][u] = Vec<A>{};
-    }
-    int64_t c = 0;
-    for (; c + L <= cols; c += L) {
-      Vec<A> k[R];
-      for (int u = 0; u < R; ++u) k[u] = load(ws.row[u] + c);
-      for (int i = 0; i < M; ++i) {
-        Vec<A> in = load(v + (first + i) * v_stride + c);
-        for (int u = 0; u < R; ++u) acc[i][u] += k[u] * in;
-      }
-    }
-    for (int i = 0; i < M; ++i) {
-      A total[R];
-      sum_lanes<A>(acc[i], total);
-      for (int u = 0; u < R; ++u) {
-        for (int64_t t = c; t < cols; ++t)
-          total[u] += load_one(ws.row[u] + t) * v[(first + i) * v_stride + t];
-        y[(first + i) * y_stride + r + u * step] = total[u];
-      }
-    }
-  };
+  const bool ahead = cols * int64_t(sizeof(W)) <= kLongRow;  // longer ones would push out this block's
   // A block of rows stays in the first-level cache while the vectors pass.
   for_streams<W>(0, rows, cols, [&](int64_t r, int64_t step, auto block) {
-    int i = 0;
-    for (; i + kTogether <= count; i += kTogether) run(r, step, block, i, Rows<kTogether>{});
-    for (; i < count; ++i) run(r, step, block, i, Rows<1>{});
+    constexpr int R = decltype(block)::value;
+    const RowPointers<const W, R> ws(w, cols, r, step);
+    for_together(count, [&](int64_t first, auto vectors) CBAM_INLINE_LAMBDA {
+      constexpr int M = decltype(vectors)::value;
+      const A* in = v + first * v_stride;
+      Vec<A> acc[M * R];
+      for (auto& a : acc) a = Vec<A>{};
+      int64_t c = 0;
+      for (; c + L <= cols; c += L) {
+        if (ahead) ws.prefetch(c);
+        Vec<A> k[R];
+        for (int u = 0; u < R; ++u) k[u] = load(ws.row[u] + c);
+        for (int i = 0; i < M; ++i) {
+          const Vec<A> of = load(in + i * v_stride + c);
+          for (int u = 0; u < R; ++u) acc[i * R + u] += k[u] * of;
+        }
+      }
+      A total[M * R];
+      sum_each<A>(acc, total);
+      for (; c < cols; ++c) {
+        for (int i = 0; i < M; ++i) {
+          for (int u = 0; u < R; ++u) total[i * R + u] += load_one(ws.row[u] + c) * in[i * v_stride + c];
+        }
+      }
+      for (int i = 0; i < M; ++i) {
+        for (int u = 0; u < R; ++u) y[(first + i) * y_stride + r + u * step] = total[i * R + u];
+      }
+    });
   });
 }
 
 // y[i][c] = sum_r w[r][c] * v[i][r]: the transposed product, in an order that depends on the sizes alone.
+// Rows are taken in blocks that the first-level cache holds, and the sums of a block join the total.
 template <class W, class A>
 void matvec_transposed(const W* w, int64_t rows, int64_t cols, const A* v, int64_t v_stride, int count, A* y,
                        int64_t y_stride) {
-  constexpr int L = kLanes<A>;
-  for (int i = 0; i < count; ++i) std::fill_n(y + i * y_stride, cols, A(0));
-  auto run = [&](int first, auto vectors) {
-    constexpr int M = decltype(vectors)::value;
-    for_streams<W>(0, rows, cols, [&](int64_t r, int64_t step, auto block) {
-      constexpr int R = decltype(block)::value;
-      const RowPointers<const W, R> ws(w, cols, r, step);
-      int64_t c = 0;
-      for (; c + L <= cols; c += L) {
-        Vec<A> k[R];
-        for (int u = 0; u < R; ++u) k[u] = load(ws.row[u] + c);
+  constexpr int L = kLanes<A>, U = 4;
+  const int64_t block =
+      std::min<int64_t>(std::max<int64_t>((16 << 10) / (cols * int64_t(sizeof(W))), 16), 256);
+  for (int64_t r0 = 0; r0 < rows; r0 += block) {
+    const int64_t r1 = std::min(r0 + block, rows);
+    auto strip = [&](int64_t c, auto width) CBAM_INLINE_LAMBDA {
+      constexpr int S = decltype(width)::value;
+      for_together(count, [&](int64_t first, auto vectors) CBAM_INLINE_LAMBDA {
+        constexpr int M = decltype(vectors)::value;
+        Vec<A> acc[M][S];
         for (int i = 0; i < M; ++i) {
-          A* out = y + (first + i) * y_stride + c;
-          Vec<A> acc = load(out);
-          for (int u = 0; u < R; ++u) acc += k[u] * v[(first + i) * v_stride + r + u * step];
-          store(out, acc);
+          for (int u = 0; u < S; ++u) acc[i][u] = Vec<A>{};
         }
-      }
-      for (; c < cols; ++c) {
+        for (int64_t r = r0; r < r1; ++r) {
+          Vec<A> k[S];
+          for (int u = 0; u < S; ++u) k[u] = load(w + r * cols + c + u * L);
+          for (int i = 0; i < M; ++i) {
+            const Vec<A> in = splat<A>(v[(first + i) * v_stride + r]);
+            for (int u = 0; u < S; ++u) acc[i][u] += k[u] * in;
+          }
+        }
         for (int i = 0; i < M; ++i) {
-          A acc = y[(first + i) * y_stride + c];
-          for (int u = 0; u < R; ++u)
-            acc += load_one(ws.row[u] + c) * v[(first + i) * v_stride + r + u * step];
-          y[(first + i) * y_stride + c] = acc;
+          for (int u = 0; u < S; ++u) {
+            A* to = y + (first + i) * y_stride + c + u * L;
+            store(to, r0 ? load(to) + acc[i][u] : acc[i][u]);
+          }
         }
+      });
+    };
+    int64_t c = 0;
+    for (; c + U * L <= cols; c += U * L) strip(c, Rows<U>{});
+    for (; c + L <= cols; c += L) strip(c, Rows<1>{});
+    for (; c < cols; ++c) {
+      for (int i = 0; i < count; ++i) {
+        A acc = 0;
+        for (int64_t r = r0; r < r1; ++r) acc += load_one(w + r * cols + c) * v[i * v_stride + r];
+        A& to = y[i * y_stride + c];
+        to = r0 ? to + acc : acc;
       }
-    });
-  };
-  int i = 0;
-  for (; i + 4 <= count; i += 4) run(i, Rows<4>{});
-  for (; i + 2 <= count; i += 2) run(i, Rows<2>{});
-  for (; i < count; ++i) run(i, Rows<1>{});
+    }
+  }
 }
 
 // dw[r][c] = sum_i a[i][r] * b[i][c], i in order, for rows [r0, r1): the outer products of a batch.

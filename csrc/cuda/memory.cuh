@@ -153,17 +153,38 @@ __device__ __forceinline__ uint4 pack_vector(const Accumulate<T> (&v)[kVector<T>
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// V elements at p: one 16-byte access where V fills 16 bytes (p is then aligned to it), else one each.
-template <Cache kCache, class T, int V>
-__device__ __forceinline__ void load_global(const T* p, Accumulate<T> (&v)[V]) {
-  if constexpr (V == kVector<T>) {
-    unpack_vector<T>(load_word<kCache>(reinterpret_cast<const uint4*>(p)), v);
-  } else {
+// V elements as they lie in memory. A load stays one of these until its values are used: 16-bit values take
+// half the registers, and left to itself the compiler unpacks each as soon as it is there.
+template <class T, int V>
+struct Packed {
+  using Word = typename Element<T>::Word;
+  static constexpr bool kOne = V == kVector<T>;  // one 16-byte word
+  std::conditional_t<kOne, uint4, Word> words[kOne ? 1 : V];
+
+  __device__ __forceinline__ void unpack(Accumulate<T> (&v)[V]) const {
+    if constexpr (kOne) {
+      unpack_vector<T>(words[0], v);
+    } else {
 #pragma unroll
-    for (int k = 0; k < V; ++k) {
-      v[k] = Element<T>::decode(load_word<kCache>(reinterpret_cast<const typename Element<T>::Word*>(p) + k));
+      for (int k = 0; k < V; ++k) v[k] = Element<T>::decode(words[k]);
     }
   }
+};
+
+// V elements at p: one 16-byte access where V fills 16 bytes (p is then aligned to it), else one each.
+template <Cache kCache, class T, int V>
+__device__ __forceinline__ void load_packed(const T* p, Packed<T, V>& packed) {
+  using Word = std::remove_reference_t<decltype(packed.words[0])>;
+#pragma unroll
+  for (int k = 0; k < (packed.kOne ? 1 : V); ++k) {
+    packed.words[k] = load_word<kCache>(reinterpret_cast<const Word*>(p) + k);
+  }
+}
+template <Cache kCache, class T, int V>
+__device__ __forceinline__ void load_global(const T* p, Accumulate<T> (&v)[V]) {
+  Packed<T, V> packed;
+  load_packed<kCache>(p, packed);
+  packed.unpack(v);
 }
 template <bool kStreaming, class T, int V>
 __device__ __forceinline__ void store_global(T* p, const Accumulate<T> (&v)[V]) {

@@ -336,11 +336,11 @@ __device__ __forceinline__ int merged_pitch(int columns) {
 // barrier, merged_sum has what is left of them in so many groups. Columns is a power of two up to 32.
 template <int V, class S>
 __device__ __forceinline__ int merge_rows(S (&acc)[V], int columns, S* merged) {
-  const int thread = thread_index(), lane = thread % 32, column = thread & (columns - 1);
+  const int thread = thread_index(), column = thread & (columns - 1);
   const int pitch = merged_pitch<V>(columns);
 #pragma unroll
   for (int k = 0; k < V; ++k) merge_lanes(acc[k], columns, 32);
-  if (lane < columns) {
+  if (thread % 32 < columns) {
 #pragma unroll
     for (int k = 0; k < V; ++k) merged[(thread / 32 * V + k) * pitch + column] = acc[k];
   }

@@ -41,17 +41,19 @@ __device__ __forceinline__ void spatial_pool_rows(const Streamed& k, const Item&
     const T* x = as<T>(p.x) + item.n * s.rows * s.row_elements + int64_t{me.vector} * V;
     int r = me.first + me.row;
     for (; r + (kUnroll - 1) * me.lanes < me.end; r += kUnroll * me.lanes) {
-      A v[kUnroll][V];
+      Packed<T, V> ahead[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        load_global<Cache::kReadOnly>(x + int64_t{r + u * me.lanes} * s.row_elements, v[u]);  // [V]
+        load_packed<Cache::kReadOnly>(x + int64_t{r + u * me.lanes} * s.row_elements, ahead[u]);  // [V]
       }
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         const int c = me.channel(s, r + u * me.lanes);
         const PerChannel<Tr, A> gate(gates, c - base, me);
+        A v[V];
+        ahead[u].unpack(v);
 #pragma unroll
-        for (int j = 0; j < V; ++j) acc[j].add(gate(me, j) * v[u][j], c + me.next(j));
+        for (int j = 0; j < V; ++j) acc[j].add(gate(me, j) * v[j], c + me.next(j));
       }
     }
     for (; r < me.end; r += me.lanes) {
@@ -88,17 +90,19 @@ __device__ __forceinline__ void spatial_pool_columns(const Streamed& k, const It
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) acc[u] = S::empty(column * V);
     for (int i = column; i < s.row_vectors; i += t.columns) {
-      A v[kUnroll][V];
+      Packed<T, V> ahead[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         const int at = base + row + u * rows;
-        if (at < end) load_global<Cache::kReadOnly>(x + at * p.channels + int64_t{i} * V, v[u]);  // [V]
+        if (at < end) load_packed<Cache::kReadOnly>(x + at * p.channels + int64_t{i} * V, ahead[u]);  // [V]
       }
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         if (base + row + u * rows >= end) break;
+        A v[V];
+        ahead[u].unpack(v);
 #pragma unroll
-        for (int j = 0; j < V; ++j) acc[u].add(gates[i * V + j] * v[u][j], i * V + j);
+        for (int j = 0; j < V; ++j) acc[u].add(gates[i * V + j] * v[j], i * V + j);
       }
     }
 #pragma unroll
@@ -154,20 +158,22 @@ __device__ __forceinline__ void output_rows(const Streamed& k, const Item& item,
   T* y = as<T>(p.y) + start;
   const bool residual = p.residual;
   for (int r = me.first + me.row; r < me.end; r += kUnroll * me.lanes) {
-    A v[kUnroll][V];
+    Packed<T, V> ahead[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int at = r + u * me.lanes;
-      if (at < me.end) load_global<Cache::kLastUse>(x + int64_t{at} * s.row_elements, v[u]);  // [V]
+      if (at < me.end) load_packed<Cache::kLastUse>(x + int64_t{at} * s.row_elements, ahead[u]);  // [V]
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int at = r + u * me.lanes;
       if (at >= me.end) break;
       const PerChannel<Tr, A> gate(gates, me.channel(s, at) - base, me);
+      A v[V];
+      ahead[u].unpack(v);
 #pragma unroll
-      for (int j = 0; j < V; ++j) v[u][j] = gated(v[u][j], gate(me, j), gate_s[j], residual);
-      store_global<true>(y + int64_t{at} * s.row_elements, v[u]);  // [V]
+      for (int j = 0; j < V; ++j) v[j] = gated(v[j], gate(me, j), gate_s[j], residual);
+      store_global<true>(y + int64_t{at} * s.row_elements, v);  // [V]
     }
   }
 }
@@ -197,18 +203,21 @@ __device__ __forceinline__ void output_columns(const Streamed& k, const Item& it
 #pragma unroll
     for (int j = 0; j < V; ++j) gate[j] = gates[i * V + j];
     for (int at = first + row; at < end; at += kUnroll * rows) {
-      A v[kUnroll][V];
+      Packed<T, V> ahead[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        if (at + u * rows < end) load_global<Cache::kLastUse>(x + (at + u * rows) * p.channels, v[u]);  // [V]
+        if (at + u * rows < end)
+          load_packed<Cache::kLastUse>(x + (at + u * rows) * p.channels, ahead[u]);  // [V]
       }
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         if (at + u * rows >= end) break;
         const A gate_s = spatial[at + u * rows - first];
+        A v[V];
+        ahead[u].unpack(v);
 #pragma unroll
-        for (int j = 0; j < V; ++j) v[u][j] = gated(v[u][j], gate[j], gate_s, residual);
-        store_global<true>(y + (at + u * rows) * p.channels, v[u]);  // [V]
+        for (int j = 0; j < V; ++j) v[j] = gated(v[j], gate[j], gate_s, residual);
+        store_global<true>(y + (at + u * rows) * p.channels, v);  // [V]
       }
     }
   }

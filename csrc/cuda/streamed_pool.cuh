@@ -133,13 +133,17 @@ __device__ __forceinline__ void pool_rows(const Streamed& k, int64_t n, int inde
       const T* p_row = x + int64_t{base + row} * k.p.positions;
       int i = lane;
       for (; i + 3 * lanes < s.row_vectors; i += 4 * lanes) {
-        typename Tr::A v[4][V];
+        Packed<T, V> ahead[4];
 #pragma unroll
         for (int u = 0; u < 4; ++u) {
-          load_global<Cache::kReadOnly>(p_row + int64_t{i + u * lanes} * V, v[u]);  // [V]
+          load_packed<Cache::kReadOnly>(p_row + int64_t{i + u * lanes} * V, ahead[u]);  // [V]
         }
 #pragma unroll
-        for (int u = 0; u < 4; ++u) add_vector(acc, v[u], (i + u * lanes) * V);
+        for (int u = 0; u < 4; ++u) {
+          typename Tr::A v[V];
+          ahead[u].unpack(v);
+          add_vector(acc, v, (i + u * lanes) * V);
+        }
       }
       for (; i < s.row_vectors; i += lanes) {
         typename Tr::A v[V];
@@ -216,14 +220,16 @@ __device__ __forceinline__ void pool_columns(const Streamed& k, int64_t n, int i
     const T* x = as<T>(k.p.x) + n * k.p.positions * k.p.channels + int64_t{vector} * V;
     int i = first + row;
     for (; i + 3 * rows < end; i += 4 * rows) {
-      A v[4][V];
+      Packed<T, V> ahead[4];
 #pragma unroll
       for (int u = 0; u < 4; ++u)
-        load_global<Cache::kReadOnly>(x + (i + u * rows) * k.p.channels, v[u]);  // [V]
+        load_packed<Cache::kReadOnly>(x + (i + u * rows) * k.p.channels, ahead[u]);  // [V]
 #pragma unroll
       for (int u = 0; u < 4; ++u) {
+        A v[V];
+        ahead[u].unpack(v);
 #pragma unroll
-        for (int j = 0; j < V; ++j) acc[j].add(v[u][j], i + u * rows);
+        for (int j = 0; j < V; ++j) acc[j].add(v[j], i + u * rows);
       }
     }
     for (; i < end; i += rows) {
