@@ -81,7 +81,9 @@ inline Variant plan_call(const int64_t* sizes, Streamed& k, int64_t* report) {
                               k.s.plan[k.s.plans - 1].lag,
                               k.s.reduce.tiles,
                               k.blocks_per_multiprocessor,
-                              kStaticShared};
+                              kStaticShared,
+                              k.s.gather_tiles,
+                              k.s.hidden_blocks};
     for (int i = 0; i < int(sizeof(values) / sizeof(values[0])); ++i) report[i] = values[i];
   }
   return variant;

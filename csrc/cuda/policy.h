@@ -16,7 +16,7 @@ struct Builder {
   int last_stage = -1;
 
   // Appends the next stage of the chain; `items` a sample or, with per_unit, a unit.
-  void add(int stage, int lag, int64_t items, bool per_unit, std::initializer_list<int> tail = {}) {
+  void add(int stage, int lag, int64_t items, bool per_unit) {
     Schedule& s = k.s;
     StagePlan& d = s.plan[s.plans];
     d = {};
@@ -25,7 +25,6 @@ struct Builder {
     d.items = static_cast<int32_t>(items);
     d.per_sample = !per_unit;
     std::fill(d.tail, d.tail + kTails, -1);
-    std::copy(tail.begin(), tail.end(), d.tail);
     d.total = per_unit ? Count{0, d.items} : Count{d.items, 0};
     d.wait_counter = -1;
     if (previous >= 0) {
@@ -37,6 +36,12 @@ struct Builder {
     s.stage_plan[stage] = s.plans;
     previous = s.plans++;
     last_stage = stage;
+  }
+
+  // Appends stages to the tail of the one added last.
+  void tail(std::initializer_list<int> stages) {
+    int* at = std::find(k.s.plan[previous].tail, k.s.plan[previous].tail + kTails, -1);
+    std::copy(stages.begin(), stages.end(), at);
   }
 
   // Puts the stages into the order in which a step draws them.
@@ -70,19 +75,24 @@ struct Depth {
 inline Depth choose_depth(const Problem& p, int operation, int64_t items, const Device& device) {
   const int64_t sample = p.channels * p.positions * int64_t{element_bytes(p.dtype)};
   const int64_t streams = is_backward(operation) ? 3 : 2;
+  const auto fits = [&](int lag, int64_t unit) {
+    const int64_t in_flight = std::min((2 * lag + 2) * unit, p.samples);
+    return in_flight * streams * sample * 2 <= device.l2_bytes;
+  };
   for (int blocks : {policy::kBlocks, 1}) {
     for (int lag : {2, 1}) {
       const int64_t wanted = policy::ceil_div(3 * int64_t{blocks} * device.multiprocessors, 2 * lag * items);
       const int64_t unit = std::min(std::max<int64_t>(wanted, 1), std::max<int64_t>(p.samples, 1));
-      if ((2 * lag + 2) * streams * unit * sample * 2 <= device.l2_bytes) {
-        return {lag, static_cast<int32_t>(unit), blocks, false};
-      }
+      if (fits(lag, unit)) return {lag, static_cast<int32_t>(unit), blocks, false};
     }
   }
+  // Fewer than would keep all blocks busy, but as many as fit: they share what is read of the MLP's weights.
+  int32_t unit = 1;
+  while (fits(1, unit + 1)) ++unit;
   // Four samples are in flight in the usual order, two and a half in the close one; half as much again is
   // for blocks that lag behind.
   const int64_t flow = streams * sample * 3 / 2;
-  return {1, 1, 1, 4 * flow > device.l2_bytes && flow * 5 / 2 <= device.l2_bytes};
+  return {1, unit, 1, 4 * flow > device.l2_bytes && flow * 5 / 2 <= device.l2_bytes};
 }
 
 // Fills in k.s and the launch shape for k.p and k.operation. False where the shape is out of reach:
@@ -103,7 +113,7 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
   // The backward's larger items, of which x, dy and dx of one a multiprocessor have to stay in half of L2.
   const bool large = backward && 3 * device.multiprocessors * kMaxItemBytes <= device.l2_bytes / 2;
   const auto tiling = [&](bool reduces) {
-    if (last) return channels_last_tiling(p, vector, reduces, large);
+    if (last) return channels_last_tiling(p, vector, reduces, large, device.multiprocessors);
     return contiguous_tiling(p, s, vector, reduces, large, device.multiprocessors);
   };
   s.reduce = tiling(true);
@@ -112,8 +122,10 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
   if (spatial) plan_conv(p, s, backward);
   s.pool_vectors = p.pools & kBlend ? 1 : pool_count(p.pools);
 
+  if (large && gate && spatial && k.operation != kScaleBackward) plan_gather(p, s, device.multiprocessors);
+
   const int64_t reduce_items = int64_t{s.reduce.tiles} * s.reduce.chunks;
-  const int64_t map_items = int64_t{s.map.tiles} * s.map.chunks;
+  const int64_t map_items = s.gather_tiles ? s.conv_items : int64_t{s.map.tiles} * s.map.chunks;
   const Depth depth = choose_depth(p, k.operation, std::max(reduce_items, map_items), device);
   s.unit_samples = depth.unit_samples;
   s.units = static_cast<int32_t>(ceil_div(p.samples, s.unit_samples));
@@ -134,16 +146,11 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
     case kAttentionForward: {
       const bool whole = k.operation == kCbamForward;
       if (gate) {
-        const bool parts = s.pool_chunks > 1;
-        if (inline_mlp && parts)
-          b.add(kPool, 0, s.pool_items, false, {kFinishPools, kHidden, kGate});
-        else if (inline_mlp)
-          b.add(kPool, 0, s.pool_items, false, {kHidden, kGate});
-        else if (parts)
-          b.add(kPool, 0, s.pool_items, false, {kFinishPools});
-        else
-          b.add(kPool, 0, s.pool_items, false);
-        if (!inline_mlp) {
+        b.add(kPool, 0, s.pool_items, false);
+        if (s.pool_chunks > 1) b.tail({kFinishPools});
+        if (inline_mlp) {
+          b.tail({kHidden, kGate});
+        } else {
           b.add(kHidden, lag, hidden_items, true);
           b.add(kGate, lag, gate_items, true);
         }
@@ -182,22 +189,28 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
         at = lag;
       }
       if (spatial) {
-        b.add(kConvGrad, at, s.conv_items, false);
+        if (!s.gather_tiles) b.add(kConvGrad, at, s.conv_items, false);
         if (gate) {
-          if (!whole) at += lag;
+          if (!whole && !s.gather_tiles) at += lag;
           b.add(kGateGrad, at, map_items, false);
+          s.direct_logits = s.map.tiles == 1 && s.reduce.tiles == 1;
           if (!close) at += lag;
         }
       }
       if (gate) {
-        if (inline_mlp && p.w1.data) {
-          b.add(kLogitGrad, at, logit_items, false, {kHiddenGrad, kPoolGrad});
-        } else if (inline_mlp) {
-          b.add(kLogitGrad, at, logit_items, false, {kPoolGrad});
-        } else {
+        const bool blocks = !inline_mlp && p.w1.data;
+        if (blocks) {
+          s.hidden_blocks = static_cast<int32_t>(ceil_div(p.channels, s.gate_tile));
+          b.add(kLogitGrad, at, gate_items, true);
+          b.add(kHiddenGrad, at, hidden_items, true);
+        } else if (!s.direct_logits) {
           b.add(kLogitGrad, at, logit_items, false);
-          if (p.w1.data) b.add(kHiddenGrad, at, hidden_items, true);
+        }
+        if (!inline_mlp) {
           b.add(kPoolGrad, at, gate_items, true);
+        } else {
+          if (p.w1.data) b.tail({kHiddenGrad});
+          b.tail({kPoolGrad});
         }
       }
       if (b.previous >= 0) s.plan[b.previous].feeds_weights = 1;

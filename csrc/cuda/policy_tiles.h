@@ -30,6 +30,7 @@ constexpr int kHiddenTile = 8, kGateTile = 128;
 constexpr int64_t kConvPositions = 1024;
 constexpr int64_t kStagedBytes = 40 << 10;  // most shared memory for the maps of a convolution's item
 constexpr int64_t kKernelBytes = 8 << 10;   // most shared memory for the convolution's weights
+constexpr int64_t kGatherBytes = 96 << 10;  // what an item reads of x that convolves dz for its positions
 constexpr int64_t kFoldPoolBytes = 32 << 10;
 constexpr int kBlocks = 2;  // a multiprocessor, where L2 holds what they have in flight
 
@@ -99,7 +100,8 @@ inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector,
     int64_t rows = std::max<int64_t>(1, kItemBytes / row_bytes);
     // Each chunk of a reduction leaves sums a position, and each of the backward's passes reads gradients a
     // position: few chunks where there are many samples.
-    if (reduces) rows = std::max<int64_t>(rows, 512 / element_bytes(p.dtype) / s.fold);
+    if (reduces || (large && p.samples * ceil_div(s.rows, rows) > sms))
+      rows = std::max<int64_t>(rows, 512 / element_bytes(p.dtype) / s.fold);
     if ((reduces || large) && p.samples * ceil_div(s.rows, rows) > 4 * sms) rows *= 2;
     t.chunks = static_cast<int32_t>(ceil_div(s.rows, rows));
     t.chunk_rows = static_cast<int32_t>(ceil_div(s.rows, t.chunks));
@@ -125,7 +127,7 @@ inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector,
   return t;
 }
 
-inline Tiling channels_last_tiling(const Problem& p, int vector, bool reduces, bool large) {
+inline Tiling channels_last_tiling(const Problem& p, int vector, bool reduces, bool large, int sms) {
   Tiling t{};
   const int64_t row_bytes = p.channels * int64_t{element_bytes(p.dtype)};
   const int64_t row_vectors = ceil_div(p.channels, vector);
@@ -137,7 +139,11 @@ inline Tiling channels_last_tiling(const Problem& p, int vector, bool reduces, b
     positions = kGradTileBytes / element_bytes(p.dtype);
   else if (positions * row_bytes > kMaxItemBytes)
     positions /= 2;
-  positions = std::max(positions, std::min<int64_t>(kItemBytes / 2 / row_bytes, kThreads));
+  const int64_t least = large ? kItemBytes : kItemBytes / 2;
+  positions = std::max(positions, std::min<int64_t>(least / row_bytes, kThreads));
+  // One tile leaves no partial sums of channels; two would halve what an item has to do.
+  if (wide && 2 * p.samples * ceil_div(row_vectors, t.columns) >= sms && p.positions <= 2 * positions)
+    positions = p.positions;
   t.tiles = static_cast<int32_t>(ceil_div(p.positions, std::min(positions, p.positions)));
   t.positions = static_cast<int32_t>(ceil_div(p.positions, t.tiles));
   t.tiles = static_cast<int32_t>(ceil_div(p.positions, t.positions));
@@ -189,6 +195,25 @@ inline void plan_conv(const Problem& p, Schedule& s, bool backward) {
   s.conv_positions = static_cast<int32_t>(ceil_div(p.positions, s.conv_items));
   s.conv_items = static_cast<int32_t>(ceil_div(p.positions, s.conv_positions));
   s.kernel_staged = 2 * taps(p) * a <= kKernelBytes;
+}
+
+// With few channels, a position's dq weighs as much as its x. Where an item of the passes over x has all
+// channels of many positions, it convolves dz for them, in shared memory: one map read twice, with its halo,
+// for two maps written once and read twice. Only where a pass over x is more work than the convolution.
+inline void plan_gather(const Problem& p, Schedule& s, int sms) {
+  if (s.map.chunks > 1 || s.reduce.chunks > 1 || taps(p) > p.channels) return;
+  if (p.samples * s.map.tiles <= sms) return;
+  const int64_t tile_bytes = s.map.positions * p.channels * element_bytes(p.dtype);
+  const int64_t most = ceil_div(s.map.tiles, std::max<int64_t>(1, kGatherBytes / tile_bytes));
+  const int64_t tiles = ceil_div(s.map.tiles, most), items = ceil_div(s.map.tiles, tiles);
+  const int64_t positions = tiles * s.map.positions, halo = 2 * int64_t{s.conv_halo};
+  const int64_t window = std::min(p.positions, positions + halo);
+  if ((items - 1) * halo > p.positions) return;
+  if (3 * window * accumulate_bytes(p.dtype) > kStagedBytes) return;
+  s.gather_tiles = static_cast<int32_t>(tiles);
+  s.conv_staged = 1;
+  s.conv_items = static_cast<int32_t>(items);
+  s.conv_positions = static_cast<int32_t>(positions);
 }
 
 }  // namespace policy

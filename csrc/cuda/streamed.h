@@ -27,10 +27,10 @@ enum Stage : int32_t {
   kConv,         // spatial pools -> logits, spatial gate
   kOutput,       // x, both gates -> y
   kCross,        // x, dy -> ds, and the part sum_p dy * x * s of dg
-  kConvGrad,     // ds -> dq, and partial gradients of the convolution
+  kConvGrad,     // ds -> dq, and partial gradients of the convolution; unless the passes over x gather dq
   kGateGrad,     // x, dq -> the rest of dg
-  kLogitGrad,    // dg -> dl, a range of channels of one sample
-  kHiddenGrad,   // dl -> gradient of the hidden layer, a range of hidden units of a whole unit
+  kLogitGrad,    // dg -> dl, a range of channels of one sample; or of a whole unit, with its part of dl w2
+  kHiddenGrad,   // dl w2 -> gradient of the hidden layer, a range of hidden units of a whole unit
   kPoolGrad,     // hidden layer's gradient -> gradient of the pools, a range of channels of a whole unit
   kInputGrad,    // dy, everything above -> dx
   kFinishPools,  // partial channel pools of a whole unit -> channel pools; only in a tail
@@ -104,12 +104,16 @@ struct Schedule {
   int32_t pool_chunks;  // partial pools a channel (channels-last)
 
   int32_t conv_positions, conv_items;
-  int32_t conv_halo;    // positions before and after a range that its convolution reads
+  int32_t
+      gather_tiles;   // map tiles an item of kGateGrad and of kInputGrad, which convolve dz themselves; or 0
+  int32_t conv_halo;  // positions before and after a range that its convolution reads
   int32_t conv_staged;  // maps in shared memory, else read where they are
   int32_t kernel_staged;
 
   int32_t pool_vectors;            // pools after blending
   int32_t hidden_tile, gate_tile;  // rows of w1, rows of w2 an item of the MLP, forward and backward
+  int32_t direct_logits;           // kGateGrad writes dl itself: one tile has all positions
+  int32_t hidden_blocks;           // blocks of channels that kLogitGrad takes a unit by; 0: it has samples
   int32_t logits_grad_items;       // scale_backward: items that sum ds over chunks, after those of kLogitGrad
 };
 
@@ -121,11 +125,12 @@ struct Scratch {
   void* hidden;            // (N, h): summed over pools, after ReLU
   void* spatial_parts;     // (2, N, chunks, P): maximum, sum
   int32_t* spatial_marks;  // (N, chunks, P)
-  void* spatial_grad;      // ds (slots, reduce chunks, P)
+  void* spatial_grad;      // ds (slots, reduce chunks, P), or dz where there is one chunk
   void* pooled_grad;       // dq (slots, 2, P), [max, mean], the mean's divided by C
   void* cross_parts;       // (slots, reduce tiles, C)
   void* gate_parts;        // (slots, map tiles, C)
   void* logit_grad;        // dl (N, C)
+  void* hidden_parts;      // (slots, hidden_blocks or 1, h): dl w2, of each block of channels
   void* hidden_grad;       // (N, pool_vectors, h)
   void* pool_grad;         // (slots, K, C): gradient of each pool, as the input's gradient uses it
   void* conv_parts;        // (N * conv_items, 2 * taps + 2): kernel, sum of dz, sum of dz * conv

@@ -192,6 +192,21 @@ __device__ __forceinline__ void backward_item(const Streamed& k, const Item& ite
   using T = typename Tr::T;
   constexpr bool kLast = Tr::kLayout == kChannelsLast;
   const bool split = kRareOptions && k.p.ties == kTiesSplit;
+  if (item.stage == kConvGrad || (gathers(k.s, item) && item.part == 0)) {
+    conv_grad_stage<T>(k, item, shared);
+    __syncthreads();
+  }
+  // dl w2: of a block of channels, or in a tail of all of them.
+  const bool blocks = item.stage == kLogitGrad && k.s.hidden_blocks;
+  if (blocks || (item.stage == kHiddenGrad && item.whole)) {
+    const MlpRange r = mlp_range(item, k.p.channels, k.s.gate_tile);
+    typename Tr::A* near = nullptr;
+    if (blocks) {
+      near = shared.take<typename Tr::A>(kMlpSamples * k.s.gate_tile);
+      logit_grad_block(k, r, near);
+    }
+    hidden_parts_stage<T>(k, r, r.begin / k.s.gate_tile, near, shared);
+  }
   switch (item.stage) {
     case kCross:
       if constexpr (kLast)
@@ -200,7 +215,6 @@ __device__ __forceinline__ void backward_item(const Streamed& k, const Item& ite
         cross_rows<Tr>(k, item, shared);
       break;
     case kConvGrad:
-      conv_grad_stage<T>(k, item, shared);
       break;
     case kGateGrad:
       if constexpr (kLast) {
@@ -216,7 +230,7 @@ __device__ __forceinline__ void backward_item(const Streamed& k, const Item& ite
       }
       break;
     case kLogitGrad:
-      logit_grad_stage<T>(k, item, shared);
+      if (!blocks) logit_grad_stage<T>(k, item, shared);
       break;
     case kHiddenGrad:
       hidden_grad_stage<T>(k, mlp_range(item, k.p.hidden, k.s.hidden_tile), shared);
@@ -233,7 +247,7 @@ template <class Tr>
 __global__ void __launch_bounds__(kThreads, Tr::kBlocks) streamed_backward_kernel(const Streamed launch) {
   CBAM_DYNAMIC_SHARED(memory);
   CBAM_SHARED(k, Streamed);
-  const Shared shared{memory};
+  const Shared shared{memory, memory};
   share_parameters(launch, &k);
   run_items(
       k, [&](const Item& item) { backward_item<Tr>(k, item, shared); },

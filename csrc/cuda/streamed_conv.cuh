@@ -91,18 +91,18 @@ __device__ __forceinline__ int64_t window_size(const Streamed& k) {
 // Calls f(tap, neighbour) for each tap whose neighbour at + sign * (tap - centre) lies inside the map.
 template <class F>
 __device__ __forceinline__ void for_taps(const Problem& p, Coordinates at, int sign, F f) {
+  const int centre = p.kernel_w / 2, before = at.w, after = p.width - 1 - at.w;
+  const int from = max(0, centre - (sign > 0 ? before : after));
+  const int to = min(p.kernel_w, centre + 1 + (sign > 0 ? after : before));
   int tap = 0;
   for (int kd = 0; kd < p.kernel_d; ++kd) {
     const int d = at.d + sign * (kd - p.kernel_d / 2);
     for (int kh = 0; kh < p.kernel_h; ++kh, tap += p.kernel_w) {
       const int h = at.h + sign * (kh - p.kernel_h / 2);
       if (d < 0 || d >= p.depth || h < 0 || h >= p.height) continue;
-      const int row = (d * p.height + h) * p.width;
+      const int row = (d * p.height + h) * p.width + at.w;
 #pragma unroll 4
-      for (int kw = 0; kw < p.kernel_w; ++kw) {
-        const int w = at.w + sign * (kw - p.kernel_w / 2);
-        if (w >= 0 && w < p.width) f(tap + kw, row + w);
-      }
+      for (int kw = from; kw < to; ++kw) f(tap + kw, row + sign * (kw - centre));
     }
   }
 }
@@ -173,8 +173,9 @@ __device__ __forceinline__ void conv_stage(const Streamed& k, const Item& item, 
 
 constexpr int kTapBlock = 8;  // taps of a kernel row whose gradients a thread sums at a time
 
-// dq of the item's positions, and its parts of the kernel's gradient: sums over the item's positions of
-// dz q, dz, and dz conv, all before the norm's slope.
+// dq of the item's positions: in scratch or, where the pass over x that follows gathers it, in shared memory.
+// And, in one of two such passes, the item's parts of the kernel's gradient: sums over its positions of dz q,
+// dz, and dz conv, all before the norm's slope.
 template <class T>
 __device__ __forceinline__ void conv_grad_stage(const Streamed& k, const Item& item, Shared shared) {
   using A = Accumulate<T>;
@@ -182,10 +183,12 @@ __device__ __forceinline__ void conv_grad_stage(const Streamed& k, const Item& i
   const Schedule& s = k.s;
   const ConvItem<T> c(k, item, shared);
   const int64_t map = item.n * p.positions, size = window_size(k), slot = slot_of(k, item.n);
+  const bool again = item.stage == kInputGrad;
   const auto read_dz = [&](int i) -> A {
     if (k.operation == kAttentionBackward) return constant<A>(p.dz, map + i);
-    A ds = 0;
-    for (int chunk = 0; chunk < s.reduce.chunks; ++chunk) {
+    A ds = fresh<A>(k.w.spatial_grad, slot * s.reduce.chunks * p.positions + i);
+    if (s.reduce.chunks == 1) return ds;
+    for (int chunk = 1; chunk < s.reduce.chunks; ++chunk) {
       ds += fresh<A>(k.w.spatial_grad, (slot * s.reduce.chunks + chunk) * p.positions + i);
     }
     const A gate = constant<A>(p.spatial_gate, map + i);
@@ -194,8 +197,9 @@ __device__ __forceinline__ void conv_grad_stage(const Streamed& k, const Item& i
   const auto maximum = [&](int i) -> A { return constant<A>(p.spatial_pool, 2 * map + i); };
   const auto mean = [&](int i) -> A { return constant<A>(p.spatial_pool, 2 * map + p.positions + i); };
   const auto dz = map_window<A>(s, shared, c.low, c.high, size, read_dz);
-  const auto q_max = map_window<A>(s, shared, c.low, c.high, size, maximum);
-  const auto q_mean = map_window<A>(s, shared, c.low, c.high, size, mean);
+  const int high = again ? c.low : c.high;
+  const auto q_max = map_window<A>(s, shared, c.low, high, size, maximum);
+  const auto q_mean = map_window<A>(s, shared, c.low, high, size, mean);
   A* warps = shared.take<A>(kThreads / 32 * 2);
   const A slope = load_norm<T>(p).slope;
   __syncthreads();
@@ -207,9 +211,18 @@ __device__ __forceinline__ void conv_grad_stage(const Streamed& k, const Item& i
       max_grad += c.weight(0, tap) * v;
       mean_grad += c.weight(1, tap) * v;
     });
-    put(k.w.pooled_grad, slot * 2 * p.positions + i, slope * max_grad);
-    put(k.w.pooled_grad, (slot * 2 + 1) * p.positions + i, slope * mean_grad / A(p.channels));
+    max_grad *= slope;
+    mean_grad = slope * mean_grad / A(p.channels);
+    if (s.gather_tiles) {
+      A* gathered = gathered_grads<A>(k, shared) + (i - c.begin);
+      gathered[0] = max_grad;
+      gathered[s.conv_positions] = mean_grad;
+    } else {
+      put(k.w.pooled_grad, slot * 2 * p.positions + i, max_grad);
+      put(k.w.pooled_grad, (slot * 2 + 1) * p.positions + i, mean_grad);
+    }
   }
+  if (again) return;
 
   const int count = static_cast<int>(taps(p)), lane = thread_index() % 32, warp = thread_index() / 32;
   const int64_t row = (item.n * s.conv_items + item.index) * (2 * int64_t{count} + 2);

@@ -30,7 +30,7 @@ struct StreamedTraits {
 
 // Dynamic shared memory, handed out in 16-byte steps in the order in which streamed_memory.h counts it.
 struct Shared {
-  unsigned char* next;
+  unsigned char *next, *start;
   template <class X>
   __device__ __forceinline__ X* take(int64_t count) {
     X* p = reinterpret_cast<X*>(next);
@@ -49,10 +49,26 @@ __device__ __forceinline__ void share_parameters(const Streamed& launch, Streame
 // One item: sample n of a per-sample stage; `index` counts within the sample, or within the unit.
 struct Item {
   int stage, index;
+  int part;  // a map tile of an item that has several
   int unit, whole;
   int64_t n;
   int64_t first, count;  // the unit's samples
 };
+
+__device__ __forceinline__ bool gathers(const Schedule& s, const Item& item) {
+  return s.gather_tiles && (item.stage == kGateGrad || item.stage == kInputGrad);
+}
+
+// Which tile of Schedule::map an item is at.
+__device__ __forceinline__ int map_tile(const Schedule& s, const Item& item) {
+  return s.gather_tiles ? item.index * s.gather_tiles + item.part : item.index;
+}
+
+// dq of an item that gathers it, at the end of shared memory: the maximum's, `conv_positions` on the mean's.
+template <class A>
+__device__ __forceinline__ A* gathered_grads(const Streamed& k, const Shared& shared) {
+  return reinterpret_cast<A*>(shared.start + k.shared_bytes) - 2 * k.s.conv_positions;
+}
 
 // threadIdx.x for the smaller stages. The compiler would derive what they need of it ahead of the loop over
 // the items, and keep it in registers that the passes over x have no room for.
@@ -117,7 +133,7 @@ struct Work {
     const int64_t first = unit * s.unit_samples, left = k.p.samples - first;
     item.stage = d.stage;
     item.unit = static_cast<int>(unit);
-    item.whole = turn = 0;
+    item.part = item.whole = turn = 0;
     item.first = first;
     item.count = left < s.unit_samples ? left : s.unit_samples;
     item.n = d.per_sample ? first + within / d.items : first;
@@ -130,6 +146,13 @@ struct Work {
     const StagePlan& d = k.s.plan[plan];
     uint32_t* unit = unit_counters(k, item.unit);
     again = 0;
+    if (gathers(k.s, item)) {
+      const int next = map_tile(k.s, item) + 1;
+      if (++item.part < k.s.gather_tiles && next < k.s.map.tiles) {
+        again = 1;
+        return;
+      }
+    }
     if (turn == 0 && d.tail[0] >= 0) {
       const uint32_t all = expected(d.total, item.count);
       if (ptx::add_acquire_release(unit + d.stage, 1) != all - 1) return;
@@ -302,20 +325,34 @@ __device__ __forceinline__ void merge_lanes(S& s, int from, int to) {
   for (int bit = to / 2; bit >= from; bit /= 2) s.merge(s.exchange(bit));
 }
 
-// Merges each column of a tile over its row lanes: thread (row, column) brings V of them. On return,
-// after a barrier, `merged[group * columns * V + i]` for `groups` groups is what is left of column i.
-// Columns is a power of two up to 32.
+// Where merge_rows keeps element i of a tile's row, column i / V: neither its stores, a column a lane, nor
+// reads in the order of i meet in a bank.
+template <int V>
+__device__ __forceinline__ int merged_pitch(int columns) {
+  return V > 1 ? columns + 32 / V : columns;
+}
+
+// Merges each column of a tile over its row lanes: thread (row, column) brings V of them. On return, after a
+// barrier, merged_sum has what is left of them in so many groups. Columns is a power of two up to 32.
 template <int V, class S>
 __device__ __forceinline__ int merge_rows(S (&acc)[V], int columns, S* merged) {
   const int thread = thread_index(), column = thread & (columns - 1);
+  const int pitch = merged_pitch<V>(columns);
 #pragma unroll
   for (int k = 0; k < V; ++k) merge_lanes(acc[k], columns, 32);
   if (thread % 32 < columns) {
 #pragma unroll
-    for (int k = 0; k < V; ++k) merged[(thread / 32 * columns + column) * V + k] = acc[k];
+    for (int k = 0; k < V; ++k) merged[(thread / 32 * V + k) * pitch + column] = acc[k];
   }
   __syncthreads();
   return kThreads / 32;
+}
+template <int V, class S>
+__device__ __forceinline__ S merged_sum(const S* merged, int groups, int columns, int i) {
+  const int pitch = merged_pitch<V>(columns), at = i % V * pitch + i / V;
+  S total = merged[at];
+  for (int g = 1; g < groups; ++g) total.merge(merged[g * V * pitch + at]);
+  return total;
 }
 
 }  // namespace cbam

@@ -272,7 +272,7 @@ template <class Tr>
 __global__ void __launch_bounds__(kThreads, Tr::kBlocks) streamed_forward_kernel(const Streamed launch) {
   CBAM_DYNAMIC_SHARED(memory);
   CBAM_SHARED(k, Streamed);
-  const Shared shared{memory};
+  const Shared shared{memory, memory};
   share_parameters(launch, &k);
   run_items(k, [&](const Item& item) { forward_item<Tr>(k, item, shared); }, [](int) {});
 }

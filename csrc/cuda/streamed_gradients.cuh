@@ -1,23 +1,23 @@
 // Stages kCross, kGateGrad and kInputGrad: the backward passes over x and dy.
 #pragma once
 
+#include "streamed_logit_grad.cuh"
 #include "streamed_tile.cuh"
 
 namespace cbam {
 
-// ds of one position: to scratch, or where scale_backward has all of it already, as dz.
+// ds of one position and, where an item has all channels of it, dz.
 template <class A>
 __device__ __forceinline__ void put_spatial_grad(const Streamed& k, int64_t n, int chunk, int position,
                                                  A ds) {
   const Problem& p = k.p;
-  const int64_t chunks = k.s.reduce.chunks;
-  if (k.operation == kScaleBackward && chunks == 1) {
-    const int64_t at = n * p.positions + position;
+  const int64_t chunks = k.s.reduce.chunks, at = n * p.positions + position;
+  if (chunks == 1) {
     const A gate = constant<A>(p.spatial_gate, at);
-    put(p.dz_out, at, ds * gate * (A(1) - gate));
-  } else {
-    put(k.w.spatial_grad, (slot_of(k, n) * chunks + chunk) * p.positions + position, ds);
+    ds *= gate * (A(1) - gate);
+    if (k.operation == kScaleBackward) return put(p.dz_out, at, ds);
   }
+  put(k.w.spatial_grad, (slot_of(k, n) * chunks + chunk) * p.positions + position, ds);
 }
 
 // ---- kCross: ds = sum_c dy g x, and for each tile sum_p dy x s.
@@ -125,7 +125,7 @@ __device__ __forceinline__ void cross_columns(const Streamed& k, const Item& ite
   const int channels = min(me.end * V, static_cast<int>(p.channels)) - left;
   stage_values<A>(gates, p.channel_gate, item.n * p.channels + left, channels, A(1));
   stage_values<A>(spatial, p.spatial_gate, item.n * p.positions + first, count, A(1));
-  for (int i = threadIdx.x; i < count; i += kThreads) ds[i] = A(0);
+  for (int i = thread_index(); i < count; i += kThreads) ds[i] = A(0);
   __syncthreads();
   const int64_t start = (item.n * p.positions + first) * p.channels;
   const int64_t parts = (slot_of(k, item.n) * t.tiles + me.tile) * p.channels;
@@ -170,10 +170,9 @@ __device__ __forceinline__ void cross_columns(const Streamed& k, const Item& ite
     }
     if (p.pools) {
       const int groups = merge_rows<V>(acc, t.columns, merged), width = t.columns * V;
-      for (int c = threadIdx.x; c < width; c += kThreads) {
+      for (int c = thread_index(); c < width; c += kThreads) {
         if (int64_t{slice} * V + c >= p.channels) continue;
-        Sum<A> total = merged[c];
-        for (int g = 1; g < groups; ++g) total.merge(merged[g * width + c]);
+        const Sum<A> total = merged_sum<V>(merged, groups, t.columns, c);
         put(k.w.cross_parts, parts + int64_t{slice} * V + c, total.sum);
       }
       __syncthreads();
@@ -197,14 +196,20 @@ template <class A>
 __device__ __forceinline__ PositionFields<A> stage_positions(const Streamed& k, int64_t n, int first,
                                                              int count, int size, Shared& shared) {
   const Problem& p = k.p;
-  A* mean = shared.take<A>(size);
-  A* maximum = shared.take<A>(size);
+  const Schedule& s = k.s;
+  A* maximum = shared.take<A>(s.gather_tiles ? 0 : size);
+  A* mean = shared.take<A>(s.gather_tiles ? 0 : size);
   A* top = shared.take<A>(size);
   int* mark = shared.take<int>(size);
-  const int64_t at = slot_of(k, n) * 2 * p.positions + first;
   const bool split = p.ties == kTiesSplit;
-  stage_values<A>(maximum, k.w.pooled_grad, at, count, A(0));
-  stage_values<A>(mean, k.w.pooled_grad, at + p.positions, count, A(0));
+  if (s.gather_tiles) {
+    maximum = gathered_grads<A>(k, shared) + first % s.conv_positions;
+    mean = maximum + s.conv_positions;
+  } else {
+    const int64_t at = slot_of(k, n) * 2 * p.positions + first;
+    stage_values<A>(maximum, k.w.pooled_grad, at, count, A(0));
+    stage_values<A>(mean, k.w.pooled_grad, at + p.positions, count, A(0));
+  }
   if (split)
     stage_values<A>(top, p.spatial ? p.spatial_pool : nullptr, n * 2 * p.positions + first, count, A(0));
   stage_marks(mark, p.spatial ? p.spatial_index : nullptr, n * p.positions + first, count,
@@ -234,7 +239,7 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.map;
-  const RowTile<Tr> me(k, t, item.index);
+  const RowTile<Tr> me(k, t, map_tile(k.s, item));
   const int base = me.first * s.fold, positions = static_cast<int>(p.positions);
   const int left = me.tile * t.positions, width = min(t.positions, positions - left);
   A* gates = shared.take<A>(int64_t{t.chunk_rows} * s.fold);
@@ -253,7 +258,6 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
     mark[j] = fields.mark[at];
   }
   const T* x = as<T>(p.x) + item.n * s.rows * s.row_elements + int64_t{me.vector} * V;
-  const int64_t parts = (slot_of(k, item.n) * t.tiles + me.tile) * p.channels;
   FoldSums<Tr> sums(shared.take<A>(0), t);
   const int pass = Tr::kFold ? sums.capacity : me.end - me.first;
   for (int start = me.first; start < me.end; start += pass) {
@@ -293,13 +297,13 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
         for (int u = 0; u < kAhead; ++u) {
           const int at = r + me.row + u * me.lanes;
           here[u] = lanes_sum(here[u], t.columns);
-          if (me.column == 0 && at < bottom) put(k.w.gate_parts, parts + at, here[u]);
+          if (me.column == 0 && at < bottom) put_gate_grad(k, item.n, me.tile, at, here[u]);
         }
       }
     }
     if constexpr (Tr::kFold) {
       sums.finish(k, bottom - start,
-                  [&](int c, A sum) { put(k.w.gate_parts, parts + start * s.fold + c, sum); });
+                  [&](int c, A sum) { put_gate_grad(k, item.n, me.tile, start * s.fold + c, sum); });
     }
   }
 }
@@ -315,13 +319,12 @@ __device__ __forceinline__ void gate_grad_columns(const Streamed& k, const Item&
   const Tiling& t = s.map;
   const int column = threadIdx.x & (t.columns - 1), row = threadIdx.x >> t.columns_log2;
   const int rows = kThreads >> t.columns_log2;
-  const ColumnTile me(s, t, item.index);
+  const ColumnTile me(s, t, map_tile(s, item));
   const int first = me.first, count = me.count;
   const PositionFields<A> fields = stage_positions<A>(k, item.n, first, count, t.positions, shared);
   Sum<A>* merged = shared.take<Sum<A>>(0);
   __syncthreads();
   const int64_t start = (item.n * p.positions + first) * p.channels;
-  const int64_t parts = (slot_of(k, item.n) * t.tiles + me.tile) * p.channels;
   for (int slice = me.begin; slice < me.end; slice += t.columns) {
     const int i = slice + column;
     const T* x = as<T>(p.x) + start + int64_t{i} * V;
@@ -361,11 +364,10 @@ __device__ __forceinline__ void gate_grad_columns(const Streamed& k, const Item&
       }
     }
     const int groups = merge_rows<V>(acc, t.columns, merged), width = t.columns * V;
-    for (int c = threadIdx.x; c < width; c += kThreads) {
+    for (int c = thread_index(); c < width; c += kThreads) {
       if (int64_t{slice} * V + c >= p.channels) continue;
-      Sum<A> total = merged[c];
-      for (int g = 1; g < groups; ++g) total.merge(merged[g * width + c]);
-      put(k.w.gate_parts, parts + int64_t{slice} * V + c, total.sum);
+      const Sum<A> total = merged_sum<V>(merged, groups, t.columns, c);
+      put_gate_grad(k, item.n, me.tile, int64_t{slice} * V + c, total.sum);
     }
     __syncthreads();
   }

@@ -100,7 +100,7 @@ __device__ __forceinline__ void input_grad_rows(const Streamed& k, const Item& i
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.map;
-  RowTile<Tr> me(k, t, item.index);
+  RowTile<Tr> me(k, t, map_tile(k.s, item));
   const int base = me.first * s.fold, positions = static_cast<int>(p.positions);
   const int left = me.tile * t.positions, width = min(t.positions, positions - left);
   const int64_t size = int64_t{t.chunk_rows} * s.fold;
@@ -177,7 +177,7 @@ __device__ __forceinline__ void input_grad_columns(const Streamed& k, const Item
   const Tiling& t = s.map;
   const int column = threadIdx.x & (t.columns - 1), row = threadIdx.x >> t.columns_log2;
   const int rows = kThreads >> t.columns_log2;
-  const ColumnTile me(s, t, item.index);
+  const ColumnTile me(s, t, map_tile(s, item));
   const int first = me.first, count = me.count;
   ChannelTerms<A>* channels = shared.take<ChannelTerms<A>>(t.columns * V);
   RareTerms<A>* rare = shared.take<RareTerms<A>>(t.columns * V);

@@ -34,7 +34,7 @@ inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
   // What a reduction over the row lanes of a tile leaves: one value a column and group of lanes.
   const auto columns = [&](const Tiling& t, int64_t value) {
     const int64_t groups = s.fold > 1 || t.columns == 32 ? kThreads / t.columns : kThreads / 32;
-    return groups * t.columns * vector * value;
+    return groups * (t.columns * vector + (s.fold > 1 ? 0 : 32)) * value;
   };
   const int64_t mean_max = a == 8 ? 24 : 12;
   const int64_t pairs = 2 * int64_t{kThreads} * a;
@@ -43,9 +43,15 @@ inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
   const int64_t fold_sums = s.fold > 1 ? std::max<int64_t>(16 << 10, pairs) : 0;
   const int64_t terms = 4 * a * (last ? int64_t{s.map.columns} * vector : channels(s.map));
   const int64_t mlp = kBatch * (int64_t{kThreads} + kMlpStage) * a;  // column_dot's vectors and partial sums
+  const int64_t conv_grad = bytes({kernel, window, window, window, kThreads / 32 * 2 * a});
+  // A pass over x: if it gathers dq, that is at the end, behind what it took to do so.
+  const auto pass = [&](int64_t own) {
+    return s.gather_tiles ? std::max(own, conv_grad) + bytes({2 * s.conv_positions * a}) : own;
+  };
+  const int64_t fields = s.gather_tiles ? 0 : s.map.positions * a;
   switch (stage) {
     case kPool:
-      if (last) return bytes({kThreads * vector * mean_max});
+      if (last) return bytes({kThreads * (vector + 1) * mean_max});
       if (s.fold > 1) return bytes({s.pool_rows * int64_t{s.row_elements} * a});
       return bytes({kThreads / 32 * mean_max});
     case kHidden:
@@ -63,18 +69,17 @@ inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
       return bytes({channels(s.reduce) * a, s.reduce.positions * a, s.reduce.positions * a,
                     std::max(columns(s.reduce, a), fold_sums)});
     case kConvGrad:
-      return bytes({kernel, window, window, window, kThreads / 32 * 2 * a});
+      return conv_grad;
     case kGateGrad:
-      return bytes({last ? 0 : channels(s.map) * a, s.map.positions * a, s.map.positions * a,
-                    s.map.positions * a, s.map.positions * 4,
-                    std::max(last ? columns(s.map, a) : 0, fold_sums)});
+      return pass(bytes({last ? 0 : channels(s.map) * a, fields, fields, s.map.positions * a,
+                         s.map.positions * 4, std::max(last ? columns(s.map, a) : 0, fold_sums)}));
     case kFinishPools:
       return 0;
     case kLogitGrad:
-      return kThreads * a;
+      return s.hidden_blocks ? bytes({kMlpSamples * s.gate_tile * a}) + mlp : kThreads * a;
     case kInputGrad:
-      return bytes({terms, terms, s.map.positions * a, s.map.positions * a, s.map.positions * a,
-                    s.map.positions * a, s.map.positions * 4});
+      return pass(bytes(
+          {terms, terms, s.map.positions * a, fields, fields, s.map.positions * a, s.map.positions * 4}));
     default:
       return bytes({kWeightStage * kWeightTile * a, kWeightStage * kWeightTile * a});
   }
@@ -113,11 +118,12 @@ void visit_scratch(Streamed& k, Visit visit) {
   take(w.spatial_grad, runs(kCross), slots * s.reduce.chunks * p.positions * a);
   take(w.pooled_grad, runs(kConvGrad), slots * 2 * p.positions * a);
   take(w.cross_parts, runs(kCross), slots * s.reduce.tiles * p.channels * a);
-  take(w.gate_parts, runs(kGateGrad), slots * s.map.tiles * p.channels * a);
+  take(w.gate_parts, runs(kGateGrad) && !s.direct_logits, slots * s.map.tiles * p.channels * a);
   take(w.logit_grad, mlp_grad, n * p.channels * a);
+  take(w.hidden_parts, mlp_grad && p.w1.data, slots * std::max(1, s.hidden_blocks) * p.hidden * a);
   take(w.hidden_grad, mlp_grad && p.w1.data, n * s.pool_vectors * p.hidden * a);
   take(w.pool_grad, runs(kInputGrad) && p.pools, slots * pool_count(p.pools) * p.channels * a);
-  take(w.conv_parts, runs(kConvGrad), n * s.conv_items * (2 * taps(p) + 2) * a);
+  take(w.conv_parts, runs(kConvGrad) || s.gather_tiles, n * s.conv_items * (2 * taps(p) + 2) * a);
 }
 
 // Bytes of scratch; with a base, also points k.w into it.

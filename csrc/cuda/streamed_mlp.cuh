@@ -57,9 +57,10 @@ __device__ __forceinline__ void row_dot(const Weight& m, int64_t r0, int64_t r1,
   }
 }
 
-// sum_r m[r][c] * vector(v, r) for columns [c0, c1) of a matrix of `rows` x `stride`; out(c, v, sum).
+// sum_r m[r][c] * vector(v, r) over rows [r0, r1) for columns [c0, c1) of a matrix of rows of `stride`;
+// out(c, v, sum).
 template <class T, class Vector, class Out>
-__device__ __forceinline__ void column_dot(const Weight& m, int64_t c0, int64_t c1, int64_t rows,
+__device__ __forceinline__ void column_dot(const Weight& m, int64_t c0, int64_t c1, int64_t r0, int64_t r1,
                                            int64_t stride, int64_t count, Shared shared, Vector vector,
                                            Out out) {
   using A = Accumulate<T>;
@@ -73,9 +74,9 @@ __device__ __forceinline__ void column_dot(const Weight& m, int64_t c0, int64_t 
     for (int64_t base = c0; base < c1; base += lanes) {
       const int64_t c = base + lane;
       A acc[kBatch] = {};
-      for (int64_t first = 0; first < rows; first += kMlpStage) {
-        const int size = static_cast<int>(min(int64_t{kMlpStage}, rows - first));
-        if (base == c0 || rows > kMlpStage) {
+      for (int64_t first = r0; first < r1; first += kMlpStage) {
+        const int size = static_cast<int>(min(int64_t{kMlpStage}, r1 - first));
+        if (base == c0 || r1 - r0 > kMlpStage) {
           __syncthreads();
           stage_vectors(staged, v, valid, first, size, vector);
           __syncthreads();
@@ -143,7 +144,7 @@ __device__ __forceinline__ MlpRange mlp_range(const Item& item, int64_t extent, 
 }
 
 __device__ __forceinline__ int whole_samples(int vectors) {
-  return vectors == 3 ? 3 : kBatch;
+  return kBatch / vectors * vectors;
 }
 
 // hidden[n][j] = sum over the inputs of relu(w1 u + b1); for a single layer just the inputs' sum.
@@ -194,57 +195,22 @@ __device__ __forceinline__ void gate_stage(const Streamed& k, MlpRange r, Shared
       });
 }
 
-// dg, summed over its parts in the order of the tiles, then dl = dg g (1 - g). scale_backward stops at
-// dg, and also sums ds over its chunks here.
+// Part `block` of dl w2: its sum over channels [r.begin, r.end). `near`: dl of the range, if it is there.
 template <class T>
-__device__ __forceinline__ void logit_grad_stage(const Streamed& k, const Item& item, Shared shared) {
+__device__ __forceinline__ void hidden_parts_stage(const Streamed& k, MlpRange r, int64_t block,
+                                                   const Accumulate<T>* near, Shared shared) {
   using A = Accumulate<T>;
   const Problem& p = k.p;
-  const Schedule& s = k.s;
-  const bool scale = k.operation == kScaleBackward;
-  const int gate_items = p.pools ? static_cast<int>((p.channels + kLogitTile - 1) / kLogitTile) : 0;
-  const int64_t slot = slot_of(k, item.n);
-  if (item.index >= gate_items) {
-    const int64_t begin = int64_t{item.index - gate_items} * kThreads * 4;
-    const int64_t end = min(p.positions, begin + kThreads * 4);
-    for (int64_t i = begin + thread_index(); i < end; i += kThreads) {
-      A ds = 0;
-      for (int chunk = 0; chunk < s.reduce.chunks; ++chunk) {
-        ds += fresh<A>(k.w.spatial_grad, (slot * s.reduce.chunks + chunk) * p.positions + i);  // [1]
-      }
-      const A gate = constant<A>(p.spatial_gate, item.n * p.positions + i);
-      put(p.dz_out, item.n * p.positions + i, ds * gate * (A(1) - gate));
-    }
-    return;
-  }
-  A* parts = shared.take<A>(kThreads);
-  const int lane = thread_index() % kLogitTile, group = thread_index() / kLogitTile;
-  const int64_t c = int64_t{item.index} * kLogitTile + lane;
-  const int cross = k.w.cross_parts ? s.reduce.tiles : 0, gate = k.w.gate_parts ? s.map.tiles : 0;
-  A sum = 0;
-  if (c < p.channels) {
-#pragma unroll 8
-    for (int t = group; t < cross; t += kThreads / kLogitTile) {
-      sum += fresh<A>(k.w.cross_parts, (slot * s.reduce.tiles + t) * p.channels + c);  // [1]
-    }
-#pragma unroll 8
-    for (int t = group; t < gate; t += kThreads / kLogitTile) {
-      sum += fresh<A>(k.w.gate_parts, (slot * s.map.tiles + t) * p.channels + c);  // [1]
-    }
-  }
-  parts[thread_index()] = sum;
-  __syncthreads();
-  if (group == 0 && c < p.channels) {
-    for (int g = 1; g < kThreads / kLogitTile; ++g) sum += parts[g * kLogitTile + lane];
-    const int64_t at = item.n * p.channels + c;
-    if (scale) {
-      put(p.dchannel_gate, at, sum);
-    } else {
-      if (k.operation == kAttentionBackward) sum += constant<A>(p.dchannel_gate, at);
-      const A g = constant<A>(p.channel_gate, at);
-      put(k.w.logit_grad, at, sum * g * (A(1) - g));
-    }
-  }
+  const int64_t blocks = max(1, k.s.hidden_blocks);
+  column_dot<T>(
+      p.w2, 0, p.hidden, r.begin, r.end, p.hidden, r.samples, shared,
+      [&](int64_t v, int64_t c) {
+        if (near) return near[v * (r.end - r.begin) + c - r.begin];
+        return fresh<A>(k.w.logit_grad, (r.sample + v) * p.channels + c);
+      },
+      [&](int64_t j, int64_t v, A sum) {
+        put(k.w.hidden_parts, (slot_of(k, r.sample + v) * blocks + block) * p.hidden + j, sum);
+      });
 }
 
 // hidden_grad[n][input][j], behind the ReLU, and hidden[n][j] for the gradient of w2.
@@ -252,13 +218,7 @@ template <class T>
 __device__ __forceinline__ void hidden_grad_stage(const Streamed& k, MlpRange r, Shared shared) {
   using A = Accumulate<T>;
   const Problem& p = k.p;
-  const int vectors = k.s.pool_vectors;
-  column_dot<T>(
-      p.w2, r.begin, r.end, p.channels, p.hidden, r.samples, shared,
-      [&](int64_t v, int64_t c) { return fresh<A>(k.w.logit_grad, (r.sample + v) * p.channels + c); },
-      [&](int64_t j, int64_t v, A sum) {
-        put(k.w.hidden_grad, (r.sample + v) * vectors * p.hidden + j, sum);
-      });
+  const int vectors = k.s.pool_vectors, blocks = max(1, k.s.hidden_blocks);
   row_dot<T>(
       p.w1, r.begin, r.end, p.channels, r.samples * vectors, whole_samples(vectors), shared,
       [&](int64_t v, int64_t c) { return mlp_input<A>(p, r.sample + v / vectors, v % vectors, c); },
@@ -269,7 +229,12 @@ __device__ __forceinline__ void hidden_grad_stage(const Streamed& k, MlpRange r,
         for (int u = 0; u < kBatch; ++u) {
           if (u >= valid) break;
           const int64_t n = r.sample + (v + u) / vectors;
-          if (u % vectors == 0) grad = fresh<A>(k.w.hidden_grad, n * vectors * p.hidden + j);
+          if (u % vectors == 0) {
+            grad = 0;
+            const int64_t parts = slot_of(k, n) * blocks;
+#pragma unroll 4
+            for (int i = 0; i < blocks; ++i) grad += fresh<A>(k.w.hidden_parts, (parts + i) * p.hidden + j);
+          }
           const A before = dots[u] + b;
           sum += relu(before);
           put(k.w.hidden_grad, (n * vectors + u % vectors) * p.hidden + j, before <= A(0) ? A(0) : grad);
@@ -311,7 +276,7 @@ __device__ __forceinline__ void pool_grad_stage(const Streamed& k, MlpRange r, S
   if (!p.w1.data) {
     hidden_stage<T>(k, r, shared);
     column_dot<T>(
-        p.w2, r.begin, r.end, p.channels, p.channels, r.samples, shared,
+        p.w2, r.begin, r.end, 0, p.channels, p.channels, r.samples, shared,
         [&](int64_t v, int64_t c) { return fresh<A>(k.w.logit_grad, (r.sample + v) * p.channels + c); },
         [&](int64_t c, int64_t v, A sum) {
           for (int j = 0; j < vectors; ++j) put_pool_grads<A>(k, r.sample + v, j, c, sum);
@@ -319,7 +284,7 @@ __device__ __forceinline__ void pool_grad_stage(const Streamed& k, MlpRange r, S
     return;
   }
   column_dot<T>(
-      p.w1, r.begin, r.end, p.hidden, p.channels, r.samples * vectors, shared,
+      p.w1, r.begin, r.end, 0, p.hidden, p.channels, r.samples * vectors, shared,
       [&](int64_t v, int64_t j) {
         return fresh<A>(k.w.hidden_grad, (r.sample * vectors + v) * p.hidden + j);
       },

@@ -211,7 +211,7 @@ __device__ __forceinline__ void pool_columns(const Streamed& k, int64_t n, int i
   const int rows = kThreads / columns, slices = (s.row_vectors + columns - 1) / columns;
   const int slice = index % slices, chunk = index / slices;
   const int first = chunk * s.pool_rows, end = min(s.rows, first + s.pool_rows);
-  S* merged = shared.take<S>(kThreads * V);
+  S* merged = shared.take<S>(kThreads * (V + 1));
   const int vector = slice * columns + column;
   S acc[V];
 #pragma unroll
@@ -243,8 +243,7 @@ __device__ __forceinline__ void pool_columns(const Streamed& k, int64_t n, int i
   for (int i = threadIdx.x; i < columns * V; i += kThreads) {
     const int64_t c = int64_t{slice} * columns * V + i;
     if (c >= k.p.channels) continue;
-    S total = merged[i];
-    for (int g = 1; g < groups; ++g) total.merge(merged[g * columns * V + i]);
+    const S total = merged_sum<V>(merged, groups, columns, i);
     put_statistic<A>(k, {n, s.pool_chunks > 1 ? chunk : kAllChunks}, c, total);
   }
   __syncthreads();

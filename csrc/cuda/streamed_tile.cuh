@@ -181,9 +181,7 @@ __device__ __forceinline__ void merge_tile(const Streamed& k, const Tiling& t, c
     const int groups = merge_rows<V>(acc, t.columns, merged);
     for (int i = threadIdx.x; i < width; i += kThreads) {
       if (me.tile * t.positions + i >= positions) continue;
-      S total = merged[i];
-      for (int g = 1; g < groups; ++g) total.merge(merged[g * width + i]);
-      out(me.tile * t.positions + i, total);
+      out(me.tile * t.positions + i, merged_sum<V>(merged, groups, t.columns, i));
     }
   }
 }
