@@ -118,8 +118,8 @@ class Problem:
     def configuration(self, kernel: str, **extents: int) -> Tuple[Configuration, Device]:
         device = configurations.describe(self.device)
         layout = "channels_last" if self.channels_last else "contiguous"
-        itemsize = torch.empty((), dtype=self.dtype).element_size()
-        return configurations.configuration(kernel, device, layout, self.p, itemsize, extents), device
+        found = configurations.configuration(kernel, device, layout, self.p, self.dtype.itemsize, extents)
+        return found, device
 
     def tile(self, kernel: str, **extents: int) -> Tuple[Configuration, Device]:
         return self.configuration(kernel, BC=self.c, BP=self.p, **extents)
