@@ -56,13 +56,14 @@ __device__ __forceinline__ void cross_rows(const Streamed& k, const Item& item, 
   for (int top = me.first; top < me.end; top += pass) {
     const int bottom = min(me.end, top + pass);
     for (int r = top; r < bottom; r += kAhead * me.lanes) {
-      A vx[kAhead][V], vd[kAhead][V], here[kAhead], after[kAhead];
+      Packed<T, V> packed_x[kAhead], packed_dy[kAhead];
+      A here[kAhead], after[kAhead];
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
         const int at = r + me.row + u * me.lanes;
         if (me.inside && at < bottom) {
-          load_global<Cache::kReadOnly>(x + int64_t{at} * s.row_elements, vx[u]);   // [V]
-          load_global<Cache::kReadOnly>(dy + int64_t{at} * s.row_elements, vd[u]);  // [V]
+          load_packed<Cache::kReadOnly>(x + int64_t{at} * s.row_elements, packed_x[u]);    // [V]
+          load_packed<Cache::kReadOnly>(dy + int64_t{at} * s.row_elements, packed_dy[u]);  // [V]
         }
       }
 #pragma unroll
@@ -71,9 +72,12 @@ __device__ __forceinline__ void cross_rows(const Streamed& k, const Item& item, 
         here[u] = after[u] = A(0);
         if (me.inside && at < bottom) {
           const PerChannel<Tr, A> gate(gates, me.channel(s, at) - base, me);
+          A vx[V], vd[V];
+          packed_x[u].unpack(vx);
+          packed_dy[u].unpack(vd);
 #pragma unroll
           for (int j = 0; j < V; ++j) {
-            const A product = vx[u][j] * vd[u][j];
+            const A product = vx[j] * vd[j];
             ds[j].sum += gate(me, j) * product;
             if (me.next(j))
               after[u] += product * gate_s[j];
@@ -142,13 +146,13 @@ __device__ __forceinline__ void cross_columns(const Streamed& k, const Item& ite
       acc[j].sum = A(0);
     }
     for (int base = 0; base < count; base += kAhead * rows) {
-      A vx[kAhead][V], vd[kAhead][V];
+      Packed<T, V> packed_x[kAhead], packed_dy[kAhead];
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
         const int at = base + row + u * rows;
         if (inside && at < count) {
-          load_global<Cache::kReadOnly>(x + at * p.channels, vx[u]);   // [V]
-          load_global<Cache::kReadOnly>(dy + at * p.channels, vd[u]);  // [V]
+          load_packed<Cache::kReadOnly>(x + at * p.channels, packed_x[u]);    // [V]
+          load_packed<Cache::kReadOnly>(dy + at * p.channels, packed_dy[u]);  // [V]
         }
       }
 #pragma unroll
@@ -157,9 +161,12 @@ __device__ __forceinline__ void cross_columns(const Streamed& k, const Item& ite
         A sum = 0;
         if (inside && at < count) {
           const A gate_s = spatial[at];
+          A vx[V], vd[V];
+          packed_x[u].unpack(vx);
+          packed_dy[u].unpack(vd);
 #pragma unroll
           for (int j = 0; j < V; ++j) {
-            const A product = vx[u][j] * vd[u][j];
+            const A product = vx[j] * vd[j];
             sum += gate[j] * product;
             acc[j].sum += product * gate_s;
           }
@@ -235,7 +242,7 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
   using T = typename Tr::T;
   using A = typename Tr::A;
   constexpr int V = Tr::V;
-  constexpr int kAhead = kSplit && Tr::kFold ? 1 : V > 1 ? 2 : kUnroll;
+  constexpr int kAhead = kSplit && (Tr::kFold || V > 4) ? 1 : V > 1 ? 2 : kUnroll;
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.map;
@@ -263,12 +270,13 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
   for (int start = me.first; start < me.end; start += pass) {
     const int bottom = min(me.end, start + pass);
     for (int r = start; r < bottom; r += kAhead * me.lanes) {
-      A v[kAhead][V], here[kAhead], after[kAhead];
+      Packed<T, V> packed[kAhead];
+      A here[kAhead], after[kAhead];
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
         const int at = r + me.row + u * me.lanes;
         if (me.inside && at < bottom)
-          load_global<Cache::kLastUse>(x + int64_t{at} * s.row_elements, v[u]);  // [V]
+          load_packed<Cache::kLastUse>(x + int64_t{at} * s.row_elements, packed[u]);  // [V]
       }
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
@@ -276,18 +284,20 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
         here[u] = after[u] = A(0);
         if (me.inside && at < bottom) {
           const int c = me.channel(s, at);
+          A v[V];
+          packed[u].unpack(v);
 #pragma unroll
           for (int j = 0; j < V; ++j) {
             A weight = mean[j];
             if constexpr (kSplit) {
-              weight += even_share(maximum[j], gates[c - base + me.next(j)] * v[u][j] == top[j], mark[j]);
+              weight += even_share(maximum[j], gates[c - base + me.next(j)] * v[j] == top[j], mark[j]);
             } else {
               weight += first_share(maximum[j], mark[j] == c + me.next(j));
             }
             if (me.next(j))
-              after[u] += v[u][j] * weight;
+              after[u] += v[j] * weight;
             else
-              here[u] += v[u][j] * weight;
+              here[u] += v[j] * weight;
           }
           if constexpr (Tr::kFold) sums.leave(me, at - start, here[u], after[u]);
         }
@@ -339,11 +349,11 @@ __device__ __forceinline__ void gate_grad_columns(const Streamed& k, const Item&
       if (kSplit && p.channel_gate)
         fresh_vector<V>(p.channel_gate, item.n * p.channels + int64_t{i} * V, gate);  // [V]
       for (int base = row; base < count; base += kAhead * rows) {
-        A v[kAhead][V];
+        Packed<T, V> packed[kAhead];
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) {
           if (base + u * rows < count)
-            load_global<Cache::kLastUse>(x + (base + u * rows) * p.channels, v[u]);  // [V]
+            load_packed<Cache::kLastUse>(x + (base + u * rows) * p.channels, packed[u]);  // [V]
         }
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) {
@@ -351,14 +361,16 @@ __device__ __forceinline__ void gate_grad_columns(const Streamed& k, const Item&
           if (at >= count) break;
           const A mean = fields.mean[at], maximum = fields.maximum[at];
           const int mark = fields.mark[at];
+          A v[V];
+          packed[u].unpack(v);
 #pragma unroll
           for (int j = 0; j < V; ++j) {
             A weight = mean;
             if constexpr (kSplit)
-              weight += even_share(maximum, gate[j] * v[u][j] == fields.top[at], mark);
+              weight += even_share(maximum, gate[j] * v[j] == fields.top[at], mark);
             else
               weight += first_share(maximum, mark == i * V + j);
-            acc[j].sum += v[u][j] * weight;
+            acc[j].sum += v[j] * weight;
           }
         }
       }

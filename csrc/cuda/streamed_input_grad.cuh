@@ -134,13 +134,13 @@ __device__ __forceinline__ void input_grad_rows(const Streamed& k, const Item& i
   for (int r = me.first + me.row; r < me.end; r += kAhead * me.lanes) {
     if constexpr (!kKeepTerms) ptx::forget_registers();
     if constexpr (Tr::kFold) me.split = ptx::opaque(me.split);
-    A v[kAhead][V], vx[kAhead][V];
+    Packed<T, V> packed_dy[kAhead], packed_x[kAhead];
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
       const int at = r + u * me.lanes;
       if (at < me.end) {
-        load_global<Cache::kLastUse>(dy + at * stride, v[u]);                         // [V]
-        if constexpr (kNeedsX) load_global<Cache::kLastUse>(x + at * stride, vx[u]);  // [V]
+        load_packed<Cache::kLastUse>(dy + at * stride, packed_dy[u]);                       // [V]
+        if constexpr (kNeedsX) load_packed<Cache::kLastUse>(x + at * stride, packed_x[u]);  // [V]
       }
     }
 #pragma unroll
@@ -149,19 +149,22 @@ __device__ __forceinline__ void input_grad_rows(const Streamed& k, const Item& i
       if (at >= me.end) break;
       const int c = me.channel(s, at), i = c - base;
       const PerChannel<Tr, ChannelTerms<A>> terms(channels, i, me);
+      A v[V], vx[V];
+      packed_dy[u].unpack(v);
+      if constexpr (kNeedsX) packed_x[u].unpack(vx);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         const int position = me.absolute(j, positions);
         if constexpr (kNeedsX) {
           const A top = p.ties == kTiesSplit ? fields.top[me.in_tile(j, positions)] : A(0);
-          v[u][j] = input_grad_of_x(p, terms(me, j), rare[i + me.next(j)], position_terms(j), top, v[u][j],
-                                    vx[u][j], c + me.next(j), position);
+          v[j] = input_grad_of_x(p, terms(me, j), rare[i + me.next(j)], position_terms(j), top, v[j], vx[j],
+                                 c + me.next(j), position);
         } else {
-          v[u][j] = input_grad(terms(me, j), kKeepTerms ? mine[j] : position_terms(j), v[u][j],
-                               c + me.next(j), position, residual);
+          v[j] = input_grad(terms(me, j), kKeepTerms ? mine[j] : position_terms(j), v[j], c + me.next(j),
+                            position, residual);
         }
       }
-      store_global<true>(dx + at * stride, v[u]);  // [V]
+      store_global<true>(dx + at * stride, v);  // [V]
     }
   }
 }
@@ -207,13 +210,13 @@ __device__ __forceinline__ void input_grad_columns(const Streamed& k, const Item
       }
       for (int base = row; base < count; base += kAhead * rows) {
         if constexpr (kNeedsX) ptx::forget_registers();
-        A v[kAhead][V], vx[kAhead][V];
+        Packed<T, V> packed_dy[kAhead], packed_x[kAhead];
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) {
           if (base + u * rows < count) {
-            load_global<Cache::kLastUse>(dy + (base + u * rows) * stride, v[u]);  // [V]
+            load_packed<Cache::kLastUse>(dy + (base + u * rows) * stride, packed_dy[u]);  // [V]
             if constexpr (kNeedsX)
-              load_global<Cache::kLastUse>(x + (base + u * rows) * stride, vx[u]);  // [V]
+              load_packed<Cache::kLastUse>(x + (base + u * rows) * stride, packed_x[u]);  // [V]
           }
         }
 #pragma unroll
@@ -221,18 +224,21 @@ __device__ __forceinline__ void input_grad_columns(const Streamed& k, const Item
           const int at = base + u * rows;
           if (at >= count) break;
           const PositionTerms<A> q = {spatial[at], fields.mean[at], fields.maximum[at], fields.mark[at]};
+          A v[V], vx[V];
+          packed_dy[u].unpack(v);
+          if constexpr (kNeedsX) packed_x[u].unpack(vx);
 #pragma unroll
           for (int j = 0; j < V; ++j) {
             const int c = i * V + j;
             if constexpr (kNeedsX) {
               const A top = p.ties == kTiesSplit ? fields.top[at] : A(0);
-              v[u][j] = input_grad_of_x(p, channels[column * V + j], rare[column * V + j], q, top, v[u][j],
-                                        vx[u][j], c, first + at);
+              v[j] = input_grad_of_x(p, channels[column * V + j], rare[column * V + j], q, top, v[j], vx[j],
+                                     c, first + at);
             } else {
-              v[u][j] = input_grad(terms[j], q, v[u][j], c, first + at, residual);
+              v[j] = input_grad(terms[j], q, v[j], c, first + at, residual);
             }
           }
-          store_global<true>(dx + (base + u * rows) * stride, v[u]);  // [V]
+          store_global<true>(dx + (base + u * rows) * stride, v);  // [V]
         }
       }
     }
