@@ -20,8 +20,8 @@ __device__ __forceinline__ void stage_vectors(A* staged, int64_t v, int valid, i
 // dot(row r of m, vector v) for rows [r0, r1) and `count` vectors of `length`. `vector(v, i)` is an
 // element; `out(r, v, valid, dots)` gets up to `batch` of them at once, in one lane.
 template <class T, class Vector, class Out>
-__device__ __forceinline__ void row_dot(const Weight& m, int64_t r0, int64_t r1, int64_t length,
-                                        int64_t count, int batch, Shared shared, Vector vector, Out out) {
+__device__ __forceinline__ void row_dot(const Weight& m, int r0, int r1, int64_t length, int64_t count,
+                                        int batch, Shared shared, Vector vector, Out out) {
   using A = Accumulate<T>;
   A* staged = shared.take<A>(kBatch * kMlpStage);
   int lanes = 1;
@@ -29,8 +29,8 @@ __device__ __forceinline__ void row_dot(const Weight& m, int64_t r0, int64_t r1,
   const int lane = thread_index() & (lanes - 1), team = thread_index() / lanes;
   for (int64_t v = 0; v < count; v += batch) {
     const int valid = static_cast<int>(min(int64_t{batch}, count - v));
-    for (int64_t base = r0; base < r1; base += kThreads / lanes) {
-      const int64_t r = base + team;
+    for (int base = r0; base < r1; base += kThreads / lanes) {
+      const int r = base + team;
       A acc[kBatch] = {};
       for (int64_t first = 0; first < length; first += kMlpStage) {
         const int size = static_cast<int>(min(int64_t{kMlpStage}, length - first));
@@ -42,7 +42,7 @@ __device__ __forceinline__ void row_dot(const Weight& m, int64_t r0, int64_t r1,
         if (r < r1) {
 #pragma unroll 4
           for (int i = lane; i < size; i += lanes) {
-            const A w = load_weight<T>(m, r * length + first + i);  // [1]
+            const A w = load_weight<T>(m, int64_t{r} * length + first + i);  // [1]
 #pragma unroll
             for (int u = 0; u < kBatch; ++u) {
               if (u < valid) acc[u] += w * staged[u * kMlpStage + i];
@@ -129,18 +129,16 @@ __device__ __forceinline__ Accumulate<T> bias(const Weight& b, int64_t i) {
 
 // A range of samples and of rows or columns, of a unit whose work one or several items do.
 struct MlpRange {
-  int64_t sample, samples;
-  int64_t begin, end;
+  int64_t sample;
+  int samples, begin, end;
 };
 
 __device__ __forceinline__ MlpRange mlp_range(const Item& item, int64_t extent, int tile) {
-  if (item.whole) return {item.first, item.count, 0, extent};
-  const int tiles = static_cast<int>((extent + tile - 1) / tile);
-  const int64_t sample = int64_t{item.index / tiles} * kMlpSamples,
-                begin = int64_t{item.index % tiles} * tile;
-  const int64_t left = item.count - sample;
-  return {item.first + sample, left < kMlpSamples ? (left < 0 ? 0 : left) : kMlpSamples, begin,
-          begin + tile < extent ? begin + tile : extent};
+  const int all = static_cast<int>(extent), count = static_cast<int>(item.count);
+  if (item.whole) return {item.first, count, 0, all};
+  const int tiles = (all + tile - 1) / tile;
+  const int sample = item.index / tiles * kMlpSamples, begin = item.index % tiles * tile;
+  return {item.first + sample, min(max(count - sample, 0), kMlpSamples), begin, min(begin + tile, all)};
 }
 
 __device__ __forceinline__ int whole_samples(int vectors) {

@@ -240,7 +240,7 @@ __device__ __forceinline__ void pool_columns(const Streamed& k, int64_t n, int i
     }
   }
   const int groups = merge_rows<V>(acc, columns, merged);
-  for (int i = threadIdx.x; i < columns * V; i += kThreads) {
+  for (int i = thread_index(); i < columns * V; i += kThreads) {
     const int64_t c = int64_t{slice} * columns * V + i;
     if (c >= k.p.channels) continue;
     const S total = merged_sum<V>(merged, groups, columns, i);
