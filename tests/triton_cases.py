@@ -231,6 +231,20 @@ SPLITS = {
     "large map, segments": ((1, 20, 17, 16), True, dict(pools=("avg", "max", "lp", "lse"))),
     "large map, segments, split": ((1, 20, 17, 16), True, dict(ties="split", one_layer=True)),
     "training": ((1, 130, 7, 7), False, dict(norm="train")),
+    "groups of samples": ((5, 150, 7, 7), False, {}),
+    "groups of samples, channels-last": (
+        (6, 150, 7, 7),
+        True,
+        dict(pools=("avg", "max", "lp"), ties="split"),
+    ),
+    "groups, all pools, split": (
+        (3, 140, 5, 5),
+        False,
+        dict(pools=("avg", "max", "lp", "lse"), ties="split"),
+    ),
+    "groups, blended": ((3, 140, 6, 6), False, dict(light=True)),
+    "groups, one layer": ((3, 140, 4, 4), False, dict(one_layer=True)),
+    "groups, no spatial gate": ((3, 140, 9, 9), True, dict(spatial=False)),
 }
 
 

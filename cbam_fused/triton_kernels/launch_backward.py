@@ -21,6 +21,11 @@ from .sample_backward import sample_backward_kernel
 from .scale_backward import scale_backward_kernel
 from .weights_backward import weights_backward_kernel
 
+# Of the third launch's programs: the convolution's jobs run beside the MLP's.
+MLP_FILL = 0.5
+# Rows of a group's tiles, one for each pass of each of its samples: registers hold no more.
+GROUP_ROWS = 8
+
 
 def _scale_backward_launch(
     dy: Tensor, x: Tensor, gate: Optional[Tensor], spatial_gate: Optional[Tensor], pr: Problem
@@ -88,15 +93,18 @@ class _Gradients:
             self.blended = acc(pr.n, 1, pr.c) if pr.pools & cfg.BLEND else None
         self.dtaps = self.sums = None
         if pr.spatial:
-            found, device = self.small_jobs()
+            found, device = self.small_jobs(pr.n)
             steps = cdiv(pr.p, found.meta["BQ"])
             self.segments, self.segment_tiles = pb.split_loop(pr.n, steps, found.fill, device)
             self.dtaps = acc(pr.n, self.segments, pr.planes * pr.taps)
             self.sums = acc(pr.n, self.segments, 2)
 
-    def small_jobs(self):
+    def small_jobs(self, n: int):
         pr = self.pr
-        return pr.configuration("sample_backward", MC=pr.c, HB=max(1, pr.hidden), TB=pr.taps, BQ=pr.p)
+        group = min(n, max(1, GROUP_ROWS // max(1, pr.runs)))
+        return pr.configuration(
+            "sample_backward", MC=pr.c, HB=max(1, pr.hidden), GB=group, TB=pr.taps, BQ=pr.p
+        )
 
     def zero(self) -> None:
         for t in (self.dw1, self.db1, self.dw2, self.db2, *self.dconv, *self.dnorm):
@@ -142,7 +150,7 @@ def _attention_backward_chunk(
     """Second to fourth launch; every tensor is already that of these samples, but those in grads."""
     pr = grads.pr
     pooled, pool_index, gate, spatial_pool, spatial_index = saved
-    w1, b1, w2, _ = grads.mlp
+    w1, b1, w2, _ = mlp = grads.mlp
     *bn, eps = grads.norm
     n, u = x.shape[0], pr.units
 
@@ -170,40 +178,44 @@ def _attention_backward_chunk(
                  **pr.taps_meta(), **pr.layout(), **found.meta),
             found.warps,
         )  # fmt: skip
-    blocks, block_tiles, hidden_part = 0, 1, None
+    blocks, block_tiles, hidden_part, dpooled = 0, 1, None, None
+    hidden, dhidden = part_of(grads.hidden, rows), part_of(grads.dhidden, rows)
     if pr.pools or pr.spatial:
-        found, _ = grads.small_jobs()
+        found, device = grads.small_jobs(n)
         jobs = 0
         if pr.pools:
-            block_tiles = max(1, found.meta["JC"] // found.meta["MC"])
-            jobs = blocks = cdiv(pr.c, block_tiles * found.meta["MC"])
+            groups = cdiv(n, found.meta["GB"])
+            blocks, block_tiles = pb.split_loop(groups, cdiv(pr.c, found.meta["MC"]), MLP_FILL, device)
+            jobs = groups * blocks
             hidden_part = None if w1 is None else acc(n, blocks, 1 + pr.runs, pr.hidden)
+            # A job that has all channels has all that the pools' gradients need.
+            dpooled = acc(n, pr.rows, pr.c) if blocks == 1 else None
         if pr.spatial:
-            jobs += grads.segments
+            jobs += n * grads.segments
         pb.launch(
             sample_backward_kernel,
-            n * jobs,
-            (pooled, gate, spatial_pool, dz, *((None, None) if whole else (dgate, dgate_b)), w1, w2, *grads.conv, *bn,
-             dlogits, part_of(grads.blended, rows), hidden_part, part_of(grads.dtaps, rows),
-             part_of(grads.sums, rows), pr.c, pr.hidden, pr.p, pr.d, pr.h, pr.w, jobs,
+            jobs,
+            (pooled, pool_index, gate, spatial_pool, dz, *((None, None) if whole else (dgate, dgate_b)), w1, b1, w2,
+             *grads.conv, *bn, dlogits, part_of(grads.blended, rows), hidden_part,
+             *((None, None) if dpooled is None else (hidden, dhidden)), dpooled, part_of(grads.dtaps, rows),
+             part_of(grads.sums, rows), pr.c, pr.hidden, n, pr.p, pr.d, pr.h, pr.w, blocks,
              grads.segments if pr.spatial else 0, grads.segment_tiles if pr.spatial else 0,
              0 if dgate is None else dgate.shape[1], tiles_b, block_tiles),
-            dict(BN_EPS=eps, POOLS=pr.pools, SPATIAL=pr.spatial, ACC=pr.acc_type(), **pr.taps_meta(),
-                 **{k: v for k, v in found.meta.items() if k != "JC"}),
+            dict(BN_EPS=eps, POOLS=pr.pools, SPATIAL=pr.spatial, SPLIT=pr.split(), ACC=pr.acc_type(),
+                 **pr.taps_meta(), **found.meta),
             found.warps,
         )  # fmt: skip
-    found, device = pr.tile("input_backward", MC=pr.c, HB=max(1, pr.hidden))
-    programs, steps = n * cdiv(pr.p, found.meta["BP"]), cdiv(pr.c, found.meta["BC"])
-    splits, each = pb.split_loop(programs, steps, found.fill, device)
+    found, device = pr.tile("input_backward", MC=pr.c, HB=max(1, pr.hidden), GB=1 if blocks < 2 else n)
+    open_mlp = (*mlp[:3], dlogits, hidden_part, dhidden, hidden) if blocks > 1 else (None,) * 7
+    programs = cdiv(n, found.meta["GB"]) * cdiv(pr.p, found.meta["BP"])
+    splits, each = pb.split_loop(programs, cdiv(pr.c, found.meta["BC"]), found.fill, device)
     programs *= splits
     pb.launch(
         input_backward_kernel,
         programs,
-        (dy, x, dx, gate, spatial_gate, pooled, pool_index, spatial_pool, spatial_index, dmaps, w1, b1, w2,
-         dlogits, hidden_part, part_of(grads.dhidden, rows), part_of(grads.hidden, rows),
-         None if hidden_part is None else acc(programs, pr.runs, pr.hidden),
-         acc(programs, pr.rows, each * found.meta["BC"]) if pr.pools else None,
-         u["c_units"], u["p_units"], pr.hidden, blocks, splits, each),
+        (dy, x, dx, gate, spatial_gate, pooled, pool_index, spatial_pool, spatial_index, dmaps, *open_mlp,
+         acc(programs, found.meta["GB"], pr.runs, pr.hidden) if blocks > 1 and w1 is not None else None, dpooled,
+         n, u["c_units"], u["p_units"], pr.hidden, blocks, splits, each),
         dict(POOLS=pr.pools, SPATIAL=pr.spatial, SPLIT=pr.split(), RESIDUAL=residual, FLAT=pr.flat(found),
              **pr.layout(), **found.meta),
         found.warps,

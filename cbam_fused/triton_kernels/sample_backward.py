@@ -1,9 +1,10 @@
 """Third launch of the backward: everything small that one sample needs, each job on its own program.
 
-Jobs of the MLP take a block of channels each: the gate's gradient from its partial sums, where there is
-more than one, and the block's share of both products that the hidden layer needs. Jobs of the convolution
-take a segment of positions each: they correlate dz with the maps for every tap, and sum dz for the biases
-and the norm. Nothing here reads a tensor of x's size.
+Jobs of the MLP take a block of channels each, of one sample or of a few, for which a tile of the weights is
+then read once: the gate's gradient from its partial sums, where there is more than one, and the block's share
+of both products that the hidden layer needs. A job that has all channels of its samples ends the MLP's backward
+itself; else the next launch does. Jobs of the convolution take a segment of positions each: they correlate dz
+with the maps for every tap, and sum dz for the biases and the norm. Nothing here reads a tensor of x's size.
 """
 
 from __future__ import annotations
@@ -11,61 +12,129 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device_functions import convolve_maps, folded_norm, load_maps, load_pooled, load_scalar, sum_parts
+from .device_functions import (
+    convolve_maps,
+    folded_norm,
+    load_maps,
+    load_pooled,
+    load_pooled_samples,
+    load_scalar,
+    sum_parts,
+)
+from .mlp_backward import hidden_backward, pool_gradients, through_layer
 
 
 @triton.jit
 def _gate_backward(
-    n, block, blocks, block_tiles, pooled, channel_gate, dgate_a, dgate_b, w1, w2, dlogits, blended,
-    hidden_part, C, H, tiles_a, tiles_b,
-    POOLS: tl.constexpr, MC: tl.constexpr, HB: tl.constexpr, ACC: tl.constexpr,
+    n0, samples, block, blocks, block_tiles, pooled, pool_index, channel_gate, dgate_a, dgate_b, w1, b1, w2,
+    dlogits, blended, hidden_part, hidden, dhidden, dpooled, C, H, P, tiles_a, tiles_b,
+    POOLS: tl.constexpr, SPLIT: tl.constexpr,
+    MC: tl.constexpr, HB: tl.constexpr, GB: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dlogits of a block of channels, and its share [1 + RUNS, H] of W2^T dlogits and of W1 u."""
+    """dlogits of a block of channels, and its share [1 + RUNS, H] of W2^T dlogits and of W1 u, sample by sample.
+
+    dpooled None: the block is not the only one, and the rest is left to the next launch.
+    """
+    AVG: tl.constexpr = POOLS % 2
+    MAX: tl.constexpr = (POOLS // 2) % 2
+    LP: tl.constexpr = (POOLS // 4) % 2
+    LSE: tl.constexpr = (POOLS // 8) % 2
     BLEND: tl.constexpr = POOLS // 16
-    ROWS: tl.constexpr = POOLS % 2 + (POOLS // 2) % 2 + (POOLS // 4) % 2 + (POOLS // 8) % 2
+    ROWS: tl.constexpr = AVG + MAX + LP + LSE
     RUNS: tl.constexpr = 1 if BLEND else ROWS
     KP: tl.constexpr = 4 if RUNS == 3 else RUNS
     c0 = block * block_tiles * MC
     c1 = tl.minimum(c0 + block_tiles * MC, C)
     # None: the launch before had every part of these sums in one program, and left dlogits.
     if dgate_a is not None:
-        for c in range(c0, c1, MC):
-            rc = c + tl.arange(0, MC)
-            cmask = rc < c1
-            dg = tl.sum(sum_parts(dgate_a + n * tiles_a * C, tiles_a, 1, C, rc, 1, MC, ACC), 0)  # [MC]
-            if dgate_b is not None:
-                dg += tl.sum(sum_parts(dgate_b + n * tiles_b * C, tiles_b, 1, C, rc, 1, MC, ACC), 0)  # [MC]
-            g = tl.load(channel_gate + n * C + rc, mask=cmask, other=0.0)  # [MC]
-            tl.store(dlogits + n * C + rc, dg * g * (1.0 - g), mask=cmask)  # [MC]
+        for g in range(samples):
+            n = n0 + g
+            for c in range(c0, c1, MC):
+                rc = c + tl.arange(0, MC)
+                cmask = rc < c1
+                dg = tl.sum(sum_parts(dgate_a + n * tiles_a * C, tiles_a, 1, C, rc, 1, MC, ACC), 0)  # [MC]
+                if dgate_b is not None:
+                    dg += tl.sum(
+                        sum_parts(dgate_b + n * tiles_b * C, tiles_b, 1, C, rc, 1, MC, ACC), 0
+                    )  # [MC]
+                gate = tl.load(channel_gate + n * C + rc, mask=cmask, other=0.0)  # [MC]
+                tl.store(dlogits + n * C + rc, dg * gate * (1.0 - gate), mask=cmask)  # [MC]
         tl.debug_barrier()
     if BLEND:
-        for c in range(c0, c1, MC):
-            rc = c + tl.arange(0, MC)
-            u = load_pooled(pooled + n * ROWS * C, C, rc, rc < c1, ROWS, KP, BLEND)  # [KP, MC]
-            tl.store(blended + n * C + rc, tl.sum(u, 0), mask=rc < c1)  # [MC]
+        for g in range(samples):
+            for c in range(c0, c1, MC):
+                rc = c + tl.arange(0, MC)
+                base = pooled + (n0 + g) * ROWS * C
+                u = load_pooled(base, C, rc, rc < c1, ROWS, KP, BLEND)  # [KP, MC]
+                tl.store(blended + (n0 + g) * C + rc, tl.sum(u, 0), mask=rc < c1)  # [MC]
     if w1 is not None:
-        part = hidden_part + (n * blocks + block) * (1 + RUNS) * H
-        rk = tl.arange(0, KP)
+        rg = tl.arange(0, GB)
+        rk = tl.arange(0, GB * KP)
+        dl_row = dlogits + n0 * C + rg[:, None] * C
+        part = hidden_part + ((n0 + rg) * blocks + block) * (1 + RUNS) * H
+        part_k = hidden_part + ((n0 + rk // KP) * blocks + block) * (1 + RUNS) * H + (1 + rk % KP) * H
         for h in range(0, H, HB):
             rh = h + tl.arange(0, HB)
             hmask = rh < H
-            through = tl.zeros([HB], ACC)
-            pre = tl.zeros([KP, HB], ACC)
+            through = tl.zeros([GB, HB], ACC)
+            pre = tl.zeros([GB * KP, HB], ACC)
             for c in range(c0, c1, MC):
                 rc = c + tl.arange(0, MC)
                 cmask = rc < c1
                 mask = hmask[:, None] & cmask[None, :]
-                dl = tl.load(dlogits + n * C + rc, mask=cmask, other=0.0)  # [MC]
+                dl = tl.load(
+                    dl_row + rc[None, :], mask=(rg < samples)[:, None] & cmask[None, :], other=0.0
+                )  # [GB, MC]
                 at = rc.to(tl.int64)[None, :] * H + rh[:, None]
                 w = tl.load(w2 + at, mask=mask, other=0.0).to(ACC)  # [HB, MC]
-                through += tl.sum(w * dl[None, :], 1)
-                u = load_pooled(pooled + n * ROWS * C, C, rc, cmask, ROWS, KP, BLEND)  # [KP, MC]
+                through += tl.sum(w[None, :, :] * dl[:, None, :], 2)
+                u = load_pooled_samples(
+                    pooled, n0, samples, C, rc, cmask, ROWS, KP, BLEND, GB
+                )  # [GB * KP, MC]
                 at = rh.to(tl.int64)[:, None] * C + rc[None, :]
                 w = tl.load(w1 + at, mask=mask, other=0.0).to(ACC)  # [HB, MC]
                 pre += tl.sum(w[None, :, :] * u[:, None, :], 2)
-            tl.store(part + rh, through, mask=hmask)  # [HB]
-            at = (1 + rk)[:, None] * H + rh[None, :]
-            tl.store(part + at, pre, mask=(rk < RUNS)[:, None] & hmask[None, :])  # [KP, HB]
+            tl.store(
+                part[:, None] + rh[None, :], through, mask=(rg < samples)[:, None] & hmask[None, :]
+            )  # [GB, HB]
+            rows = (rk % KP < RUNS) & (rk < samples * KP)
+            tl.store(part_k[:, None] + rh[None, :], pre, mask=rows[:, None] & hmask[None, :])  # [GB * KP, HB]
+    if dpooled is not None:
+        tl.debug_barrier()
+        for g in range(samples):
+            n = n0 + g
+            if w1 is None:
+                for c in range(0, C, MC):
+                    rc = c + tl.arange(0, MC)
+                    u = load_pooled(pooled + n * ROWS * C, C, rc, rc < C, ROWS, KP, BLEND)  # [KP, MC]
+                    tl.store(hidden + n * C + rc, tl.sum(u, 0), mask=rc < C)  # [MC]
+            else:
+                hidden_backward(n, hidden_part, b1, dhidden, None, hidden, H, blocks, True, RUNS, KP, HB, ACC)
+        tl.debug_barrier()
+        for c in range(0, C, MC):
+            rc = c + tl.arange(0, MC)
+            cmask = rc < C
+            if w1 is None:
+                du = through_layer(
+                    w2, dlogits + n0 * C, samples, C, C, rc, cmask, True, RUNS, KP, GB, HB, MC, ACC
+                )
+            else:
+                du = through_layer(
+                    w1, dhidden + n0 * RUNS * H, samples, H, C, rc, cmask, False, RUNS, KP, GB, HB, MC, ACC
+                )
+            for g in range(samples):
+                da, dm, dn, dlse = pool_gradients(
+                    du, g * KP, n0 + g, rc, cmask, pooled, pool_index, C, P, POOLS, SPLIT, GB * KP
+                )
+                at = dpooled + (n0 + g) * ROWS * C + rc
+                if AVG:
+                    tl.store(at, da, mask=cmask)  # [MC]
+                if MAX:
+                    tl.store(at + AVG * C, dm, mask=cmask)  # [MC]
+                if LP:
+                    tl.store(at + (AVG + MAX) * C, dn, mask=cmask)  # [MC]
+                if LSE:
+                    tl.store(at + (AVG + MAX + LP) * C, dlse, mask=cmask)  # [MC]
 
 
 @triton.jit
@@ -141,11 +210,12 @@ def _norm_backward(
 
 @triton.jit(
     do_not_specialize=[
+        "N",
         "P",
         "D",
         "H",
         "W",
-        "jobs",
+        "blocks",
         "segments",
         "segment_tiles",
         "tiles_a",
@@ -154,34 +224,39 @@ def _norm_backward(
     ]
 )
 def sample_backward_kernel(
-    pooled, channel_gate, spatial_pool, dz, dgate_a, dgate_b,
-    w1, w2, conv_weight, conv_bias, bn_weight, bn_bias, bn_mean, bn_var,
-    dlogits, blended, hidden_part, dtaps, dnorm,
-    C, HIDDEN, P, D, H, W, jobs, segments, segment_tiles, tiles_a, tiles_b, block_tiles,
+    pooled, pool_index, channel_gate, spatial_pool, dz, dgate_a, dgate_b,
+    w1, b1, w2, conv_weight, conv_bias, bn_weight, bn_bias, bn_mean, bn_var,
+    dlogits, blended, hidden_part, hidden, dhidden, dpooled, dtaps, dnorm,
+    C, HIDDEN, N, P, D, H, W, blocks, segments, segment_tiles, tiles_a, tiles_b, block_tiles,
     BN_EPS: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    POOLS: tl.constexpr, SPATIAL: tl.constexpr,
-    MC: tl.constexpr, HB: tl.constexpr, TB: tl.constexpr, BQ: tl.constexpr, ACC: tl.constexpr,
+    POOLS: tl.constexpr, SPATIAL: tl.constexpr, SPLIT: tl.constexpr,
+    MC: tl.constexpr, HB: tl.constexpr, GB: tl.constexpr, TB: tl.constexpr, BQ: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dtaps (N, segments, planes * taps), dnorm (N, segments, 2), hidden_part (N, blocks, 1 + RUNS, H)."""
-    pid = tl.program_id(0)
-    n = (pid // jobs).to(tl.int64)
-    job = pid % jobs
+    """dtaps (N, segments, planes * taps), dnorm (N, segments, 2), hidden_part (N, blocks, 1 + RUNS, H).
+
+    The first programs are the jobs of the MLP, by groups of GB samples, and the others those of the convolution.
+    """
+    job = tl.program_id(0)
     if POOLS:
-        blocks = tl.cdiv(C, block_tiles * MC)
-        if job < blocks:
+        jobs = tl.cdiv(N, GB) * blocks
+        if job < jobs:
+            n0 = (job // blocks).to(tl.int64) * GB
             _gate_backward(
-                n, job, blocks, block_tiles, pooled, channel_gate, dgate_a, dgate_b, w1, w2, dlogits, blended,
-                hidden_part, C, HIDDEN, tiles_a, tiles_b, POOLS, MC, HB, ACC,
+                n0, tl.minimum(N - n0, GB).to(tl.int32), job % blocks, blocks, block_tiles,
+                pooled, pool_index, channel_gate, dgate_a, dgate_b, w1, b1, w2, dlogits, blended,
+                hidden_part, hidden, dhidden, dpooled, C, HIDDEN, P, tiles_a, tiles_b, POOLS, SPLIT, MC, HB, GB, ACC,
             )  # fmt: skip
-        job -= blocks
+        job -= jobs
     if SPATIAL:
         TAPS: tl.constexpr = KD * KH * KW
         PLANES: tl.constexpr = 1 if SPATIAL == 3 else 2
         if job >= 0:
             # One job has all taps of its segment: the maps and dz then come from L1 but for the first time.
-            p0 = job * segment_tiles * BQ
+            n = (job // segments).to(tl.int64)
+            segment = job % segments
+            p0 = segment * segment_tiles * BQ
             p1 = tl.minimum(p0 + segment_tiles * BQ, P)
-            row = n * segments + job
+            row = n * segments + segment
             for first in range(0, TAPS, TB):
                 _taps_backward(
                     n, first, p0, p1, spatial_pool, dz, dtaps + row * PLANES * TAPS, P, D, H, W,
