@@ -2,7 +2,7 @@
 
     python benchmarks/cuda_resources.py [--arch sm_90a ...] [--files streamed_forward_bfloat16 ...] [--jobs 2] [--each]
 
-Needs nvcc and no GPU. Compiles each file of kernels as setup.py does, and reads the resource report: registers a
+Needs nvcc and no GPU. Compiles each file of kernels at setup.py's level of optimisation, and reads the resource report: registers a
 thread, stack frame, spilled bytes, static shared memory. A row is a file on an architecture (the most that any of
 its kernels takes), with --each a kernel. A kernel passes with no stack and no spills, with few enough registers
 for the blocks that its tier keeps on a multiprocessor, and in the resident tier, whose plan counts on all of a

@@ -89,19 +89,23 @@ def test_an_address_that_is_not_aligned(monkeypatch, layout):
 
 
 # A map that is one tile, whose gate pass leaves dl itself; several tiles; no map, no hidden layer.
+# Blocks of channels in the backward; stages forward and backward.
 LARGE_MLPS = (
-    ((11, 160, 4, 4), Options(hidden=130, kernel=3), 2, 6), ((3, 160, 16, 20), Options(hidden=210, kernel=3), 2, 6),
-    ((11, 160, 4, 4), Options(hidden=130, kernel=3, pools=("avg", "max", "lp")), 2, 6),
-    ((5, 160, 4, 4), Options(hidden=220, spatial=False), 2, 5), ((3, 400, 4, 4), Options(hidden=0, kernel=3), 0, 4),
-)  # fmt: skip
+    ((11, 160, 4, 4), Options(hidden=130, kernel=3), 2, (6, 6)),
+    ((3, 160, 16, 20), Options(hidden=210, kernel=3), 2, (6, 6)),
+    ((11, 160, 4, 4), Options(hidden=130, kernel=3, pools=("avg", "max", "lp")), 2, (6, 6)),
+    ((5, 160, 4, 4), Options(hidden=220, spatial=False), 2, (4, 5)),
+    ((3, 400, 4, 4), Options(hidden=0, kernel=3), 0, (6, 4)),
+)
 
 
 @pytest.mark.parametrize("shape, options, blocks, stages", LARGE_MLPS, ids=str)
 def test_large_mlp_is_cut_into_items(monkeypatch, shape, options, blocks, stages):
     """Several items a unit for each of the MLP's stages, forward and backward, and a last unit that is short."""
     ops = _check(monkeypatch, make_problem(shape, options), multiprocessors=2, l2=1 << 20)
-    backward = ops.reports["cbam_backward"]
-    assert (backward["hidden_blocks"], backward["stages"]) == (blocks, stages)
+    forward, backward = ops.reports["cbam_forward"], ops.reports["cbam_backward"]
+    assert backward["hidden_blocks"] == blocks
+    assert (forward["stages"], backward["stages"]) == stages
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

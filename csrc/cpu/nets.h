@@ -26,7 +26,10 @@ template <class F>
 CBAM_INLINE void for_together(int64_t count, F&& f) {
   int64_t i = 0;
   for (; i + kTogether <= count; i += kTogether) f(i, Rows<kTogether>{});
-  if (kTogether > 2 && i + 2 <= count) f(i, Rows<2>{}), i += 2;
+  if (kTogether > 2 && i + 2 <= count) {
+    f(i, Rows<2>{});
+    i += 2;
+  }
   for (; i < count; ++i) f(i, Rows<1>{});
 }
 
@@ -70,7 +73,8 @@ void matvec(const W* w, int64_t rows, int64_t cols, const A* v, int64_t v_stride
 }
 
 // y[i][c] = sum_r w[r][c] * v[i][r]: the transposed product, in an order that depends on the sizes alone.
-// Rows are taken in blocks that the first-level cache holds, and the sums of a block join the total.
+// Rows are taken in blocks of which the first-level cache holds a strip of U vectors, so that it serves all
+// vectors v; the sums of a block join the total.
 template <class W, class A>
 void matvec_transposed(const W* w, int64_t rows, int64_t cols, const A* v, int64_t v_stride, int count, A* y,
                        int64_t y_stride) {

@@ -1,6 +1,8 @@
 // Global memory: the one place where kernels touch it, with dtype conversion and 128-bit vectors.
 #pragma once
 
+#include <type_traits>
+
 #include "problem.h"
 #include "ptx.cuh"
 

@@ -104,10 +104,9 @@ struct Schedule {
   int32_t pool_chunks;  // partial pools a channel (channels-last)
 
   int32_t conv_positions, conv_items;
-  int32_t
-      gather_tiles;   // map tiles an item of kGateGrad and of kInputGrad, which convolve dz themselves; or 0
-  int32_t conv_halo;  // positions before and after a range that its convolution reads
-  int32_t conv_staged;  // maps in shared memory, else read where they are
+  int32_t gather_tiles;  // map tiles an item of the passes over x, which then convolve dz themselves; or 0
+  int32_t conv_halo;     // positions before and after a range that its convolution reads
+  int32_t conv_staged;   // maps in shared memory, else read where they are
   int32_t kernel_staged;
 
   int32_t pool_vectors;            // pools after blending
