@@ -113,15 +113,16 @@ def check_input(x: object, channels: Optional[int], dims: Optional[int]) -> None
 
 def check_placement(x: Tensor, named: Iterable[Tuple[str, Optional[Tensor]]]) -> None:
     """Every parameter on x's device, in x's dtype or in float32 beside a 16-bit x."""
+    device, dtype = x.device, x.dtype
     for name, t in named:
         if t is None:
             continue
-        if t.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, got {t.device}")
-        if t.dtype != x.dtype and not (
-            t.dtype == torch.float32 and x.dtype in LOW or torch.is_autocast_enabled(x.device.type)
+        if t.device != device:
+            raise ValueError(f"{name} must be on the device of x, {device}, got {t.device}")
+        if t.dtype != dtype and not (
+            t.dtype == torch.float32 and dtype in LOW or torch.is_autocast_enabled(device.type)
         ):
-            wanted = f"{x.dtype} or torch.float32" if x.dtype in LOW else f"{x.dtype}"
+            wanted = f"{dtype} or torch.float32" if dtype in LOW else f"{dtype}"
             raise TypeError(f"{name} must have the dtype of x, {wanted}, got {t.dtype}")
 
 

@@ -24,6 +24,15 @@ def _refresh(module: nn.Module) -> Any:
     return module
 
 
+def _read(module: nn.Module, name: str) -> Any:
+    """`module.name`, for a parameter most often: found where it is kept, which spares a tenth of a small call.
+
+    Parametrized, pruned and sharded modules keep it elsewhere, and are asked.
+    """
+    kept = module._parameters
+    return kept[name] if name in kept else getattr(module, name)
+
+
 def _check_dims(dims: object) -> None:
     if dims not in (1, 2, 3):
         raise ValueError(f"dims must be 1, 2 or 3, got {dims!r}")
@@ -112,11 +121,13 @@ class ChannelGate(_Gates):
 
     def tensors(self) -> Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
         """w1, b1, w2, b2."""
-        fc2 = _refresh(self.fc2)
-        if self.fc1 is None:
-            return None, None, fc2.weight, fc2.bias
-        fc1 = _refresh(self.fc1)
-        return fc1.weight, fc1.bias, fc2.weight, fc2.bias
+        layers = self._modules
+        fc1, fc2 = layers.get("fc1"), _refresh(layers["fc2"])
+        second = _read(fc2, "weight"), _read(fc2, "bias")
+        if fc1 is None:
+            return (None, None, *second)
+        _refresh(fc1)
+        return (_read(fc1, "weight"), _read(fc1, "bias"), *second)
 
     def forward(self, x: Tensor) -> Tensor:
         _checks.check_input(x, self.channels, self.dims)
@@ -185,8 +196,8 @@ class SpatialGate(_Gates):
 
     def tensors(self) -> Tuple[Tensor, Optional[Tensor]]:
         """conv_weight, conv_bias."""
-        conv = _refresh(self.conv)
-        return conv.weight, conv.bias
+        conv = _refresh(self._modules["conv"])
+        return _read(conv, "weight"), _read(conv, "bias")
 
     def forward(self, x: Tensor) -> Tensor:
         _checks.check_input(x, None, self.dims)
@@ -305,11 +316,12 @@ class FusedCBAM(_Gates):
 
     def _arguments(self, x: Tensor):
         _checks.check_input(x, self.channels, self.dims)
-        mlp = self.channel_gate.tensors()
-        if self.spatial_gate is None:
+        gates = self._modules
+        mlp, gate = gates["channel_gate"].tensors(), gates.get("spatial_gate")
+        if gate is None:
             return x, Parameters(*mlp), self.config, None, self.backend
-        gate = self.spatial_gate
-        return x, Parameters(*mlp, *gate.tensors()), self.config, gate.bn, self.backend
+        norm = gate._modules.get("bn")
+        return x, Parameters(*mlp, *gate.tensors()), self.config, norm, self.backend
 
     def forward(self, x: Tensor) -> Tensor:
         if self.arrangement != "channel_first":

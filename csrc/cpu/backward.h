@@ -150,14 +150,18 @@ struct Backward : Block<T, kChannelsLast> {
     if (!p.pools) return;
     const A* given = stage == Stage::kAttention ? static_cast<const A*>(p.dgate) + s.n * p.C : nullptr;
     A* to = (stage == Stage::kScale ? static_cast<A*>(p.dgate) : call.dlogits) + s.n * p.C;
+    const A* g = stage == Stage::kScale ? nullptr : call.gate + s.n * p.C;
+    auto finish = [=](int64_t c, A sum) { to[c] = g ? sum * g[c] * (A(1) - g[c]) : sum; };
+    if (!given && tiles == 1) {
+      const A* one = tile_dgate(s, 0);
+      for (int64_t c = 0; c < p.C; ++c) finish(c, one[c]);
+      return;
+    }
     for (int64_t c = 0; c < p.C; ++c) {
       double sum = given ? double(given[c]) : 0.0;
       for (int64_t t = 0; t < tiles; ++t) sum += double(tile_dgate(s, t)[c]);
-      to[c] = A(sum);
+      finish(c, A(sum));
     }
-    if (stage == Stage::kScale) return;
-    const A* g = call.gate + s.n * p.C;
-    for (int64_t c = 0; c < p.C; ++c) to[c] = to[c] * g[c] * (A(1) - g[c]);
   }
 
   // The MLP's backward for the samples [n0, n1): dpooled from dlogits. Recomputes the hidden layer.
@@ -205,15 +209,21 @@ struct Backward : Block<T, kChannelsLast> {
       if (!blend) d += C;
       pooled += C;
     };
-    for (int64_t c = 0; c < C; ++c) s.da[c] = p.pools & kAvg ? weight * d[c] / A(p.P) : A(0);
-    if (p.pools & kAvg) next();
+    if (p.pools & kAvg) {
+      for (int64_t c = 0; c < C; ++c) s.da[c] = weight * d[c] / A(p.P);
+      next();
+    } else {
+      std::fill_n(s.da, C, A(0));
+    }
     if (p.pools & kMax) {
-      for (int64_t c = 0; c < C; ++c) {
-        const int64_t i = index_at(p.pool_index, p.wide_pool_index, s.n * C + c);
-        s.p_index[c] = Int(i);
-        s.dm[c] = p.ties == kSplit ? weight * d[c] / A(i) : weight * d[c];
-        s.peak[c] = pooled[c];
-      }
+      auto widen = [&](auto* index) {
+        for (int64_t c = 0; c < C; ++c) s.p_index[c] = Int(index[s.n * C + c]);
+      };
+      p.wide_pool_index ? widen(static_cast<const int32_t*>(p.pool_index))
+                        : widen(static_cast<const int16_t*>(p.pool_index));
+      for (int64_t c = 0; c < C; ++c) s.dm[c] = weight * d[c];
+      for (int64_t c = 0; p.ties == kSplit && c < C; ++c) s.dm[c] /= A(s.p_index[c]);
+      std::copy_n(pooled, C, s.peak);
       next();
     }
     if (p.pools & kLp) {
@@ -231,7 +241,12 @@ struct Backward : Block<T, kChannelsLast> {
   // Whether dx needs x again: shared ties, lp and lse.
   bool reads_x_again() const { return p.ties == kSplit || p.pools & (kLp | kLse); }
 
-  template <Write kWrite, bool kResidual>
+  // What only one element of a channel or of a position receives is added by computing that element anew, so
+  // that it is rounded once. For positions this leaves the loop over dy two of four loads and a comparison
+  // (measured, many channels, contiguous: a quarter of dx at 7x7 and 14x14). kOnTheWay does it in the loop,
+  // where that is cheaper: with few channels, where a position's line is at hand (channels_last), and where
+  // the output was streamed and its line would have to come back.
+  template <Write kWrite, bool kOnTheWay, bool kResidual>
   void dx_as(int64_t t, const Sample<A>& s) const {
     const int64_t p0 = t * tile, p1 = tile_end(t);
     const A *gate = s.gate, *sp = s.s, *da = s.da, *dq_max = s.dq_max, *dq_mean = s.dq_mean;
@@ -239,44 +254,55 @@ struct Backward : Block<T, kChannelsLast> {
     if constexpr (kChannelsLast) {
       map_rows<kWrite>(dy(s.n), out(s.n), p.C, p0, p1, make_slots<A>(p.C, 0),
                        [=](Vec<A> d, auto rows, int64_t l, auto) {
-                         VecInt<A> hit = iota<A>() + splat_int<A>(l) == splat_int<A>(q_index[rows.r]);
                          Vec<A> inner = d * rows(sp) + rows(dq_mean);
-                         inner = hit ? inner + rows(dq_max) : inner;
+                         if constexpr (kOnTheWay) {
+                           VecInt<A> hit = iota<A>() + splat_int<A>(l) == splat_int<A>(q_index[rows.r]);
+                           inner = hit ? inner + rows(dq_max) : inner;
+                         }
                          Vec<A> v = load(gate + l) * inner + load(da + l);
                          return kResidual ? v + d : v;
                        });
     } else {
       auto f = [=](Vec<A> d, auto rows, int64_t l, auto) {
-        VecInt<A> hit = load(q_index + l) == rows.template index<A>();
         Vec<A> inner = d * load(sp + l) + load(dq_mean + l);
-        inner = hit ? inner + load(dq_max + l) : inner;
+        if constexpr (kOnTheWay) {
+          VecInt<A> hit = load(q_index + l) == rows.template index<A>();
+          inner = hit ? inner + load(dq_max + l) : inner;
+        }
         Vec<A> v = rows(gate) * inner + rows(da);
         return kResidual ? v + d : v;
       };
       if (period) {
-        repeat(s.s), repeat(s.dq_mean), repeat(s.dq_max), repeat(s.q_index);
+        repeat(s.s), repeat(s.dq_mean);
+        if (kOnTheWay) repeat(s.dq_max), repeat(s.q_index);
         map_flat<kWrite>(dy(s.n), out(s.n), p.C, p.P, period, f);
       } else {
         map_rows<kWrite>(dy(s.n) + p0, out(s.n) + p0, p.P, 0, p.C, make_slots<A>(p1 - p0, p0),
                          [=](Vec<A> d, auto rows, int64_t l, auto tag) { return f(d, rows, p0 + l, tag); });
       }
     }
-    if (!(p.pools & kMax)) return;
-    // One element a channel also gets the maximum's gradient; recomputed, so that it is rounded once.
     const T* d = dy(s.n);
     T* to = out(s.n);
+    auto recompute = [=](int64_t c, int64_t pos, A dmax, A dm) {
+      const A g = load_one(d + element(c, pos));
+      const A v = gate[c] * (g * sp[pos] + dq_mean[pos] + dmax) + da[c] + dm;
+      store_one(to + element(c, pos), kResidual ? v + g : v);
+    };
+    const bool pool_max = p.pools & kMax;
     // A last slot that was moved left has written the end of the tile before anew.
     const Slots<A> slots = make_slots<A>(p1 - p0, p0);
     const int64_t first =
         !kChannelsLast && slots.tail_count ? p0 + std::min<int64_t>(0, slots.tail_start) : p0;
-    for (int64_t c = 0; c < p.C; ++c) {
+    if constexpr (!kOnTheWay) {
+      for (int64_t pos = first; pos < p1; ++pos) {
+        const int64_t c = q_index[pos];
+        if (!pool_max || s.p_index[c] != pos) recompute(c, pos, dq_max[pos], A(0));
+      }
+    }
+    for (int64_t c = 0; pool_max && c < p.C; ++c) {
       const int64_t pos = s.p_index[c];
       if (pos < first || pos >= p1) continue;
-      const A g = load_one(d + element(c, pos));
-      A inner = g * sp[pos] + dq_mean[pos];
-      if (q_index[pos] == c) inner += dq_max[pos];
-      const A v = gate[c] * inner + da[c] + s.dm[c];
-      store_one(to + element(c, pos), kResidual ? v + g : v);
+      recompute(c, pos, q_index[pos] == c ? dq_max[pos] : A(0), s.dm[c]);
     }
   }
 
@@ -329,12 +355,13 @@ struct Backward : Block<T, kChannelsLast> {
   }
 
   void dx(int64_t t, const Sample<A>& s) const {
-    if (reads_x_again()) {
-      dx_with_x(t, s);
-    } else if (streams) {
-      p.residual ? dx_as<Write::kStreamed, true>(t, s) : dx_as<Write::kStreamed, false>(t, s);
-    } else {
-      p.residual ? dx_as<Write::kCached, true>(t, s) : dx_as<Write::kCached, false>(t, s);
+    if (reads_x_again()) return dx_with_x(t, s);
+    if (streams) {
+      p.residual ? dx_as<Write::kStreamed, true, true>(t, s) : dx_as<Write::kStreamed, true, false>(t, s);
+    } else if (kChannelsLast || !p.spatial || p.C < 256) {
+      p.residual ? dx_as<Write::kCached, true, true>(t, s) : dx_as<Write::kCached, true, false>(t, s);
+    } else if constexpr (!kChannelsLast) {
+      p.residual ? dx_as<Write::kCached, false, true>(t, s) : dx_as<Write::kCached, false, false>(t, s);
     }
   }
 
