@@ -126,7 +126,7 @@ struct Backward : Block<T, kChannelsLast> {
     return mean + (gated == max ? share : share * A(0));
   }
 
-  // Gradient of the convolution's weights (taps [t0, t1) of both planes) for this sample.
+  // Gradient of the convolution's weights (the tiles [t0, t1) of taps of both planes) for this sample.
   void planes_gradient(int64_t t0, int64_t t1, const Sample<A>& s) const {
     correlate(pad, s.dz + pad.center, s.maps, t0, t1, call.dplanes + s.n * 2 * pad.taps());
   }

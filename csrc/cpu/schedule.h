@@ -130,7 +130,7 @@ struct Schedule : Backward<T, kChannelsLast> {
                     if (p.spatial && rest) second_half(t, w, s);
                   });
             gate_logits_gradient(s, stage);
-            if (p.spatial && rest) planes_gradient(0, 2 * pad.taps(), s);
+            if (p.spatial && rest) planes_gradient(0, TapTiles(pad).count(pad), s);
             if (p.spatial && rest && p.dnorm) norm_gradient(w, s);
           }
           if (!rest) return;
@@ -147,7 +147,7 @@ struct Schedule : Backward<T, kChannelsLast> {
           each_tile([&](int64_t t, Worker<A>& w) { first_half(t, w, s); });
           if (p.spatial && rest) {
             each_tile([&](int64_t t, Worker<A>& w) { second_half(t, w, s); });
-            in_parts(2 * pad.taps(), [&](int64_t t0, int64_t t1) { planes_gradient(t0, t1, s); }, kBlock);
+            in_parts(TapTiles(pad).count(pad), [&](int64_t t0, int64_t t1) { planes_gradient(t0, t1, s); });
             if (p.dnorm) norm_gradient(call.workers[0], s);
           }
           gate_logits_gradient(s, stage);

@@ -295,6 +295,16 @@ CBAM_INLINE VecD add_beside_max(VecD a, VecD b) {
   return a + b;
 }
 
+// v, in a register from here on. A compiler takes what is in memory for cheap and reads it anew for each use;
+// a read that crosses a line costs as much as two multiplications.
+template <class V>
+CBAM_INLINE V in_register(V v) {
+#if CBAM_VECTOR_BYTES >= 32
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
 // Reductions over lanes in a fixed tree: lane i with lane i + n / 2, and so on.
 template <class A, int kBy = kLanes<A> / 2>
 CBAM_INLINE A sum_lanes(Vec<A> v) {
