@@ -160,14 +160,17 @@ struct Block {
     return (share + groups - 1) / groups;  // of equal size, so that no thread waits for another's remainder
   }
 
-  // Whether whole vectors of the output can bypass the caches, and it is large enough to gain by it.
-  // Measured with 32 MiB of cache: at 6 MiB both directions lose a fifth to a third, where inputs and output
-  // stay in it together; at 12 MiB forward gains a tenth and backward a quarter.
+  // Whether whole vectors of the output can bypass the caches, and what a step passes through them, x and y
+  // or in training x, y, dy and dx, takes more than two thirds of the last one. A cached y comes to be read
+  // before it is written, and drives x out that backward will read. Measured with 32 MiB of cache: inference
+  // at 6 MiB of x loses a fifth by it and gains a tenth at 12 MiB; a training step loses 5 % at 3 MiB and
+  // gains 15 to 20 % at 6.
   static bool can_stream(const Problem& p, bool backward, int64_t tiles) {
     const int64_t whole = !kChannelsLast && tiles == 1 ? p.C : 1, width = L * int64_t(sizeof(T));
     const int64_t row = whole * (kChannelsLast ? p.C : p.P) * int64_t(sizeof(T));
+    const int64_t tensors = backward || p.pooled || p.spatial_gate ? 4 : 2;
     return row % width == 0 && reinterpret_cast<uintptr_t>(p.out) % size_t(width) == 0 &&
-           p.N * p.C * p.P * int64_t(sizeof(T)) > p.cache_bytes / (backward ? 4 : 3);
+           3 * tensors * p.N * p.C * p.P * int64_t(sizeof(T)) > 2 * p.cache_bytes;
   }
 
   Block(const Problem& problem, bool is_backward, Carver& carver)
