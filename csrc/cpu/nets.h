@@ -130,7 +130,7 @@ void outer_products(int64_t r0, int64_t r1, int64_t cols, int64_t count, const A
                     const A* b, int64_t b_stride, A* dw) {
   constexpr int L = kLanes<A>, U = kTogether, kWidth = U * L, kRoom = (16 << 10) / int(sizeof(A));
   alignas(64) A strips[kRoom];
-  const int64_t most = kRoom / (count * kWidth);
+  const int64_t most = kRoom / (std::max<int64_t>(1, count) * kWidth);
   int64_t c = 0;
   while (most > 0 && c + kWidth <= cols) {
     const int64_t wide = std::min(most, (cols - c) / kWidth);

@@ -2,6 +2,7 @@
 //
 // Every op goes one way: checks, allocate, empty return, fill in a Problem, run, hand over.
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -142,6 +143,50 @@ void read_as(const Tensor& t, To* to) {
   }
 }
 
+int32_t code_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return aoti_torch_dtype_float64();
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    case ScalarType::Short:
+      return aoti_torch_dtype_int16();
+    case ScalarType::Int:
+      return aoti_torch_dtype_int32();
+    default:
+      return aoti_torch_dtype_float32();
+  }
+}
+
+// A tensor to be written whole. torch::stable::new_empty, which looks its operator up by name, takes four
+// times as long, and a call makes ten of them.
+Tensor make(const std::vector<int64_t>& size, const std::vector<int64_t>& strides, ScalarType type) {
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), strides.data(),
+                                                         code_of(type), aoti_torch_device_type_cpu(), 0,
+                                                         &made));
+  return Tensor(made);
+}
+Tensor make(const std::vector<int64_t>& size, ScalarType type) {
+  std::vector<int64_t> strides(size.size());
+  int64_t next = 1;
+  for (size_t d = size.size(); d-- > 0; next *= std::max<int64_t>(1, size[d])) strides[d] = next;
+  return make(size, strides, type);
+}
+std::vector<int64_t> sizes_of(const Tensor& t) {
+  std::vector<int64_t> size;
+  for (int64_t d = 0; d < t.dim(); ++d) size.push_back(t.size(d));
+  return size;
+}
+// With t's strides, as empty_like has them for a dense t.
+Tensor make_like(const Tensor& t) {
+  std::vector<int64_t> strides;
+  for (int64_t d = 0; d < t.dim(); ++d) strides.push_back(t.stride(d));
+  return make(sizes_of(t), strides, t.scalar_type());
+}
+
 double read_scalar(const Optional& t, double missing) {
   if (!t) return missing;
   STD_TORCH_CHECK(t->numel() == 1, "cbam_fused: the spatial gate's norm and bias must have one element, got ",
@@ -219,12 +264,9 @@ class Call {
     return t.data_ptr();
   }
 
-  Tensor empty(std::vector<int64_t> size, ScalarType type) const {
-    return torch::stable::new_empty(x_, size, type);
-  }
-  Tensor nothing() const { return empty({0}, accumulate); }
-  Tensor nothing(ScalarType type) const { return empty({0}, type); }
-  Tensor per_channel() const { return empty({p.N, p.C}, accumulate); }
+  Tensor nothing() const { return make({0}, accumulate); }
+  Tensor nothing(ScalarType type) const { return make({0}, type); }
+  Tensor per_channel() const { return make({p.N, p.C}, accumulate); }
   std::vector<int64_t> map_size(int64_t maps) const {
     std::vector<int64_t> size{p.N, maps};
     if (maps == 0) size.pop_back();
@@ -276,7 +318,7 @@ class Call {
 
   Tensor gradient(const Optional& w, void*& pointer) {
     if (!w) return nothing(x_.scalar_type());
-    Tensor t = empty(sizes(*w), accumulate);
+    Tensor t = make(sizes_of(*w), accumulate);
     pointer = t.data_ptr();
     return t;
   }
@@ -288,7 +330,7 @@ class Call {
   // dconv_weight from the gradients on the two planes.
   Tensor conv_gradient(const Optional& k) const {
     if (!p.spatial || !k) return nothing(x_.scalar_type());
-    Tensor t = empty(sizes(*k), accumulate);
+    Tensor t = make(sizes_of(*k), accumulate);
     accumulate == ScalarType::Double ? put_planes<double>(t) : put_planes<float>(t);
     return finish(k, t);
   }
@@ -296,7 +338,7 @@ class Call {
   // Gradient of a parameter with one element.
   Tensor one(const Optional& w, double value) const {
     if (!w) return nothing(x_.scalar_type());
-    Tensor t = torch::stable::new_empty(*w, sizes(*w));
+    Tensor t = make(sizes_of(*w), w->scalar_type());
     return torch::stable::fill_(t, value);
   }
   double conv_bias_gradient() const { return dnorm_[0] * p.scale; }
@@ -320,18 +362,13 @@ class Call {
   }
 
  private:
-  static std::vector<int64_t> sizes(const Tensor& t) {
-    std::vector<int64_t> size;
-    for (int64_t d = 0; d < t.dim(); ++d) size.push_back(t.size(d));
-    return size;
-  }
   size_t element() const { return accumulate == ScalarType::Double ? 8 : 4; }
 
   const void* weight(const Tensor& t, int64_t count, const char* name, bool as_it_is = false) {
     STD_TORCH_CHECK(t.numel() == count, "cbam_fused: ", name, " must have ", count, " elements, got ",
                     t.numel());
     if (as_it_is || (t.scalar_type() == accumulate && t.is_contiguous())) return t.data_ptr();
-    Tensor copy = empty({count}, accumulate);
+    Tensor copy = make({count}, accumulate);
     accumulate == ScalarType::Double ? read_as(t, static_cast<double*>(copy.data_ptr()))
                                      : read_as(t, static_cast<float*>(copy.data_ptr()));
     kept_.push_back(copy);
@@ -371,7 +408,7 @@ class Call {
 
   void take_scratch(bool backward) {
     const int64_t bytes = kernels().scratch_bytes(p, dtype, backward);
-    scratch_ = empty({bytes + 64}, ScalarType::Byte);
+    scratch_ = torch::stable::new_empty(x_, {bytes + 64}, ScalarType::Byte);
     const uintptr_t at = reinterpret_cast<uintptr_t>(scratch_->data_ptr());
     p.scratch = reinterpret_cast<char*>((at + 63) / 64 * 64);
   }
@@ -392,13 +429,13 @@ struct Saved {
 Saved make_saved(Call& call, bool save, bool gate) {
   Problem& p = call.p;
   const int64_t pools = __builtin_popcount(p.pools & 15);
-  Saved s{save && pools ? call.empty({p.N, pools, p.C}, call.accumulate) : call.nothing(),
-          save && p.pools & kMax ? call.empty({p.N, p.C}, Call::index_type(p.P))
-                                 : call.nothing(Call::index_type(p.P)),
-          gate && p.pools ? call.per_channel() : call.nothing(),
-          save && p.spatial ? call.empty(call.map_size(2), call.accumulate) : call.nothing(),
-          save && p.spatial ? call.empty(call.map_size(0), Call::index_type(p.C))
-                            : call.nothing(Call::index_type(p.C))};
+  Saved s{
+      save && pools ? make({p.N, pools, p.C}, call.accumulate) : call.nothing(),
+      save && p.pools & kMax ? make({p.N, p.C}, Call::index_type(p.P)) : call.nothing(Call::index_type(p.P)),
+      gate && p.pools ? call.per_channel() : call.nothing(),
+      save && p.spatial ? make(call.map_size(2), call.accumulate) : call.nothing(),
+      save && p.spatial ? make(call.map_size(0), Call::index_type(p.C))
+                        : call.nothing(Call::index_type(p.C))};
   auto pointer = [](const Tensor& t) { return t.numel() ? t.data_ptr() : nullptr; };
   p.pooled = pointer(s.pooled);
   p.pool_index = pointer(s.pool_index);
@@ -434,9 +471,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_forward(
   Call call(x, {pools, spatial, ties, residual});
   call.take_weights({w1, b1, w2, b2, conv_weight, conv_bias});
   if (call.p.spatial) call.take_norm(conv_bias, {bn_weight, bn_bias, bn_mean, bn_var, bn_eps});
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = make_like(x);
   Saved saved = make_saved(call, save, save);
-  Tensor s = save && call.p.spatial ? call.empty(call.map_size(1), call.accumulate) : call.nothing();
+  Tensor s = save && call.p.spatial ? make(call.map_size(1), call.accumulate) : call.nothing();
   call.p.out = y.data_ptr();
   call.p.spatial_gate = s.numel() ? s.data_ptr() : nullptr;
   if (x.numel()) call.forward(Stage::kWhole);
@@ -451,7 +488,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward(
   call.take_weights({w1, b1, w2, b2, conv_weight, conv_bias});
   if (call.p.spatial) call.take_norm(conv_bias, kNoNorm);
   Saved saved = make_saved(call, save, true);
-  Tensor z = call.p.spatial ? call.empty(call.map_size(1), call.accumulate) : call.nothing();
+  Tensor z = call.p.spatial ? make(call.map_size(1), call.accumulate) : call.nothing();
   call.p.z = z.numel() ? z.data_ptr() : nullptr;
   if (x.numel()) call.forward(Stage::kAttention);
   return {z, saved.pooled, saved.pool_index, saved.channel_gate, saved.spatial_pool, saved.spatial_index};
@@ -463,8 +500,8 @@ std::tuple<Tensor, Tensor> scale_forward(const Tensor& x, const Tensor& channel_
   Problem& p = call.p;
   if (p.pools) p.channel_gate = call.saved(channel_gate, p.N * p.C, call.accumulate, "channel_gate");
   p.z = call.saved(z, p.N * p.P, call.accumulate, "z");
-  Tensor y = torch::stable::empty_like(x);
-  Tensor s = call.empty(call.map_size(1), call.accumulate);
+  Tensor y = make_like(x);
+  Tensor s = make(call.map_size(1), call.accumulate);
   p.out = y.data_ptr();
   p.spatial_gate = s.data_ptr();
   if (x.numel()) call.forward(Stage::kScale);
@@ -485,7 +522,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   take_saved(call, pooled, pool_index, channel_gate, spatial_pool, spatial_index);
   if (p.spatial) p.spatial_gate = call.saved(spatial_gate, p.N * p.P, call.accumulate, "spatial_gate");
   p.dy = call.same_layout(dy, "dy");
-  Tensor dx = torch::stable::empty_like(x);
+  Tensor dx = make_like(x);
   p.out = dx.data_ptr();
   Tensor dw1 = call.gradient(w1, p.dw1), db1 = call.gradient(b1, p.db1);
   Tensor dw2 = call.gradient(w2, p.dw2), db2 = call.gradient(b2, p.db2);
@@ -518,7 +555,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bac
   }
   if (p.pools) p.dgate = call.saved(dchannel_gate, p.N * p.C, call.accumulate, "dchannel_gate");
   p.dy = call.same_layout(dy, "dy");
-  Tensor dx = torch::stable::empty_like(x);
+  Tensor dx = make_like(x);
   p.out = dx.data_ptr();
   Tensor dw1 = call.gradient(w1, p.dw1), db1 = call.gradient(b1, p.db1);
   Tensor dw2 = call.gradient(w2, p.dw2), db2 = call.gradient(b2, p.db2);
@@ -540,7 +577,7 @@ std::tuple<Tensor, Tensor> scale_backward(const Tensor& dy, const Tensor& x, con
   if (p.pools) p.channel_gate = call.saved(channel_gate, p.N * p.C, call.accumulate, "channel_gate");
   p.spatial_gate = call.saved(spatial_gate, p.N * p.P, call.accumulate, "spatial_gate");
   p.dy = call.same_layout(dy, "dy");
-  Tensor dz = torch::stable::empty_like(spatial_gate), dgate = torch::stable::empty_like(channel_gate);
+  Tensor dz = make_like(spatial_gate), dgate = make_like(channel_gate);
   p.dz = dz.data_ptr();
   p.dgate = dgate.data_ptr();
   if (x.numel()) call.backward(Stage::kScale);
