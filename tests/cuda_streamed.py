@@ -319,16 +319,17 @@ class HostOps:
         weights, norm, (pools, spatial, ties, residual, save) = rest[:6], rest[6:11], rest[11:]
         c = Config(pools, spatial, ties, residual)
         out = cbam_forward(x, Parameters(*weights), c, Norm(*norm), self.machine, save)
-        return tuple(t if save or name == "y" else t.new_empty(0) for name, t in out.items())
+        *found, gate = (t if save or name == "y" else t.new_empty(0) for name, t in out.items())
+        return (*found, gate.new_empty(0), gate)  # no hidden layer
 
     def cbam_backward(self, dy, x, *rest):
-        weights, norm, saved, options = rest[:6], rest[6:11], rest[11:17], rest[17:]
+        weights, norm, saved, (_, gate), options = rest[:6], rest[6:11], rest[11:16], rest[16:18], rest[18:]
         out = cbam_backward(
             dy,
             x,
             Parameters(*weights),
             Config(*options),
-            dict(zip((*SAVED, "spatial_gate"), saved)),
+            dict(zip((*SAVED, "spatial_gate"), (*saved, gate))),
             Norm(*norm),
             self.machine,
         )
@@ -341,10 +342,11 @@ class HostOps:
         return (
             out["z"],
             *(t if save or name == "channel_gate" else t.new_empty(0) for name, t in list(out.items())[:5]),
+            out["z"].new_empty(0),
         )
 
     def attention_backward(self, dy, x, *rest):
-        weights, saved, (gate, dz, dgate), options = rest[:6], rest[6:11], rest[11:14], rest[14:]
+        weights, saved, (gate, dz, dgate), options = rest[:6], rest[6:11], rest[12:15], rest[15:]
         out = attention_backward(
             dy,
             x,

@@ -65,7 +65,8 @@ for line in sys.stdin:
             acc = torch.float32
             saved = (x.new_empty((n, 2, ch), dtype=acc), torch.zeros((n, ch), dtype=_ops.index_dtype(shape[2] * shape[3])),
                      x.new_empty((n, ch), dtype=acc), x.new_empty((n, 2, *rest), dtype=acc),
-                     torch.zeros((n, *rest), dtype=_ops.index_dtype(ch)), x.new_empty((n, 1, *rest), dtype=acc))
+                     torch.zeros((n, *rest), dtype=_ops.index_dtype(ch)), x.new_empty(0, dtype=acc),
+                     x.new_empty((n, 1, *rest), dtype=acc))
             torch.ops.cbam_fused_cuda.cbam_backward(torch.empty_like(x), x, *arguments, *saved, *options)
         else:
             torch.ops.cbam_fused_cuda.cbam_forward(x, *arguments, *options, True)

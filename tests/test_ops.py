@@ -98,6 +98,20 @@ def test_outputs_do_not_alias_inputs(ops):
                 assert not t.numel() or t.untyped_storage().data_ptr() not in given, op
 
 
+@pytest.mark.parametrize("name", ["plain", "all-pools", "light", "no-bias", "single-layer"])
+def test_the_hidden_layer_is_kept_or_empty(request, ops, name):
+    table, device = ops
+    op, arguments = next(iter(_calls(table, device, name, torch.float64, "contiguous")))
+    x, w1, b1, *_ = arguments
+    _, pooled, *_, hidden, _ = table[op](*arguments)
+    if w1 is None or request.node.callspec.params["ops"].backend not in _ops.KEEPS_HIDDEN:
+        assert hidden.numel() == 0
+        return
+    pools = pooled.mean(1, keepdim=True) if name == "light" else pooled
+    expected = pools @ w1.T if b1 is None else pools @ w1.T + b1
+    torch.testing.assert_close(hidden, expected)
+
+
 def test_schemas_are_alike_in_every_namespace():
     for op in _ops.SCHEMAS:
         texts = {str(_ops.get(b, op)._schema).replace(f"cbam_fused_{b}::", "") for b in _ops.BACKENDS}

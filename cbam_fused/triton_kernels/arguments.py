@@ -60,15 +60,16 @@ class Saved:
         if with_index and pr.spatial:
             self.spatial_index = x.new_empty((n, *sp), dtype=index_dtype(c))
 
-    def tensors(self, x: Tensor, save: bool) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        found = (self.pooled, self.pool_index, self.channel_gate, self.spatial_pool, self.spatial_index)
+    def tensors(self, x: Tensor, save: bool) -> Tuple[Tensor, ...]:
+        """As the schemas order them; the hidden layer is empty, backward computes it again."""
+        found = (self.pooled, self.pool_index, self.channel_gate, self.spatial_pool, self.spatial_index, None)
         empty = (x.new_empty(0, dtype=pr_dtype) for pr_dtype in self._dtypes(x))
         return tuple(t if save and t is not None else e for t, e in zip(found, empty))
 
     def _dtypes(self, x: Tensor):
         acc = torch.float64 if x.dtype == torch.float64 else torch.float32
         positions = x.shape[2:].numel()
-        return acc, index_dtype(positions), acc, acc, index_dtype(x.shape[1])
+        return acc, index_dtype(positions), acc, acc, index_dtype(x.shape[1]), acc
 
 
 def map_splits(pr: Problem, found, device, n: int) -> Tuple[int, int, int]:

@@ -224,7 +224,7 @@ def _attention_backward_chunk(
 
 def cbam_backward(
     dy, x, w1, b1, w2, b2, conv_weight, conv_bias, bn_weight, bn_bias, bn_mean, bn_var, bn_eps,
-    pooled, pool_index, channel_gate, spatial_pool, spatial_index, spatial_gate,
+    pooled, pool_index, channel_gate, spatial_pool, spatial_index, hidden, spatial_gate,
     pools, spatial, ties, residual,
 ):  # fmt: skip
     x = dense_input(x)
@@ -253,7 +253,7 @@ def cbam_backward(
 
 def attention_backward(
     dy, x, w1, b1, w2, b2, conv_weight, conv_bias,
-    pooled, pool_index, channel_gate, spatial_pool, spatial_index, spatial_gate, dz, dchannel_gate,
+    pooled, pool_index, channel_gate, spatial_pool, spatial_index, hidden, spatial_gate, dz, dchannel_gate,
     pools, spatial, ties, residual,
 ):  # fmt: skip
     x = dense_input(x)

@@ -144,10 +144,10 @@ def attention_forward(x, w1, b1, w2, b2, conv_weight, conv_bias, pools, spatial,
                         x[rows], None, None, part_of(saved.spatial_pool, rows), part_of(saved.spatial_index, rows), parts,
                         z[rows], None, conv, NO_NORM, pr, False,
                     )  # fmt: skip
-    pooled, pool_index, gate, spatial_pool, spatial_index = saved.tensors(x, save)
+    pooled, pool_index, gate, *rest = saved.tensors(x, save)
     if saved.channel_gate is not None:
         gate = saved.channel_gate
-    return z, pooled, pool_index, gate, spatial_pool, spatial_index
+    return (z, pooled, pool_index, gate, *rest)
 
 
 def scale_forward(x, channel_gate, z, residual):

@@ -164,7 +164,7 @@ struct Backward : Block<T, kChannelsLast> {
     }
   }
 
-  // The MLP's backward for the samples [n0, n1): dpooled from dlogits. Recomputes the hidden layer.
+  // The MLP's backward for the samples [n0, n1): dpooled from dlogits.
   void mlp_backward(int64_t n0, int64_t n1) const {
     const int64_t h = p.hidden, M = passes, C = p.C;
     mlp_hidden(n0, n1);

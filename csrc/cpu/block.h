@@ -193,7 +193,7 @@ struct Block {
     call.gate = p.channel_gate ? static_cast<A*>(p.channel_gate) : c.take<A>(p.pools ? N * C : 0);
     if (p.pools) {
       call.blend = p.pools & kBlend || (p.hidden == 0) ? c.take<A>(N * C) : nullptr;
-      call.hidden = c.take<A>(N * M * h);
+      call.hidden = p.hidden_layer ? static_cast<A*>(p.hidden_layer) : c.take<A>(N * M * h);
       call.hidden_sum = c.take<A>(N * h);
       call.logits = c.take<A>(N * C);
       if (backward) {
@@ -405,15 +405,17 @@ struct Block {
     }
   }
 
-  // First layer of the MLP for the samples [n0, n1).
+  // First layer of the MLP for the samples [n0, n1); in backward it is at hand.
   void mlp_hidden(int64_t n0, int64_t n1) const {
     const int64_t h = p.hidden, M = passes;
     const A* in = mlp_input(n0, n1);
     if (!h) return;
-    const A* b1 = static_cast<const A*>(p.b1);
-    with_matrix(p.w1, [&](auto* w1) {
-      matvec(w1, h, p.C, in + n0 * M * p.C, p.C, int((n1 - n0) * M), call.hidden + n0 * M * h, h);
-    });
+    const A* b1 = backward ? nullptr : static_cast<const A*>(p.b1);
+    if (!backward) {
+      with_matrix(p.w1, [&](auto* w1) {
+        matvec(w1, h, p.C, in + n0 * M * p.C, p.C, int((n1 - n0) * M), call.hidden + n0 * M * h, h);
+      });
+    }
     for (int64_t n = n0; n < n1; ++n) {
       for (int64_t j = 0; j < h; ++j) {
         A total = 0;

@@ -266,6 +266,7 @@ class Call {
 
   Tensor nothing() const { return make({0}, accumulate); }
   Tensor nothing(ScalarType type) const { return make({0}, type); }
+  int64_t passes() const { return p.pools & kBlend ? 1 : __builtin_popcount(p.pools & 15); }
   Tensor per_channel() const { return make({p.N, p.C}, accumulate); }
   std::vector<int64_t> map_size(int64_t maps) const {
     std::vector<int64_t> size{p.N, maps};
@@ -423,7 +424,7 @@ class Call {
 
 // What forward leaves for backward; empty tensors where the configuration or `save` has none.
 struct Saved {
-  Tensor pooled, pool_index, channel_gate, spatial_pool, spatial_index;
+  Tensor pooled, pool_index, channel_gate, spatial_pool, spatial_index, hidden;
 };
 
 Saved make_saved(Call& call, bool save, bool gate) {
@@ -434,22 +435,25 @@ Saved make_saved(Call& call, bool save, bool gate) {
       save && p.pools & kMax ? make({p.N, p.C}, Call::index_type(p.P)) : call.nothing(Call::index_type(p.P)),
       gate && p.pools ? call.per_channel() : call.nothing(),
       save && p.spatial ? make(call.map_size(2), call.accumulate) : call.nothing(),
-      save && p.spatial ? make(call.map_size(0), Call::index_type(p.C))
-                        : call.nothing(Call::index_type(p.C))};
+      save && p.spatial ? make(call.map_size(0), Call::index_type(p.C)) : call.nothing(Call::index_type(p.C)),
+      save && p.hidden ? make({p.N, call.passes(), p.hidden}, call.accumulate) : call.nothing()};
   auto pointer = [](const Tensor& t) { return t.numel() ? t.data_ptr() : nullptr; };
   p.pooled = pointer(s.pooled);
   p.pool_index = pointer(s.pool_index);
   p.channel_gate = pointer(s.channel_gate);
   p.spatial_pool = pointer(s.spatial_pool);
   p.spatial_index = pointer(s.spatial_index);
+  p.hidden_layer = pointer(s.hidden);
   p.wide_pool_index = Call::index_type(p.P) == ScalarType::Int;
   p.wide_spatial_index = Call::index_type(p.C) == ScalarType::Int;
   return s;
 }
 
 void take_saved(Call& call, const Tensor& pooled, const Tensor& pool_index, const Tensor& channel_gate,
-                const Tensor& spatial_pool, const Tensor& spatial_index) {
+                const Tensor& spatial_pool, const Tensor& spatial_index, const Tensor& hidden) {
   Problem& p = call.p;
+  if (p.hidden)
+    p.hidden_layer = call.saved(hidden, p.N * call.passes() * p.hidden, call.accumulate, "hidden");
   if (p.pools) {
     p.pooled = call.saved(pooled, p.N * __builtin_popcount(p.pools & 15) * p.C, call.accumulate, "pooled");
     p.channel_gate = call.saved(channel_gate, p.N * p.C, call.accumulate, "channel_gate");
@@ -463,7 +467,7 @@ void take_saved(Call& call, const Tensor& pooled, const Tensor& pool_index, cons
   p.wide_spatial_index = Call::index_type(p.C) == ScalarType::Int;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_forward(
     const Tensor& x, const Optional& w1, const Optional& b1, const Optional& w2, const Optional& b2,
     const Optional& conv_weight, const Optional& conv_bias, const Optional& bn_weight,
     const Optional& bn_bias, const Optional& bn_mean, const Optional& bn_var, double bn_eps, int64_t pools,
@@ -477,10 +481,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_forward(
   call.p.out = y.data_ptr();
   call.p.spatial_gate = s.numel() ? s.data_ptr() : nullptr;
   if (x.numel()) call.forward(Stage::kWhole);
-  return {y, saved.pooled, saved.pool_index, saved.channel_gate, saved.spatial_pool, saved.spatial_index, s};
+  return {y,
+          saved.pooled,
+          saved.pool_index,
+          saved.channel_gate,
+          saved.spatial_pool,
+          saved.spatial_index,
+          saved.hidden,
+          s};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward(
     const Tensor& x, const Optional& w1, const Optional& b1, const Optional& w2, const Optional& b2,
     const Optional& conv_weight, const Optional& conv_bias, int64_t pools, int64_t spatial, int64_t ties,
     bool save) {
@@ -491,7 +502,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward(
   Tensor z = call.p.spatial ? make(call.map_size(1), call.accumulate) : call.nothing();
   call.p.z = z.numel() ? z.data_ptr() : nullptr;
   if (x.numel()) call.forward(Stage::kAttention);
-  return {z, saved.pooled, saved.pool_index, saved.channel_gate, saved.spatial_pool, saved.spatial_index};
+  return {z,
+          saved.pooled,
+          saved.pool_index,
+          saved.channel_gate,
+          saved.spatial_pool,
+          saved.spatial_index,
+          saved.hidden};
 }
 
 std::tuple<Tensor, Tensor> scale_forward(const Tensor& x, const Tensor& channel_gate, const Tensor& z,
@@ -513,13 +530,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const Optional& b2, const Optional& conv_weight, const Optional& conv_bias, const Optional& bn_weight,
     const Optional& bn_bias, const Optional& bn_mean, const Optional& bn_var, double bn_eps,
     const Tensor& pooled, const Tensor& pool_index, const Tensor& channel_gate, const Tensor& spatial_pool,
-    const Tensor& spatial_index, const Tensor& spatial_gate, int64_t pools, int64_t spatial, int64_t ties,
-    bool residual) {
+    const Tensor& spatial_index, const Tensor& hidden, const Tensor& spatial_gate, int64_t pools,
+    int64_t spatial, int64_t ties, bool residual) {
   Call call(x, {pools, spatial, ties, residual});
   Problem& p = call.p;
   call.take_weights({w1, b1, w2, b2, conv_weight, conv_bias});
   if (p.spatial) call.take_norm(conv_bias, {bn_weight, bn_bias, bn_mean, bn_var, bn_eps});
-  take_saved(call, pooled, pool_index, channel_gate, spatial_pool, spatial_index);
+  take_saved(call, pooled, pool_index, channel_gate, spatial_pool, spatial_index, hidden);
   if (p.spatial) p.spatial_gate = call.saved(spatial_gate, p.N * p.P, call.accumulate, "spatial_gate");
   p.dy = call.same_layout(dy, "dy");
   Tensor dx = make_like(x);
@@ -543,12 +560,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bac
     const Tensor& dy, const Tensor& x, const Optional& w1, const Optional& b1, const Optional& w2,
     const Optional& b2, const Optional& conv_weight, const Optional& conv_bias, const Tensor& pooled,
     const Tensor& pool_index, const Tensor& channel_gate, const Tensor& spatial_pool,
-    const Tensor& spatial_index, const Tensor& spatial_gate, const Tensor& dz, const Tensor& dchannel_gate,
-    int64_t pools, int64_t spatial, int64_t ties, bool residual) {
+    const Tensor& spatial_index, const Tensor& hidden, const Tensor& spatial_gate, const Tensor& dz,
+    const Tensor& dchannel_gate, int64_t pools, int64_t spatial, int64_t ties, bool residual) {
   Call call(x, {pools, spatial, ties, residual});
   Problem& p = call.p;
   call.take_weights({w1, b1, w2, b2, conv_weight, conv_bias});
-  take_saved(call, pooled, pool_index, channel_gate, spatial_pool, spatial_index);
+  take_saved(call, pooled, pool_index, channel_gate, spatial_pool, spatial_index, hidden);
   if (p.spatial) {
     p.spatial_gate = call.saved(spatial_gate, p.N * p.P, call.accumulate, "spatial_gate");
     p.dz = call.saved(dz, p.N * p.P, call.accumulate, "dz");

@@ -43,6 +43,7 @@ struct Problem {
   void* channel_gate = nullptr;   // (N, C)       A
   void* spatial_pool = nullptr;   // (N, 2, P)    A
   void* spatial_index = nullptr;  // (N, P)       int16 or int32
+  void* hidden_layer = nullptr;   // (N, M, h)    A: before ReLU
   void* spatial_gate = nullptr;   // (N, P)       A
   void* z = nullptr;              // (N, P)       A: logits, where the call is cut there
   bool wide_pool_index = false, wide_spatial_index = false;  // int32

@@ -254,7 +254,7 @@ class Call {
   std::vector<Tensor> kept_;
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_forward(
     const Tensor& x, const Optional& w1, const Optional& b1, const Optional& w2, const Optional& b2,
     const Optional& conv_weight, const Optional& conv_bias, const Optional& bn_weight,
     const Optional& bn_bias, const Optional& bn_mean, const Optional& bn_var, double bn_eps, int64_t pools,
@@ -275,6 +275,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_forward(
           s.channel_gate,
           s.spatial_pool,
           s.spatial_index,
+          call.nothing(),  // the hidden layer: backward computes it again
           save ? gate : call.nothing()};
 }
 
@@ -283,8 +284,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const Optional& b2, const Optional& conv_weight, const Optional& conv_bias, const Optional& bn_weight,
     const Optional& bn_bias, const Optional& bn_mean, const Optional& bn_var, double bn_eps,
     const Tensor& pooled, const Tensor& pool_index, const Tensor& channel_gate, const Tensor& spatial_pool,
-    const Tensor& spatial_index, const Tensor& spatial_gate, int64_t pools, int64_t spatial, int64_t ties,
-    bool residual) {
+    const Tensor& spatial_index, const Tensor& /* hidden */, const Tensor& spatial_gate, int64_t pools,
+    int64_t spatial, int64_t ties, bool residual) {
   Call call(x, {pools, spatial, ties, residual});
   Problem& p = call.p;
   call.take_weights({w1, b1, w2, b2, conv_weight, conv_bias});
@@ -305,7 +306,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   return {dx, dw1, db1, dw2, db2, dk, db, dgamma, dbeta};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward(
     const Tensor& x, const Optional& w1, const Optional& b1, const Optional& w2, const Optional& b2,
     const Optional& conv_weight, const Optional& conv_bias, int64_t pools, int64_t spatial, int64_t ties,
     bool save) {
@@ -316,15 +317,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward(
   Tensor z = spatial ? call.map() : call.nothing();
   if (spatial) call.p.z = z.data_ptr();
   if (pools || spatial) call.run(kAttentionForward);
-  return {z, s.pooled, s.pool_index, s.channel_gate, s.spatial_pool, s.spatial_index};
+  return {z, s.pooled, s.pool_index, s.channel_gate, s.spatial_pool, s.spatial_index, call.nothing()};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& dy, const Tensor& x, const Optional& w1, const Optional& b1, const Optional& w2,
     const Optional& b2, const Optional& conv_weight, const Optional& conv_bias, const Tensor& pooled,
     const Tensor& pool_index, const Tensor& channel_gate, const Tensor& spatial_pool,
-    const Tensor& spatial_index, const Tensor& spatial_gate, const Tensor& dz, const Tensor& dchannel_gate,
-    int64_t pools, int64_t spatial, int64_t ties, bool residual) {
+    const Tensor& spatial_index, const Tensor& /* hidden */, const Tensor& spatial_gate, const Tensor& dz,
+    const Tensor& dchannel_gate, int64_t pools, int64_t spatial, int64_t ties, bool residual) {
   Call call(x, {pools, spatial, ties, residual});
   Problem& p = call.p;
   call.take_weights({w1, b1, w2, b2, conv_weight, conv_bias});
