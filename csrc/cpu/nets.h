@@ -124,54 +124,57 @@ void matvec_transposed(const W* w, int64_t rows, int64_t cols, const A* v, int64
 // dw[r][c] = sum_i a[i][r] * b[i][c], i in order, for rows [r0, r1): the outer products of a batch.
 // b is read from copies of strips of it, as many as stay in the first-level cache beside what is written: its
 // rows may be a multiple of 4 KiB apart, and 16 of them (8 samples, 2 pools) would then drive each other out
-// (measured, (2048, 128) and (128, 2048), 8 samples: half of the time).
+// (measured, (2048, 128) and (128, 2048), 8 samples: half of the time). A batch of more rows than a strip
+// has room for goes in turns, which continue the sums in dw.
 template <class A>
 void outer_products(int64_t r0, int64_t r1, int64_t cols, int64_t count, const A* a, int64_t a_stride,
                     const A* b, int64_t b_stride, A* dw) {
-  constexpr int L = kLanes<A>, U = kTogether, kWidth = U * L, kRoom = (16 << 10) / int(sizeof(A));
+  constexpr int L = kLanes<A>, U = kTogether, kRoom = (16 << 10) / int(sizeof(A)), kTurn = kRoom / (U * L);
   alignas(64) A strips[kRoom];
-  const int64_t most = kRoom / (std::max<int64_t>(1, count) * kWidth);
-  int64_t c = 0;
-  while (most > 0 && c + kWidth <= cols) {
-    const int64_t wide = std::min(most, (cols - c) / kWidth);
+  // Strips of V vectors of the columns from c on, in one turn of `rows` rows from i0 on; returns the next
+  // column.
+  auto strips_of = [&](auto vectors, int64_t c, int64_t i0, int64_t rows) CBAM_INLINE_LAMBDA {
+    constexpr int V = decltype(vectors)::value, kWidth = V * L;
+    const int64_t wide = std::min(kRoom / (rows * kWidth), (cols - c) / kWidth);
     for (int64_t k = 0; k < wide; ++k) {
-      for (int64_t i = 0; i < count; ++i)
-        std::copy_n(b + i * b_stride + c + k * kWidth, kWidth, strips + (k * count + i) * kWidth);
+      for (int64_t i = 0; i < rows; ++i)
+        std::copy_n(b + (i0 + i) * b_stride + c + k * kWidth, kWidth, strips + (k * rows + i) * kWidth);
     }
     for_blocks(r0, r1, [&](int64_t r, auto block) CBAM_INLINE_LAMBDA {
       constexpr int R = decltype(block)::value;
       for (int64_t k = 0; k < wide; ++k) {
-        const A* strip = strips + k * count * kWidth;
-        Vec<A> acc[R][U];
+        A* to = dw + r * cols + c + k * kWidth;
+        Vec<A> acc[R][V];
         for (int u = 0; u < R; ++u) {
-          for (int j = 0; j < U; ++j) acc[u][j] = Vec<A>{};
+          for (int j = 0; j < V; ++j) acc[u][j] = i0 ? load(to + u * cols + j * L) : Vec<A>{};
         }
-        for (int64_t i = 0; i < count; ++i) {
-          Vec<A> v[U];
-          for (int j = 0; j < U; ++j) v[j] = in_register(load(strip + (i * U + j) * L));
+        for (int64_t i = 0; i < rows; ++i) {
+          Vec<A> v[V];
+          for (int j = 0; j < V; ++j) v[j] = in_register(load(strips + ((k * rows + i) * V + j) * L));
           for (int u = 0; u < R; ++u) {
-            const Vec<A> factor = splat<A>(a[i * a_stride + r + u]);
-            for (int j = 0; j < U; ++j) acc[u][j] += v[j] * factor;
+            const Vec<A> factor = splat<A>(a[(i0 + i) * a_stride + r + u]);
+            for (int j = 0; j < V; ++j) acc[u][j] += v[j] * factor;
           }
         }
         for (int u = 0; u < R; ++u) {
-          for (int j = 0; j < U; ++j) store(dw + (r + u) * cols + c + k * kWidth + j * L, acc[u][j]);
+          for (int j = 0; j < V; ++j) store(to + u * cols + j * L, acc[u][j]);
         }
       }
     });
-    c += wide * kWidth;
-  }
-  for (int64_t r = r0; r < r1; ++r) {
-    int64_t at = c;
-    for (; at + L <= cols; at += L) {
-      Vec<A> acc{};
-      for (int64_t i = 0; i < count; ++i) acc += load(b + i * b_stride + at) * a[i * a_stride + r];
-      store(dw + r * cols + at, acc);
-    }
-    for (; at < cols; ++at) {
-      A acc = 0;
-      for (int64_t i = 0; i < count; ++i) acc += b[i * b_stride + at] * a[i * a_stride + r];
-      dw[r * cols + at] = acc;
+    return c + wide * kWidth;
+  };
+  if (count == 0) std::fill(dw + r0 * cols, dw + r1 * cols, A(0));
+  for (int64_t i0 = 0; i0 < count; i0 += kTurn) {
+    const int64_t rows = std::min<int64_t>(kTurn, count - i0);
+    int64_t c = 0;
+    while (c + U * L <= cols) c = strips_of(Rows<U>{}, c, i0, rows);
+    while (c + L <= cols) c = strips_of(Rows<1>{}, c, i0, rows);
+    for (; c < cols; ++c) {
+      for (int64_t r = r0; r < r1; ++r) {
+        A acc = i0 ? dw[r * cols + c] : A(0);
+        for (int64_t i = i0; i < i0 + rows; ++i) acc += b[i * b_stride + c] * a[i * a_stride + r];
+        dw[r * cols + c] = acc;
+      }
     }
   }
 }

@@ -145,6 +145,8 @@ void read_as(const Tensor& t, To* to) {
 
 int32_t code_of(ScalarType type) {
   switch (type) {
+    case ScalarType::Float:
+      return aoti_torch_dtype_float32();
     case ScalarType::Double:
       return aoti_torch_dtype_float64();
     case ScalarType::BFloat16:
@@ -156,7 +158,7 @@ int32_t code_of(ScalarType type) {
     case ScalarType::Int:
       return aoti_torch_dtype_int32();
     default:
-      return aoti_torch_dtype_float32();
+      STD_TORCH_CHECK(false, "cbam_fused: no output has this dtype");
   }
 }
 
