@@ -128,6 +128,27 @@ def test_threads(fused, threads, count, batch):
                 check(make_problem(shape, OPTIONS[name], device=fused.device, layout=layout), fused.backend)
 
 
+# Channels and positions in several chunks, the last one short; in fewer chunks than threads; a map that ends within
+# a vector, and one of several tiles.
+@pytest.mark.parametrize(
+    "shape", [(1, 130, 14, 14), (3, 300, 7, 9), (5, 19, 30, 31), (1, 257, 61, 67)], ids=_id
+)
+@pytest.mark.parametrize(
+    "name", ["plain", "norm-train", "norm-eval", "all-pools", "split", "channel-only", "light"]
+)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.skipif(all(t.backend != "cpu" for t in FUSED), reason="the CPU kernels are not built")
+def test_threads_give_the_same_bits(threads, layout, name, shape):
+    """However many threads share a sample, and whichever of them comes first."""
+    problem = make_problem(shape, OPTIONS[name], torch.float32, layout=layout)
+    threads(1)
+    alone = run_problem(problem, "cpu")
+    for count in (2, 3, 4):
+        threads(count)
+        for got, want in zip(run_problem(problem, "cpu"), alone, strict=True):
+            assert got is want is None or torch.equal(got, want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_id)
 @pytest.mark.parametrize("shape", [(64, 14, 14), (256, 7, 7), (64, 64, 80)], ids=_id)
 @pytest.mark.skipif(all(t.backend != "cpu" for t in FUSED), reason="the CPU kernels are not built")

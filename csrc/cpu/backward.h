@@ -9,7 +9,7 @@ struct Backward : Block<T, kChannelsLast> {
   using Base::Base;
   using Base::call, Base::dy, Base::element, Base::L, Base::load_gate, Base::mlp_hidden, Base::out, Base::p,
       Base::pad, Base::passes, Base::period, Base::place_maps, Base::pools_count, Base::repeat, Base::streams,
-      Base::tile, Base::tile_dgate, Base::tile_end, Base::tiles, Base::with_matrix, Base::x, Base::in_parts;
+      Base::tile, Base::tile_dgate, Base::tile_end, Base::tiles, Base::with_matrix, Base::x;
   using typename Base::A;
   using typename Base::Int;
 
@@ -167,7 +167,8 @@ struct Backward : Block<T, kChannelsLast> {
   // The MLP's backward for the samples [n0, n1): dpooled from dlogits.
   void mlp_backward(int64_t n0, int64_t n1) const {
     const int64_t h = p.hidden, M = passes, C = p.C;
-    mlp_hidden(n0, n1);
+    Base::blend(n0, n1, 0, C);
+    mlp_hidden(n0, n1, 0, h);
     if (!h) {
       with_matrix(p.w2, [&](auto* w2) {
         matvec_transposed(w2, C, C, call.dlogits + n0 * C, C, int(n1 - n0), call.dpooled + n0 * M * C, M * C);
@@ -366,32 +367,34 @@ struct Backward : Block<T, kChannelsLast> {
   }
 
   // Gradients of the weights, summed over samples in order; rows are shared among threads.
-  void weight_gradients() const {
+  void weight_gradients(Member& m) const {
     const int64_t N = p.N, C = p.C, h = p.hidden, M = passes;
     auto as = [](void* q) { return static_cast<A*>(q); };
     if (p.pools) {
       const A* in = call.blend ? call.blend : call.pooled;
       const int64_t width = h ? h : C;
       const A* second = h ? call.hidden_sum : call.blend;
-      in_parts(C, [&](int64_t r0, int64_t r1) {
+      m.in_parts(C, [&](int64_t r0, int64_t r1) {
         outer_products(r0, r1, width, N, call.dlogits, C, second, width, as(p.dw2));
       });
       if (h) {
-        in_parts(h, [&](int64_t r0, int64_t r1) {
+        m.in_parts(h, [&](int64_t r0, int64_t r1) {
           outer_products(r0, r1, C, N * M, call.dhidden, h, in, C, as(p.dw1));
         });
       }
-      auto sum_into = [](A* to, int64_t width, const A* rows, int64_t count, A weight) {
-        std::fill_n(to, width, A(0));
-        for (int64_t i = 0; i < count; ++i) {
-          for (int64_t c = 0; c < width; ++c) to[c] += rows[i * width + c];
-        }
-        for (int64_t c = 0; c < width; ++c) to[c] *= weight;
+      auto sum_into = [&m](A* to, int64_t width, const A* rows, int64_t count, A weight) {
+        m.alone([=] {
+          std::fill_n(to, width, A(0));
+          for (int64_t i = 0; i < count; ++i) {
+            for (int64_t c = 0; c < width; ++c) to[c] += rows[i * width + c];
+          }
+          for (int64_t c = 0; c < width; ++c) to[c] *= weight;
+        });
       };
       if (p.db2) sum_into(as(p.db2), C, call.dlogits, N, A(M));
       if (p.db1) sum_into(as(p.db1), h, call.dhidden, N * M, A(1));
     }
-    if (p.spatial) {
+    auto sum_planes = [&] {
       A* dk = as(p.dplanes);
       const int64_t taps = 2 * pad.taps();
       std::fill_n(dk, taps, A(0));
@@ -403,6 +406,7 @@ struct Backward : Block<T, kChannelsLast> {
           p.dnorm[1] += call.dnorm[n * 2 + 1];
         }
       }
-    }
+    };
+    if (p.spatial) m.alone(sum_planes);
   }
 };

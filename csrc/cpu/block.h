@@ -47,13 +47,16 @@ struct Sample {
 // Arrays of the whole call.
 template <class A>
 struct Call {
-  A *pooled, *gate;        // (N, K, C), (N, C)
-  A* blend;                // (N, C): the pool that a blended MLP reads
-  A *hidden, *hidden_sum;  // (N, M, h) before ReLU, (N, h) after ReLU over the M passes
-  A *logits, *dlogits;     // (N, C)
-  A *dhidden, *dpooled;    // (N, M, h), (N, M, C)
-  A* dplanes;              // (N, 2 taps)
-  double* dnorm;           // (N, 2)
+  uint32_t* phases;                     // of the team
+  A *pooled, *gate;                     // (N, K, C), (N, C)
+  A* blend;                             // (N, C): the pool that a blended MLP reads
+  A *hidden, *hidden_sum;               // (N, M, h) before ReLU, (N, h) after ReLU over the M passes
+  A *logits, *dlogits;                  // (N, C)
+  A *dhidden, *dpooled;                 // (N, M, h), (N, M, C)
+  A* dplanes;                           // (N, 2 taps)
+  double* dnorm;                        // (N, 2)
+  A *chunk_sum, *chunk_max;             // (chunks of channels, tiles, a tile's slots): the spatial pools of a
+  typename Lanes<A>::Int* chunk_index;  // sample that threads share by channels
   std::vector<Worker<A>> workers;
   std::vector<Sample<A>> samples;  // `group` for each worker, then the shared one
 };
@@ -112,6 +115,7 @@ struct Block {
   const Padded pad;
   const bool backward;
   const int pools_count, passes;  // rows of pooled; MLP passes
+  const bool by_rows;
   const int64_t tile, tiles;
   const int64_t period;  // of map_flat, 0 where a tile is not all of a sample
   const int64_t group;
@@ -129,13 +133,22 @@ struct Block {
   // memory); but not where that leaves the threads that share a remaining sample without a part of it.
   static int64_t tile_positions(const Problem& p, bool backward) {
     int64_t bytes = p.C * int64_t(sizeof(T)) * (backward ? 2 : 1);
-    const bool alone = p.N % p.threads == 0 || p.N > 16 * p.threads;
+    const bool alone = p.N % p.threads == 0 || p.N > 16 * p.threads || shares_rows(p, backward);
     if (!backward && alone && bytes * p.P <= int64_t(2) << 20) return std::min(p.P, int64_t(2048));
     int64_t positions = std::max<int64_t>((int64_t(backward ? 4096 : 512) << 10) / bytes / L * L, 64);
     positions = std::min<int64_t>(positions, 2048);
     // Of equal size, and at most a quarter larger than that: a short last tile takes a line here and there.
     const int64_t tiles = std::max<int64_t>(1, (4 * p.P + 3 * positions) / (4 * positions));
     return std::min((p.P / tiles + L) / L * L, p.P);
+  }
+
+  static int64_t count_chunks(const Problem& p) { return (p.C + kChunk - 1) / kChunk; }
+
+  // Whether threads that share a sample have channels of their own from the first pass to the last, so that
+  // what one has read is in its cache when it reads it again. (Split by positions, all but the channel pools,
+  // two threads took longer than one: (1024, 14, 14), 115 us against 82; by channels 62.)
+  static bool shares_rows(const Problem& p, bool backward) {
+    return !kChannelsLast && !backward && p.N % p.threads != 0 && count_chunks(p) >= p.threads;
   }
 
   // A last tile of less than a vector joins the one before it: its vector would reach back over
@@ -179,6 +192,7 @@ struct Block {
         backward(is_backward),
         pools_count(count_pools(problem.pools)),
         passes(problem.pools & kBlend ? 1 : count_pools(problem.pools)),
+        by_rows(shares_rows(problem, is_backward)),
         tile(tile_positions(problem, is_backward)),
         tiles(count_tiles(problem.P, tile)),
         period(kChannelsLast || tiles > 1 || problem.P < L ? 0 : flat_period(problem.P)),
@@ -189,6 +203,7 @@ struct Block {
 
   void carve(Carver& c) {
     const int64_t N = p.N, C = p.C, P = p.P, h = p.hidden, M = passes;
+    call.phases = c.take<uint32_t>(phase_words());
     call.pooled = p.pooled ? static_cast<A*>(p.pooled) : c.take<A>(N * pools_count * C);
     call.gate = p.channel_gate ? static_cast<A*>(p.channel_gate) : c.take<A>(p.pools ? N * C : 0);
     if (p.pools) {
@@ -205,6 +220,11 @@ struct Block {
     if (backward && p.spatial) {
       call.dplanes = c.take<A>(N * 2 * pad.taps());
       call.dnorm = c.take<double>(N * 2);
+    }
+    if (by_rows && p.spatial) {
+      call.chunk_sum = c.take<A>(count_chunks(p) * tiles * chunk_lanes());
+      call.chunk_max = c.take<A>(count_chunks(p) * tiles * chunk_lanes());
+      call.chunk_index = c.take<Int>(count_chunks(p) * tiles * chunk_lanes());
     }
     const int64_t lanes = std::max(C, tile + L) + L, positions = std::max(P, period) + L, channels = C + L;
     const int64_t padded = p.spatial ? pad.size + 8 * L : 0;
@@ -255,7 +275,7 @@ struct Block {
         std::fill_n(s.maps[0], padded, A(0));
         std::fill_n(s.maps[1], padded, A(0));
       }
-      if (!p.spatial) std::fill_n(s.s, p.P + L, A(1));
+      if (!p.spatial) std::fill_n(s.s, std::max(p.P, period) + L, A(1));
       if (!p.pools) std::fill_n(s.gate, p.C + L, A(1));
       if (backward) {
         std::fill_n(s.dz, padded, A(0));
@@ -276,17 +296,20 @@ struct Block {
   int64_t tile_end(int64_t t) const { return t + 1 == tiles ? p.P : (t + 1) * tile; }
   A* tile_dgate(const Sample<A>& s, int64_t t) const { return s.dgate + t * (p.C + L); }
 
-  // Splits [0, count) into at most p.threads parts: f(begin, end), and its part where asked for.
+  // At most so many phases draw samples, share one, or end the call.
+  static constexpr int64_t kPhases = 16;
+  int64_t phase_words() const { return Member::words(p.threads, kPhases * (p.N % p.threads + 2)); }
+  // Room for the slots of a tile.
+  int64_t chunk_lanes() const { return (tile / L + 2) * L; }
+
+  // body(member) by every member of a team of all threads.
   template <class F>
-  void in_parts(int64_t count, F f, int64_t step = 1) const {
-    const int64_t units = (count + step - 1) / step, parts = std::min<int64_t>(p.threads, units);
-    run_parallel(parts, [&](int64_t i) {
-      const int64_t begin = units * i / parts * step, end = std::min(count, units * (i + 1) / parts * step);
-      if constexpr (std::is_invocable_v<F, int64_t, int64_t, int64_t>) {
-        f(begin, end, i);
-      } else {
-        f(begin, end);
-      }
+  void run_team(F body) const {
+    std::fill_n(call.phases, phase_words(), 0u);
+    run_parallel(p.threads, [&](int64_t i) {
+      Member member(call.phases, p.threads, i);
+      body(member);
+      stream_fence();
     });
   }
 
@@ -349,8 +372,10 @@ struct Block {
       std::fill_n(w.max, slots.size() * L, A(0));
       sum_columns(x(n) + c0, p.C, 0, p.P, slots, w.max,
                   [&](Vec<A> v, int64_t, int64_t l) { return f(v, load(per_channel + c0 + l)); });
+      // Each lane from the slot that it would have in any range of channels: two need not round alike.
       for_slots(slots, [&](int64_t l, int64_t k, auto) {
-        for (int i = int(std::max<int64_t>(0, -l)); i < L; ++i) w.sum[l + i] = w.max[k * L + i];
+        const int first = k == slots.full && !slots.partial ? L - slots.tail_count : 0;
+        for (int i = first; i < L; ++i) w.sum[l + i] = w.max[k * L + i];
       });
     } else {
       std::fill_n(w.sum, c1 - c0, A(0));
@@ -381,18 +406,19 @@ struct Block {
       put_index(p.pool_index, p.wide_pool_index, n * p.C + c, int64_t(w.sum[c - c0]));
   }
 
-  // What the MLP reads in each pass for the samples [n0, n1): (n, M, C) from `stride` on.
-  const A* mlp_input(int64_t n0, int64_t n1) const {
-    if (!call.blend) return call.pooled;
-    for (int64_t n = n0; n < n1; ++n) {
+  // What the MLP reads in each pass: (N, M, C).
+  const A* mlp_input() const { return call.blend ? call.blend : call.pooled; }
+
+  // The channels [c0, c1) of it for the samples [n0, n1), where it is not what the pools left.
+  void blend(int64_t n0, int64_t n1, int64_t c0, int64_t c1) const {
+    for (int64_t n = n0; call.blend && n < n1; ++n) {
       const A* rows = call.pooled + n * pools_count * p.C;
-      for (int64_t c = 0; c < p.C; ++c) {
+      for (int64_t c = c0; c < c1; ++c) {
         A u = 0;
         for (int k = 0; k < pools_count; ++k) u += rows[k * p.C + c];
         call.blend[n * p.C + c] = p.pools & kBlend ? A(0.5) * rows[c] + A(0.5) * rows[p.C + c] : u;
       }
     }
-    return call.blend;
   }
 
   // f(w) with one of the MLP's matrices as what it is.
@@ -405,19 +431,18 @@ struct Block {
     }
   }
 
-  // First layer of the MLP for the samples [n0, n1); in backward it is at hand.
-  void mlp_hidden(int64_t n0, int64_t n1) const {
+  // Units [j0, j1) of the MLP's first layer for the samples [n0, n1); in backward it is at hand.
+  void mlp_hidden(int64_t n0, int64_t n1, int64_t j0, int64_t j1) const {
     const int64_t h = p.hidden, M = passes;
-    const A* in = mlp_input(n0, n1);
-    if (!h) return;
     const A* b1 = backward ? nullptr : static_cast<const A*>(p.b1);
     if (!backward) {
       with_matrix(p.w1, [&](auto* w1) {
-        matvec(w1, h, p.C, in + n0 * M * p.C, p.C, int((n1 - n0) * M), call.hidden + n0 * M * h, h);
+        matvec(w1 + j0 * p.C, j1 - j0, p.C, mlp_input() + n0 * M * p.C, p.C, int((n1 - n0) * M),
+               call.hidden + n0 * M * h + j0, h);
       });
     }
     for (int64_t n = n0; n < n1; ++n) {
-      for (int64_t j = 0; j < h; ++j) {
+      for (int64_t j = j0; j < j1; ++j) {
         A total = 0;
         for (int64_t k = 0; k < M; ++k) {
           A& v = call.hidden[(n * M + k) * h + j];
@@ -429,21 +454,27 @@ struct Block {
     }
   }
 
-  // Channel gates of the samples [n0, n1). The second layer is linear: one pass on the sum.
-  void mlp(int64_t n0, int64_t n1) const {
-    mlp_hidden(n0, n1);
+  // Gates of the channels [c0, c1). The second layer is linear: one pass on the sum.
+  void mlp_gate(int64_t n0, int64_t n1, int64_t c0, int64_t c1) const {
     const A* in = p.hidden ? call.hidden_sum : call.blend;
     const int64_t width = p.hidden ? p.hidden : p.C;
     const A* b2 = static_cast<const A*>(p.b2);
     with_matrix(p.w2, [&](auto* w2) {
-      matvec(w2, p.C, width, in + n0 * width, width, int(n1 - n0), call.logits + n0 * p.C, p.C);
+      matvec(w2 + c0 * width, c1 - c0, width, in + n0 * width, width, int(n1 - n0),
+             call.logits + n0 * p.C + c0, p.C);
     });
     for (int64_t n = n0; n < n1; ++n) {
       A* l = call.logits + n * p.C;
-      A* g = call.gate + n * p.C;
-      for (int64_t c = 0; b2 && c < p.C; ++c) l[c] += A(passes) * b2[c];
-      sigmoid_all(l, g, p.C);
+      for (int64_t c = c0; b2 && c < c1; ++c) l[c] += A(passes) * b2[c];
+      sigmoid_all(l + c0, call.gate + n * p.C + c0, c1 - c0);
     }
+  }
+
+  // Channel gates of the samples [n0, n1).
+  void mlp(int64_t n0, int64_t n1) const {
+    blend(n0, n1, 0, p.C);
+    mlp_hidden(n0, n1, 0, p.hidden);
+    mlp_gate(n0, n1, 0, p.C);
   }
 
   static void sigmoid_all(const A* z, A* s, int64_t count) {
@@ -493,8 +524,8 @@ struct Block {
 
   template <class Also>
   void spatial_pool_and(int64_t t, Worker<A>& w, Sample<A>& s, Also also) const {
-    const int64_t p0 = t * tile, p1 = tile_end(t), n = s.n;
-    const T* xs = x(n);
+    const int64_t p0 = t * tile, p1 = tile_end(t);
+    const T* xs = x(s.n);
     auto indexed = [&](auto with_index) {
       constexpr bool kIndex = decltype(with_index)::value;
       if constexpr (kChannelsLast) {
@@ -508,24 +539,71 @@ struct Block {
         auto slots = make_slots<A>(p1 - p0, p0);
         reduce_columns<true, kIndex>(xs + p0, p.P, 0, p.C, slots, s.gate, w.part, w.sum, w.max, w.index,
                                      also);
-        finish_columns<true>(xs + p0, p.P, p.C, slots, s.gate, w.sum, w.max, w.index,
-                             [&](int64_t l, auto, const Extrema<A>& e) {
-                               const int end = int(std::min<int64_t>(L, p1 - p0 - l));
-                               store_lanes(s.q_max + p0 + l, e.max, 0, end);
-                               store_lanes(s.q_mean + p0 + l, e.sum / A(p.C), 0, end);
-                               if (kIndex) store_lanes(s.q_index + p0 + l, e.index, 0, end);
-                             });
+        finish_maps<kIndex>(t, slots, w, s);
       }
     };
     p.spatial_index ? indexed(std::true_type{}) : indexed(std::false_type{});
-    place_maps(p0, p1, s);
-    if (p.spatial_index) {
-      std::copy_n(s.q_max + p0, p1 - p0, static_cast<A*>(p.spatial_pool) + n * 2 * p.P + p0);
-      std::copy_n(s.q_mean + p0, p1 - p0, static_cast<A*>(p.spatial_pool) + (n * 2 + 1) * p.P + p0);
-      if (p.ties == kSplit) count_channels(t, w, s);
-      for (int64_t pos = p0; pos < p1; ++pos) {
-        put_index(p.spatial_index, p.wide_spatial_index, n * p.P + pos, s.q_index[pos]);
+    save_maps(t, w, s);
+  }
+
+  // The maps of tile t from the sums and maxima over channels, in slot order.
+  template <bool kIndex>
+  void finish_maps(int64_t t, const Slots<A>& slots, Worker<A>& w, Sample<A>& s) const {
+    const int64_t p0 = t * tile, p1 = tile_end(t);
+    finish_columns<true>(x(s.n) + p0, p.P, p.C, slots, s.gate, w.sum, w.max, w.index,
+                         [&](int64_t l, auto, const Extrema<A>& e) {
+                           const int end = int(std::min<int64_t>(L, p1 - p0 - l));
+                           store_lanes(s.q_max + p0 + l, e.max, 0, end);
+                           store_lanes(s.q_mean + p0 + l, e.sum / A(p.C), 0, end);
+                           if (kIndex) store_lanes(s.q_index + p0 + l, e.index, 0, end);
+                         });
+  }
+
+  // Spatial pools over one chunk of channels, at all positions.
+  void pool_chunk(int64_t k, Worker<A>& w, const Sample<A>& s) const {
+    const int64_t c0 = k * kChunk, c1 = std::min(c0 + kChunk, p.C);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t p0 = t * tile, at = (k * tiles + t) * chunk_lanes();
+      auto indexed = [&](auto with_index) {
+        reduce_columns<true, decltype(with_index)::value>(
+            x(s.n) + p0, p.P, c0, c1, make_slots<A>(tile_end(t) - p0, p0), s.gate, w.part,
+            call.chunk_sum + at, call.chunk_max + at, call.chunk_index + at);
+      };
+      p.spatial_index ? indexed(std::true_type{}) : indexed(std::false_type{});
+    }
+  }
+
+  // The maps of tile t from those of all chunks, in the order in which one thread adds them up.
+  void merge_chunks(int64_t t, Worker<A>& w, Sample<A>& s) const {
+    auto slots = make_slots<A>(tile_end(t) - t * tile, t * tile);
+    for (int64_t i = 0; i < slots.size() * L; i += L) {
+      Vec<A> sum{}, max = splat<A>(-kInfinity);
+      VecInt<A> index{};
+      for (int64_t k = 0; k < count_chunks(p); ++k) {
+        const int64_t at = (k * tiles + t) * chunk_lanes() + i;
+        const Vec<A> higher = load(call.chunk_max + at);
+        sum += load(call.chunk_sum + at);
+        index = higher > max ? load(call.chunk_index + at) : index;
+        max = greater_of(higher, max);
       }
+      store(w.sum + i, sum);
+      store(w.max + i, max);
+      store(w.index + i, index);
+    }
+    p.spatial_index ? finish_maps<true>(t, slots, w, s) : finish_maps<false>(t, slots, w, s);
+    save_maps(t, w, s);
+  }
+
+  // The maps of tile t, padded for the convolution, and what backward needs of them.
+  void save_maps(int64_t t, Worker<A>& w, Sample<A>& s) const {
+    const int64_t p0 = t * tile, p1 = tile_end(t), n = s.n;
+    place_maps(p0, p1, s);
+    if (!p.spatial_index) return;
+    std::copy_n(s.q_max + p0, p1 - p0, static_cast<A*>(p.spatial_pool) + n * 2 * p.P + p0);
+    std::copy_n(s.q_mean + p0, p1 - p0, static_cast<A*>(p.spatial_pool) + (n * 2 + 1) * p.P + p0);
+    if (p.ties == kSplit) count_channels(t, w, s);
+    for (int64_t pos = p0; pos < p1; ++pos) {
+      put_index(p.spatial_index, p.wide_spatial_index, n * p.P + pos, s.q_index[pos]);
     }
   }
 
@@ -622,5 +700,25 @@ struct Block {
                              CBAM_INLINE_LAMBDA { return f(v, rows, p0 + l, tag); });
       }
     });
+  }
+
+  // The output of the channels [c0, c1), once s.s repeats where map_flat asks for it.
+  void apply_rows(int64_t c0, int64_t c1, const Sample<A>& s) const {
+    if constexpr (!kChannelsLast) {
+      const T* in = x(s.n);
+      T* to = out(s.n);
+      Sample<A> own = s;
+      if (period) own.gate += c0;  // map_flat counts rows from its first
+      with_output(own, [&](auto write_as, auto f) {
+        constexpr Write kWrite = decltype(write_as)::value;
+        if (period) return map_flat<kWrite>(in + c0 * p.P, to + c0 * p.P, c1 - c0, p.P, period, f);
+        for (int64_t t = 0; t < tiles; ++t) {
+          const int64_t p0 = t * tile;
+          map_rows<kWrite>(in + p0, to + p0, p.P, c0, c1, make_slots<A>(tile_end(t) - p0, p0),
+                           [=](Vec<A> v, auto rows, int64_t l, auto tag)
+                               CBAM_INLINE_LAMBDA { return f(v, rows, p0 + l, tag); });
+        }
+      });
+    }
   }
 };

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -27,3 +26,4 @@
 #endif
 
 #include "problem.h"
+#include "team.h"

@@ -2,17 +2,19 @@
 //
 // Samples in plenty: threads draw groups of samples and work alone, stage after stage in cache.
 // A group is one sample, or as many as make reading the MLP's weights worth it. The samples left
-// over by an even split (all of them in a batch of 1) are shared by all threads, stage by stage.
+// over by an even split (all of them in a batch of 1) are shared by all threads, stage by stage. All of
+// it is one region of the pool of threads, since entering one costs as much as a stage of a small sample.
 
 template <class T, bool kChannelsLast>
 struct Schedule : Backward<T, kChannelsLast> {
   using Base = Backward<T, kChannelsLast>;
-  using Base::apply, Base::call, Base::dx, Base::gate_logits_gradient, Base::group, Base::in_parts, Base::L,
-      Base::load_gate, Base::load_pool_gradients, Base::load_saved, Base::logits_gradient,
-      Base::maps_gradient, Base::mlp, Base::mlp_backward, Base::norm_gradient, Base::p, Base::pad,
-      Base::planes_gradient, Base::pool, Base::prepare, Base::products, Base::rest_of_gate_gradient,
-      Base::run_parallel, Base::spatial_gate, Base::spatial_pool, Base::tile_dgate, Base::tile_end,
-      Base::tiles, Base::weight_gradients;
+  using Base::apply, Base::apply_rows, Base::blend, Base::by_rows, Base::call, Base::count_chunks, Base::dx,
+      Base::gate_logits_gradient, Base::group, Base::L, Base::load_gate, Base::load_pool_gradients,
+      Base::load_saved, Base::logits_gradient, Base::maps_gradient, Base::merge_chunks, Base::mlp,
+      Base::mlp_backward, Base::mlp_gate, Base::mlp_hidden, Base::norm_gradient, Base::p, Base::pad,
+      Base::period, Base::planes_gradient, Base::pool, Base::pool_chunk, Base::prepare, Base::products,
+      Base::repeat, Base::rest_of_gate_gradient, Base::run_team, Base::spatial_gate, Base::spatial_pool,
+      Base::tile_dgate, Base::tile_end, Base::tiles, Base::weight_gradients;
   using Base::Base;
   using typename Base::A;
 
@@ -27,28 +29,26 @@ struct Schedule : Backward<T, kChannelsLast> {
     }
   }
 
-  // f(tile, worker) over the tiles of a shared sample.
+  // f(tile) over the tiles of a shared sample.
   template <class F>
-  void each_tile(F f) {
-    in_parts(tiles, [&](int64_t t0, int64_t t1, int64_t i) {
-      for (int64_t t = t0; t < t1; ++t) f(t, call.workers[i]);
-      stream_fence();
+  void each_tile(Member& m, F f) const {
+    m.in_parts(tiles, [&](int64_t t0, int64_t t1) {
+      for (int64_t t = t0; t < t1; ++t) f(t);
     });
   }
 
-  // solo(n0, n1, worker index) over groups drawn by the threads, then team(n) for what is left over.
-  template <class Solo, class Team>
-  void run_samples(Solo solo, Team team) const {
+  // solo(n0, n1, worker) over groups drawn by the threads, then team(member, worker, n) for what is left
+  // over, then last(member).
+  template <class Solo, class Team, class Last>
+  void run_samples(Solo solo, Team team, Last last) const {
     const int64_t even = p.N / p.threads * p.threads;
-    const int64_t groups = (even + group - 1) / group;
-    std::atomic<int64_t> next{0};
-    run_parallel(std::min<int64_t>(p.threads, groups), [&](int64_t worker) {
-      for (int64_t g; (g = next.fetch_add(1, std::memory_order_relaxed)) < groups;) {
-        solo(g * group, std::min(even, (g + 1) * group), int(worker));
-      }
-      stream_fence();
+    run_team([&](Member& m) {
+      Worker<A> w = call.workers[m.index];
+      m.draw((even + group - 1) / group,
+             [&](int64_t g) { solo(g * group, std::min(even, (g + 1) * group), int(m.index)); });
+      for (int64_t n = even; n < p.N; ++n) team(m, w, n);
+      last(m);
     });
-    for (int64_t n = even; n < p.N; ++n) team(n);
   }
 
   // The spatial gate and the output of a sample whose channel gate is known. The pools run ahead of
@@ -72,7 +72,7 @@ struct Schedule : Backward<T, kChannelsLast> {
 
   void forward(Stage stage) {
     prepare();
-    const bool pools = p.pools && stage != Stage::kScale, logits_needed = stage != Stage::kScale;
+    const bool pools = p.pools && stage != Stage::kScale;
     run_samples(
         [&](int64_t n0, int64_t n1, int worker) {
           Worker<A>& w = call.workers[worker];
@@ -84,24 +84,52 @@ struct Schedule : Backward<T, kChannelsLast> {
             forward_tiles(w, s, stage);
           }
         },
-        [&](int64_t n) {
-          Sample<A>& s = call.samples[p.threads * group];
-          if (pools) {
-            in_parts(
-                p.C, [&](int64_t c0, int64_t c1, int64_t i) { pool(n, c0, c1, call.workers[i], s); },
-                kChannelsLast ? L : kBlock);
-            mlp(n, n + 1);
-          }
-          load_gate(n, s);
-          if (p.spatial && logits_needed)
-            each_tile([&](int64_t t, Worker<A>& w) { spatial_pool(t, -1, w, s); });
-          if (p.spatial || stage != Stage::kAttention) {
-            each_tile([&](int64_t t, Worker<A>& w) {
-              if (p.spatial) spatial_gate(t, w, s, stage);
-              if (stage != Stage::kAttention) apply(t, s);
-            });
-          }
+        [&](Member& m, Worker<A>& w, int64_t n) { share_forward(m, w, n, stage); }, [](Member&) {});
+  }
+
+  // A sample of all members, phase by phase.
+  void share_forward(Member& m, Worker<A>& w, int64_t n, Stage stage) const {
+    const bool pooled = p.spatial && stage != Stage::kScale, written = stage != Stage::kAttention;
+    const int64_t step = by_rows ? kChunk : kChannelsLast ? L : kBlock;
+    Sample<A> s = call.samples[p.threads * group];
+    s.n = n;
+    if (p.pools && stage != Stage::kScale) {
+      auto pool_channels = [&](int64_t c0, int64_t c1) {
+        pool(n, c0, c1, w, s);
+        blend(n, n + 1, c0, c1);
+      };
+      m.in_parts(p.C, pool_channels, step);
+      m.in_parts(p.hidden, [&](int64_t j0, int64_t j1) { mlp_hidden(n, n + 1, j0, j1); }, kBlock);
+      auto gate_channels = [&](int64_t c0, int64_t c1) {
+        mlp_gate(n, n + 1, c0, c1);
+        std::copy(call.gate + n * p.C + c0, call.gate + n * p.C + c1, s.gate + c0);
+      };
+      m.in_parts(p.C, gate_channels, step);
+    } else {
+      m.alone([&] { load_gate(n, s); });
+    }
+    if (by_rows && pooled) {
+      m.in_parts(count_chunks(p), [&](int64_t k0, int64_t k1) {
+        for (int64_t k = k0; k < k1; ++k) pool_chunk(k, w, s);
+      });
+      each_tile(m, [&](int64_t t) { merge_chunks(t, w, s); });
+    } else if (pooled) {
+      each_tile(m, [&](int64_t t) { spatial_pool(t, -1, w, s); });
+    }
+    if (by_rows) {
+      if (p.spatial) {
+        each_tile(m, [&](int64_t t) {
+          spatial_gate(t, w, s, stage);
+          if (period) repeat(s.s);
         });
+      }
+      if (written) m.in_parts(p.C, [&](int64_t c0, int64_t c1) { apply_rows(c0, c1, s); }, step);
+    } else if (p.spatial || written) {
+      each_tile(m, [&](int64_t t) {
+        if (p.spatial) spatial_gate(t, w, s, stage);
+        if (written) apply(t, s);
+      });
+    }
   }
 
   void backward_pass(Stage stage) {
@@ -141,22 +169,26 @@ struct Schedule : Backward<T, kChannelsLast> {
             for (int64_t t = 0; t < tiles; ++t) dx(t, s);
           }
         },
-        [&](int64_t n) {
-          Sample<A>& s = call.samples[p.threads * group];
-          load_saved(n, s, stage);
-          each_tile([&](int64_t t, Worker<A>& w) { first_half(t, w, s); });
+        [&](Member& m, Worker<A>& w, int64_t n) {
+          Sample<A> s = call.samples[p.threads * group];
+          m.alone([&] { load_saved(n, s, stage); });
+          s.n = n;
+          each_tile(m, [&](int64_t t) { first_half(t, w, s); });
           if (p.spatial && rest) {
-            each_tile([&](int64_t t, Worker<A>& w) { second_half(t, w, s); });
-            in_parts(TapTiles(pad).count(pad), [&](int64_t t0, int64_t t1) { planes_gradient(t0, t1, s); });
-            if (p.dnorm) norm_gradient(call.workers[0], s);
+            each_tile(m, [&](int64_t t) { second_half(t, w, s); });
+            m.in_parts(TapTiles(pad).count(pad), [&](int64_t t0, int64_t t1) { planes_gradient(t0, t1, s); });
           }
-          gate_logits_gradient(s, stage);
-          if (!rest) return;
-          if (p.pools) mlp_backward(n, n + 1);
-          load_pool_gradients(s);
-          each_tile([&](int64_t t, Worker<A>&) { dx(t, s); });
+          m.alone([&] {
+            if (p.spatial && rest && p.dnorm) norm_gradient(w, s);
+            gate_logits_gradient(s, stage);
+            if (rest && p.pools) mlp_backward(n, n + 1);
+            if (rest) load_pool_gradients(s);
+          });
+          if (rest) each_tile(m, [&](int64_t t) { dx(t, s); });
+        },
+        [&](Member& m) {
+          if (rest) weight_gradients(m);
         });
-    if (rest) weight_gradients();
   }
 };
 
