@@ -21,9 +21,9 @@ in training: one sample's weights and gates are shared among few positions.
 At (2048, 7, 7) in 16 bits the backward's bar leaves 0.2 S for scratch, and it is out of reach. A float32 vector
 of a sample's channels is 4 / (49 * 2) = 0.041 S. With the five launches, the gate's gradient from the first is
 written and read, and that of the logits is written, read for the hidden layer and read for dW2: 0.204 S. Were the
-hidden layer's product moved into the second launch, one read would go, and 0.037 S be left for the rest. Of that,
-dW2 alone takes more: a tile of it needs the hidden layer of the batch, 0.0026 S with 128 units, so that 15 programs
-over all its channels read 0.038 S, and fewer would leave the device idle.
+first two launches one, with all channels of a sample in one program, two accesses would go and 0.077 S be left for
+the rest. Of that, dW1 alone takes more: a tile of it needs the hidden layer's gradient of the batch, 0.0026 S with
+128 units, so that 32 programs over all its channels read 0.083 S, and fewer would leave the device idle.
 """
 
 from __future__ import annotations

@@ -20,8 +20,7 @@ Letters (A is the accumulation dtype: float64 for float64 x, else float32; P pos
     spatial_pool    (N, 2, *spatial)   A; always [max, mean], whatever the convolution's order
     spatial_index   (N, *spatial)      as pool_index, over C
     hidden          (N, M, h)          A; the MLP's hidden layer before ReLU in its M passes, one for each pool or
-                                       one for all with BLEND; empty without w1, and from a backend that is not
-                                       in KEEPS_HIDDEN, whose backward computes it again
+                                       one for all with BLEND; empty without w1
     spatial_gate    (N, 1, *spatial)   A
     z, dz           (N, 1, *spatial)   A; spatial logits before (attention) or after (scale) norm
     dchannel_gate   (N, C)             A; the part sum_p dy * x * spatial_gate of its gradient
@@ -32,7 +31,6 @@ not have is an empty tensor (0); with `save=False`, so is what only backward wou
 
 from __future__ import annotations
 
-import functools
 from typing import Callable, Dict, Optional
 
 import torch
@@ -41,7 +39,6 @@ from torch import Tensor
 from . import _config as cfg
 
 BACKENDS = ("cpu", "cuda", "triton")
-KEEPS_HIDDEN = ("cpu",)
 
 _MLP = "Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2"
 _CONV = "Tensor? conv_weight, Tensor? conv_bias"
@@ -88,7 +85,7 @@ def _acc(x: Tensor, *shape: int) -> Tensor:
     return x.new_empty(shape, dtype=accumulate_dtype(x.dtype))
 
 
-def _fake_saved(backend: str, x: Tensor, w1: Optional[Tensor], pools: int, spatial: int, save: bool):
+def _fake_saved(x: Tensor, w1: Optional[Tensor], pools: int, spatial: int, save: bool):
     n, c, sp = x.shape[0], x.shape[1], x.shape[2:]
     count = 0 if not save else bin(pools & 15).count("1")
     pooled = _acc(x, n, count, c) if count else _acc(x, 0)
@@ -100,19 +97,17 @@ def _fake_saved(backend: str, x: Tensor, w1: Optional[Tensor], pools: int, spati
     spatial_pool = _acc(x, n, 2, *sp) if spatial and save else _acc(x, 0)
     spatial_index = x.new_empty((n, *sp) if spatial and save else (0,), dtype=index_dtype(c))
     hidden = _acc(x, 0)
-    if backend in KEEPS_HIDDEN and save and pools and w1 is not None:
+    if save and pools and w1 is not None:
         hidden = _acc(x, n, 1 if pools & cfg.BLEND else count, w1.shape[0])
     return pooled, pool_index, spatial_pool, spatial_index, hidden
 
 
 def _cbam_forward_fake(
-    backend, x, w1, b1, w2, b2, conv_weight, conv_bias, bn_weight, bn_bias, bn_mean, bn_var, bn_eps,
+    x, w1, b1, w2, b2, conv_weight, conv_bias, bn_weight, bn_bias, bn_mean, bn_var, bn_eps,
     pools, spatial, ties, residual, save,
 ):  # fmt: skip
     n, c, sp = x.shape[0], x.shape[1], x.shape[2:]
-    pooled, pool_index, spatial_pool, spatial_index, hidden = _fake_saved(
-        backend, x, w1, pools, spatial, save
-    )
+    pooled, pool_index, spatial_pool, spatial_index, hidden = _fake_saved(x, w1, pools, spatial, save)
     gate = _acc(x, n, c) if pools and save else _acc(x, 0)
     s = _acc(x, n, 1, *sp) if spatial and save else _acc(x, 0)
     return torch.empty_like(x), pooled, pool_index, gate, spatial_pool, spatial_index, hidden, s
@@ -123,7 +118,7 @@ def _like(t: Optional[Tensor], x: Tensor) -> Tensor:
 
 
 def _cbam_backward_fake(
-    backend, dy, x, w1, b1, w2, b2, conv_weight, conv_bias, bn_weight, bn_bias, bn_mean, bn_var, bn_eps,
+    dy, x, w1, b1, w2, b2, conv_weight, conv_bias, bn_weight, bn_bias, bn_mean, bn_var, bn_eps,
     pooled, pool_index, channel_gate, spatial_pool, spatial_index, hidden, spatial_gate,
     pools, spatial, ties, residual,
 ):  # fmt: skip
@@ -131,18 +126,16 @@ def _cbam_backward_fake(
     return (torch.empty_like(x), *(_like(t, x) for t in weights))
 
 
-def _attention_forward_fake(backend, x, w1, b1, w2, b2, conv_weight, conv_bias, pools, spatial, ties, save):
+def _attention_forward_fake(x, w1, b1, w2, b2, conv_weight, conv_bias, pools, spatial, ties, save):
     n, c, sp = x.shape[0], x.shape[1], x.shape[2:]
-    pooled, pool_index, spatial_pool, spatial_index, hidden = _fake_saved(
-        backend, x, w1, pools, spatial, save
-    )
+    pooled, pool_index, spatial_pool, spatial_index, hidden = _fake_saved(x, w1, pools, spatial, save)
     gate = _acc(x, n, c) if pools else _acc(x, 0)
     z = _acc(x, n, 1, *sp) if spatial else _acc(x, 0)
     return z, pooled, pool_index, gate, spatial_pool, spatial_index, hidden
 
 
 def _attention_backward_fake(
-    backend, dy, x, w1, b1, w2, b2, conv_weight, conv_bias,
+    dy, x, w1, b1, w2, b2, conv_weight, conv_bias,
     pooled, pool_index, channel_gate, spatial_pool, spatial_index, hidden, spatial_gate, dz, dchannel_gate,
     pools, spatial, ties, residual,
 ):  # fmt: skip
@@ -150,15 +143,14 @@ def _attention_backward_fake(
     return (torch.empty_like(x), *(_like(t, x) for t in weights))
 
 
-def _scale_forward_fake(backend, x, channel_gate, z, residual):
+def _scale_forward_fake(x, channel_gate, z, residual):
     return torch.empty_like(x), z.new_empty(z.shape)
 
 
-def _scale_backward_fake(backend, dy, x, channel_gate, spatial_gate):
+def _scale_backward_fake(dy, x, channel_gate, spatial_gate):
     return spatial_gate.new_empty(spatial_gate.shape), channel_gate.new_empty(channel_gate.shape)
 
 
-# Each takes the name of the backend before the op's arguments.
 FAKES: Dict[str, Callable] = {
     "cbam_forward": _cbam_forward_fake,
     "cbam_backward": _cbam_backward_fake,
@@ -181,6 +173,4 @@ def get(backend: str, op: str):
 for _backend in BACKENDS:
     for _name, _schema in SCHEMAS.items():
         torch.library.define(f"{namespace(_backend)}::{_name}", _schema)
-        torch.library.register_fake(
-            f"{namespace(_backend)}::{_name}", functools.partial(FAKES[_name], _backend)
-        )
+        torch.library.register_fake(f"{namespace(_backend)}::{_name}", FAKES[_name])

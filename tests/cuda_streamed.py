@@ -9,6 +9,7 @@ from typing import Dict, List, NamedTuple, Optional
 
 import numpy as np
 import torch
+from oracle import Problem, assert_within
 from simt import build
 from torch import Tensor
 
@@ -41,7 +42,7 @@ SCRATCH = (
     "pool_parts", "pool_marks", "hidden", "spatial_parts", "spatial_marks", "spatial_grad", "pooled_grad",
     "cross_parts", "gate_parts", "logit_grad", "hidden_parts", "hidden_grad", "pool_grad", "conv_parts",
 )  # fmt: skip
-SAVED = ("pooled", "pool_index", "channel_gate", "spatial_pool", "spatial_index")
+SAVED = ("pooled", "pool_index", "channel_gate", "spatial_pool", "spatial_index", "hidden")
 
 
 class Norm(NamedTuple):
@@ -60,7 +61,7 @@ NO_NORM = Norm(None, None, None, None, 0.0)
 # The order of tests/cuda_streamed_problem.h.
 ORDER = (
     "x", "dy", "y", "dx", "w1", "b1", "w2", "b2", "conv_weight", "conv_bias", "bn_weight", "bn_bias", "bn_mean", "bn_var",
-    "pooled", "pool_index", "channel_gate", "spatial_pool", "spatial_index", "spatial_gate", "z", "dz", "dz_out",
+    "pooled", "pool_index", "channel_gate", "spatial_pool", "spatial_index", "hidden", "spatial_gate", "z", "dz", "dz_out",
     "dchannel_gate", "dw1", "db1", "dw2", "db2", "dconv_weight", "dconv_bias", "dbn_weight", "dbn_bias",
 )  # fmt: skip
 
@@ -181,7 +182,7 @@ class _Call:
         self.machine.execute(self, [named.get(name) for name in ORDER])
 
 
-def _saved(x: Tensor, c: Config, save: bool):
+def _saved(x: Tensor, p: Parameters, c: Config, save: bool):
     n, ch = x.shape[:2]
     positions = x[0, 0].numel()
     acc = _ops.accumulate_dtype(x.dtype)
@@ -201,6 +202,13 @@ def _saved(x: Tensor, c: Config, save: bool):
         "spatial_index": empty(
             *((n, *x.shape[2:]) if save and c.spatial else none), dtype=_ops.index_dtype(ch)
         ),
+        "hidden": empty(
+            *(
+                (n, 1 if c.pools & cfg.BLEND else count, p.w1.shape[0])
+                if save and c.pools and p.w1 is not None
+                else none
+            )
+        ),
     }
 
 
@@ -219,7 +227,7 @@ def cbam_forward(
 ):
     """y and what is saved, by name."""
     call = _Call("cbam_forward", x, p, c, norm, machine or Machine())
-    out = {"y": torch.empty_like(x), **_saved(x, c, save), "spatial_gate": _map(x, bool(c.spatial))}
+    out = {"y": torch.empty_like(x), **_saved(x, p, c, save), "spatial_gate": _map(x, bool(c.spatial))}
     call.run(**{name: call.made(name, t, big=name == "y") for name, t in out.items()})
     return out
 
@@ -228,7 +236,7 @@ def attention_forward(
     x: Tensor, p: Parameters, c: Config, machine: Optional[Machine] = None, save: bool = True
 ):
     call = _Call("attention_forward", x, p, c, NO_NORM, machine or Machine())
-    out = {**_saved(x, c, save), "z": _map(x, bool(c.spatial))}
+    out = {**_saved(x, p, c, save), "z": _map(x, bool(c.spatial))}
     call.run(**{name: call.made(name, t) for name, t in out.items()})
     return out
 
@@ -292,6 +300,24 @@ def attention_backward(
     return _backward("attention_backward", dy, x, p, c, NO_NORM, saved, extra, machine)
 
 
+def assert_hidden_layer(saved: Dict[str, Tensor], problem: Problem) -> None:
+    """What a forward saved is w1 u + b1 of the pools that it saved, or without w1 nothing."""
+    p, hidden = problem.p, saved["hidden"]
+    if p.w1 is None or not problem.c.pools:
+        assert hidden.numel() == 0
+        return
+
+    def layer(dtype: torch.dtype, reverse: bool = False) -> Tensor:
+        u, w1 = saved["pooled"].to(dtype), p.w1.to(dtype)
+        u = u.mean(1, keepdim=True) if problem.c.pools & cfg.BLEND else u
+        return torch.nn.functional.linear(
+            *((u.flip(2), w1.flip(1)) if reverse else (u, w1)), None if p.b1 is None else p.b1.to(dtype)
+        )
+
+    low = [layer(hidden.dtype, reverse) for reverse in (False, True)]
+    assert_within("hidden", hidden, layer(torch.float64), low)
+
+
 class HostOps:
     """The six ops of `_ops.py` with their own signatures, each a launch on `machine`.
 
@@ -319,17 +345,16 @@ class HostOps:
         weights, norm, (pools, spatial, ties, residual, save) = rest[:6], rest[6:11], rest[11:]
         c = Config(pools, spatial, ties, residual)
         out = cbam_forward(x, Parameters(*weights), c, Norm(*norm), self.machine, save)
-        *found, gate = (t if save or name == "y" else t.new_empty(0) for name, t in out.items())
-        return (*found, gate.new_empty(0), gate)  # no hidden layer
+        return tuple(t if save or name == "y" else t.new_empty(0) for name, t in out.items())
 
     def cbam_backward(self, dy, x, *rest):
-        weights, norm, saved, (_, gate), options = rest[:6], rest[6:11], rest[11:16], rest[16:18], rest[18:]
+        weights, norm, saved, options = rest[:6], rest[6:11], rest[11:18], rest[18:]
         out = cbam_backward(
             dy,
             x,
             Parameters(*weights),
             Config(*options),
-            dict(zip((*SAVED, "spatial_gate"), (*saved, gate))),
+            dict(zip((*SAVED, "spatial_gate"), saved)),
             Norm(*norm),
             self.machine,
         )
@@ -341,12 +366,11 @@ class HostOps:
         out = attention_forward(x, Parameters(*weights), Config(pools, spatial, ties), self.machine, save)
         return (
             out["z"],
-            *(t if save or name == "channel_gate" else t.new_empty(0) for name, t in list(out.items())[:5]),
-            out["z"].new_empty(0),
+            *(out[n] if save or n == "channel_gate" else out[n].new_empty(0) for n in SAVED),
         )
 
     def attention_backward(self, dy, x, *rest):
-        weights, saved, (gate, dz, dgate), options = rest[:6], rest[6:11], rest[12:15], rest[15:]
+        weights, saved, (gate, dz, dgate), options = rest[:6], rest[6:12], rest[12:15], rest[15:]
         out = attention_backward(
             dy,
             x,

@@ -74,10 +74,11 @@ extern "C" SIMT_API void run(const int64_t* sizes, double eps, void* p0, void* p
                              void* p4, void* p5, void* p6, void* p7, void* p8, void* p9, void* p10, void* p11,
                              void* p12, void* p13, void* p14, void* p15, void* p16, void* p17, void* p18,
                              void* p19, void* p20, void* p21, void* p22, void* p23, void* p24, void* p25,
-                             void* p26, void* p27, void* p28, void* p29, void* p30, void* p31,
+                             void* p26, void* p27, void* p28, void* p29, void* p30, void* p31, void* p32,
                              uint32_t* counters, char* scratch, int64_t launches) {
-  void* const pointers[] = {p0,  p1,  p2,  p3,  p4,  p5,  p6,  p7,  p8,  p9,  p10, p11, p12, p13, p14, p15,
-                            p16, p17, p18, p19, p20, p21, p22, p23, p24, p25, p26, p27, p28, p29, p30, p31};
+  void* const pointers[] = {p0,  p1,  p2,  p3,  p4,  p5,  p6,  p7,  p8,  p9,  p10,
+                            p11, p12, p13, p14, p15, p16, p17, p18, p19, p20, p21,
+                            p22, p23, p24, p25, p26, p27, p28, p29, p30, p31, p32};
   Streamed k{};
   const Variant variant = make_call(sizes, eps, pointers, counters, scratch, k);
   for (int64_t i = 0; i < launches; ++i) {

@@ -104,7 +104,7 @@ inline Variant make_call(const int64_t* sizes, double eps, void* const* pointers
   }
   p.bn_eps = eps;
   for (void** t : {&p.pooled, &p.pool_index, &p.channel_gate, &p.spatial_pool, &p.spatial_index,
-                   &p.spatial_gate, &p.z}) {
+                   &p.hidden_layer, &p.spatial_gate, &p.z}) {
     *t = pointers[at++];
   }
   p.dz = pointers[at++];

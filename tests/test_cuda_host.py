@@ -50,7 +50,7 @@ torch.ops.load_library({library!r})
 lib = ctypes.CDLL({library!r})
 lib.fake_calls.restype = ctypes.c_char_p
 for line in sys.stdin:
-    device, shape, dtype, layout, backward = json.loads(line)
+    device, shape, dtype, layout, backward, hidden = json.loads(line)
     lib.fake_set((ctypes.c_int * len(device))(*device))
     problem = make_problem((max(shape[0], 1), *shape[1:]), Options(hidden=max(1, shape[1] // 16)),
                            getattr(torch, dtype), layout=layout)
@@ -58,21 +58,27 @@ for line in sys.stdin:
     p, c = problem.p, problem.c
     arguments = (*p, None, None, None, None, 0.0)
     options = (c.pools, c.spatial, c.ties, c.residual)
-    error = ""
+    calls, error = b"", ""
     try:
         if backward:
             n, ch, *rest = x.shape
             acc = torch.float32
             saved = (x.new_empty((n, 2, ch), dtype=acc), torch.zeros((n, ch), dtype=_ops.index_dtype(shape[2] * shape[3])),
                      x.new_empty((n, ch), dtype=acc), x.new_empty((n, 2, *rest), dtype=acc),
-                     torch.zeros((n, *rest), dtype=_ops.index_dtype(ch)), x.new_empty(0, dtype=acc),
+                     torch.zeros((n, *rest), dtype=_ops.index_dtype(ch)), x.new_empty((n, 2, hidden or p.w1.shape[0]), dtype=acc),
                      x.new_empty((n, 1, *rest), dtype=acc))
             torch.ops.cbam_fused_cuda.cbam_backward(torch.empty_like(x), x, *arguments, *saved, *options)
         else:
-            torch.ops.cbam_fused_cuda.cbam_forward(x, *arguments, *options, True)
+            for save in (True, False):
+                out = torch.ops.cbam_fused_cuda.cbam_forward(x, *arguments, *options, save)
+                calls = calls or lib.fake_calls()
+                fake = _ops.FAKES["cbam_forward"](x, *arguments, *options, save)
+                got, want = ([(tuple(t.shape), t.dtype) for t in ts] for ts in (out, fake))
+                if got != want:
+                    raise RuntimeError(f"outputs are {{got}}, the fake's {{want}}")
     except RuntimeError as e:
         error = str(e)
-    print(json.dumps([lib.fake_calls().decode().splitlines(), error]), flush=True)
+    print(json.dumps([(calls or lib.fake_calls()).decode().splitlines(), error]), flush=True)
 """
 
 
@@ -97,20 +103,25 @@ def library() -> Path:
 
 @pytest.fixture(scope="module")
 def run():
-    """run(shape, dtype, layout, backward, **device): the runtime's calls, and the error's text."""
+    """run(shape, dtype, layout, backward, hidden, **device): the runtime's calls, and the error's text.
+
+    A forward's are those of the one that saves. `hidden`: units of the saved layer, where not as many as w1 has.
+    """
     code = RUNNER.format(tests=str(Path(__file__).parent), root=str(ROOT), library=str(library()))
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     devices = iter(range(64))  # each call's own: what a device says is asked once
 
-    def call(shape, dtype="bfloat16", layout="contiguous", backward=False, **device):
+    def call(shape, dtype="bfloat16", layout="contiguous", backward=False, hidden=0, **device):
         values = {**H100, "device": next(devices), **device}
-        process.stdin.write(json.dumps([list(values.values()), shape, dtype, layout, backward]) + "\n")
+        process.stdin.write(
+            json.dumps([list(values.values()), shape, dtype, layout, backward, hidden]) + "\n"
+        )
         process.stdin.flush()
         calls, error = json.loads(process.stdout.readline())
         index = str(values["device"])
-        assert calls[:2] == [f"guard {index} ", f"stream of {index} "], calls
+        assert hidden or calls[:2] == [f"guard {index} ", f"stream of {index} "], calls
         return [c.strip() for c in calls[2:]], error
 
     yield call
@@ -167,6 +178,15 @@ def test_a_failed_launch_raises_with_the_kernel_and_cudas_message(run, backward)
             in error
         )
         assert [c.split()[0] for c in calls if c.startswith(("resident", "streamed"))] == [tier]
+
+
+def test_a_hidden_layer_of_another_size_is_refused(run):
+    for hidden in (1, 33):
+        calls, error = run((2, 512, 28, 28), backward=True, hidden=hidden)
+        assert calls == [] and (
+            f"cbam_fused: hidden must be contiguous with 128 elements of the dtype in _ops.py, got {4 * hidden}"
+            in error
+        )
 
 
 @pytest.mark.parametrize("backward", (False, True), ids=("forward", "backward"))

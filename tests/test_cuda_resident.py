@@ -144,6 +144,22 @@ def test_saved_tensors_are_the_streamed_tiers(monkeypatch, layout):
 
 
 @pytest.mark.parametrize("shape, dtype, layout, split", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize(
+    "name",
+    ("plain", "all-pools", "light", "no-bias", "single-layer", "spatial-only", "channel-only-residual"),
+)
+def test_the_hidden_layer_is_saved(name, shape, dtype, layout, split):
+    """Without saving, nothing writes it, nor where no tensor of indices tells whether to save."""
+    problem = make_problem(shape, OPTIONS[name], dtype, layout=layout, wide=dtype != torch.float32)
+    arguments = (problem.x, problem.p, problem.c)
+    machine = cr.ResidentMachine()
+    saved = cs.cbam_forward(*arguments, machine=machine)
+    assert machine.report["split"] == split
+    cs.assert_hidden_layer(saved, problem)
+    assert torch.equal(cs.cbam_forward(*arguments, machine=machine, save=False)["y"], saved["y"])
+
+
+@pytest.mark.parametrize("shape, dtype, layout, split", SPLITS.values(), ids=SPLITS)
 def test_bytes(monkeypatch, shape, dtype, layout, split):
     """Exactly 2 S forward and 3 S backward; forward without saving writes y and nothing else."""
     if cs.build.default_flavor() != "checked":

@@ -88,11 +88,12 @@ def test_an_address_that_is_not_aligned(monkeypatch, layout):
     assert {r["vector"] for r in ops.reports.values()} == {1}
 
 
-# A map that is one tile, whose gate pass leaves dl itself; several tiles; no map, no hidden layer.
+# A map that is one tile, whose gate pass leaves dl itself; several tiles, and a unit of one sample, whose hidden
+# layer is a tail's work in the backward; no map, no hidden layer.
 # Blocks of channels in the backward; stages forward and backward.
 LARGE_MLPS = (
     ((11, 160, 4, 4), Options(hidden=130, kernel=3), 2, (6, 6)),
-    ((3, 160, 16, 20), Options(hidden=210, kernel=3), 2, (6, 6)),
+    ((3, 160, 16, 20), Options(hidden=210, kernel=3), 2, (6, 5)),
     ((11, 160, 4, 4), Options(hidden=130, kernel=3, pools=("avg", "max", "lp")), 2, (6, 6)),
     ((5, 160, 4, 4), Options(hidden=220, spatial=False), 2, (4, 5)),
     ((3, 400, 4, 4), Options(hidden=0, kernel=3), 0, (6, 4)),
@@ -308,6 +309,28 @@ def test_without_saving(monkeypatch):
         with torch.no_grad():
             got = run(problem.x, problem.p, problem.c, problem.norm, "cuda")
         assert torch.equal(expected, got)
+
+
+# Small layers, which one block computes in a tail, and one that is cut into items.
+HIDDEN = (
+    *(((3, 16, 7, 7), OPTIONS[name]) for name in ("plain", "all-pools", "light", "no-bias", "single-layer", "spatial-only")),
+    ((11, 160, 4, 4), Options(hidden=130, kernel=3)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize("shape, options", HIDDEN, ids=str)
+def test_the_hidden_layer_is_saved(shape, options, dtype):
+    """Of both forwards; without saving, neither writes it."""
+    problem = make_problem(shape, options, dtype, wide=dtype != torch.float32)
+    arguments = (problem.x, problem.p, problem.c)
+    machine = cs.Machine(multiprocessors=2, l2=1 << 20)
+    for forward in (cs.cbam_forward, cs.attention_forward):
+        saved = forward(*arguments, machine=machine)
+        cs.assert_hidden_layer(saved, problem)
+        assert torch.equal(
+            forward(*arguments, machine=machine, save=False)["channel_gate"], saved["channel_gate"]
+        )
 
 
 # Shapes, and the most that the backward may ask for, in S. At 7 x 7 a vector of channels in fp32 is 0.041 S. Nine

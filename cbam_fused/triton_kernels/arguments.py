@@ -44,9 +44,9 @@ def part_of(t: Optional[Tensor], rows: slice) -> Optional[Tensor]:
 class Saved:
     """What a forward leaves behind, allocated as the schemas say; None where the options have none."""
 
-    def __init__(self, x: Tensor, pr: Problem, with_index: bool):
+    def __init__(self, x: Tensor, pr: Problem, save: bool):
         n, c, sp = pr.n, pr.c, tuple(x.shape[2:])
-        self.with_index = with_index
+        self.save = save
 
         def acc(*shape: int) -> Tensor:
             return x.new_empty(shape, dtype=pr.acc)
@@ -54,17 +54,26 @@ class Saved:
         self.pooled = acc(n, pr.rows, c) if pr.pools else None
         self.channel_gate = acc(n, c) if pr.pools else None
         self.spatial_pool = acc(n, 2, *sp) if pr.spatial else None
-        self.pool_index = self.spatial_index = None
-        if with_index and pr.pools & cfg.MAX:
+        self.pool_index = self.spatial_index = self.hidden = None
+        if save and pr.pools & cfg.MAX:
             self.pool_index = x.new_empty((n, c), dtype=index_dtype(pr.p))
-        if with_index and pr.spatial:
+        if save and pr.spatial:
             self.spatial_index = x.new_empty((n, *sp), dtype=index_dtype(c))
+        if save and pr.pools and pr.layers == 2:
+            self.hidden = acc(n, pr.runs, pr.hidden)
 
-    def tensors(self, x: Tensor, save: bool) -> Tuple[Tensor, ...]:
-        """As the schemas order them; the hidden layer is empty, backward computes it again."""
-        found = (self.pooled, self.pool_index, self.channel_gate, self.spatial_pool, self.spatial_index, None)
+    def tensors(self, x: Tensor) -> Tuple[Tensor, ...]:
+        """As the schemas order them."""
+        found = (
+            self.pooled,
+            self.pool_index,
+            self.channel_gate,
+            self.spatial_pool,
+            self.spatial_index,
+            self.hidden,
+        )
         empty = (x.new_empty(0, dtype=pr_dtype) for pr_dtype in self._dtypes(x))
-        return tuple(t if save and t is not None else e for t, e in zip(found, empty))
+        return tuple(t if self.save and t is not None else e for t, e in zip(found, empty))
 
     def _dtypes(self, x: Tensor):
         acc = torch.float64 if x.dtype == torch.float64 else torch.float32

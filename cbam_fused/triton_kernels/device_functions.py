@@ -269,32 +269,6 @@ def load_pooled(base, C, rc, cmask, K: tl.constexpr, KP: tl.constexpr, BLEND: tl
 
 
 @triton.jit
-def load_pooled_samples(
-    pooled,
-    n0,
-    samples,
-    C,
-    rc,
-    cmask,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    BLEND: tl.constexpr,
-    GB: tl.constexpr,
-):
-    """As `load_pooled`, of `samples` samples from n0 on -> [GB * KP, len(rc)], row g * KP + k for run k of g."""
-    row = tl.arange(0, GB * KP)
-    mask = (row < samples * KP)[:, None] & cmask[None, :]
-    if BLEND:
-        at = pooled + (n0 + row)[:, None] * K * C + rc[None, :]
-        a = tl.load(at, mask=mask, other=0.0)  # [GB, MC]
-        m = tl.load(at + C, mask=mask, other=0.0)  # [GB, MC]
-        return 0.5 * a + 0.5 * m
-    else:
-        at = pooled + ((n0 + row // KP) * K + row % KP)[:, None] * C + rc[None, :]
-        return tl.load(at, mask=mask & (row % KP < K)[:, None], other=0.0)  # [GB * KP, MC]
-
-
-@triton.jit
 def sum_parts(
     base, parts, rows: tl.constexpr, width, at, RP: tl.constexpr, WB: tl.constexpr, ACC: tl.constexpr
 ):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device_functions import channels_and_positions, load_pooled
+from .device_functions import channels_and_positions
 from .mlp_backward import hidden_backward, pool_gradients, through_layer
 
 
@@ -112,11 +112,11 @@ def _input_gradient(
 @triton.jit(do_not_specialize=["N", "c_units", "p_units", "blocks", "splits", "split_tiles"])
 def input_backward_kernel(
     dy, x, dx, channel_gate, spatial_gate, pooled, pool_index, spatial_pool, spatial_index, dmaps,
-    w1, b1, w2, dlogits, hidden_part, dhidden, hidden, my_dhidden, dpooled,
+    hidden, w1, w2, dlogits, hidden_part, dhidden, my_dhidden, dpooled,
     N, c_units, p_units, HIDDEN, blocks, splits, split_tiles,
     POOLS: tl.constexpr, SPATIAL: tl.constexpr, SPLIT: tl.constexpr, RESIDUAL: tl.constexpr,
     FLAT: tl.constexpr, CHANNELS_LAST: tl.constexpr, CV: tl.constexpr, PV: tl.constexpr,
-    BC: tl.constexpr, BP: tl.constexpr, MC: tl.constexpr, HB: tl.constexpr, GB: tl.constexpr, ACC: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr, HB: tl.constexpr, GB: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dpooled (N, ROWS, C) or None: the MLP's backward is done here; my_dhidden (programs, GB, RUNS, H) is then
     each program's own.
@@ -144,20 +144,14 @@ def input_backward_kernel(
     last = tl.minimum(first + split_tiles, tl.cdiv(C, BC))
     if POOLS:
         if dpooled is None:
-            write = (tile == 0) & (split == 0)
-            for g in range(samples):
-                if w1 is None:
-                    for c in range(0, C, MC):
-                        rc = c + tl.arange(0, MC)
-                        base = pooled + (n0 + g) * ROWS * C
-                        u = tl.sum(load_pooled(base, C, rc, rc < C, ROWS, KP, BLEND), 0)  # [MC]
-                        tl.store(hidden + (n0 + g) * C + rc, u, mask=(rc < C) & write)  # [MC]
-                else:
+            if w1 is not None:
+                write = (tile == 0) & (split == 0)
+                for g in range(samples):
                     hidden_backward(
-                        n0 + g, hidden_part, b1, dhidden, my_dhidden + (pid.to(tl.int64) * GB + g) * RUNS * HIDDEN,
-                        hidden, HIDDEN, blocks, write, RUNS, KP, HB, ACC,
+                        n0 + g, hidden_part, hidden, my_dhidden + (pid.to(tl.int64) * GB + g) * RUNS * HIDDEN,
+                        dhidden, HIDDEN, blocks, write, RUNS, KP, HB, ACC,
                     )  # fmt: skip
-            tl.debug_barrier()
+                tl.debug_barrier()
 
     if not SPATIAL:
         s, dmean, dboth, key = 0, 0, 0, 0

@@ -10,7 +10,6 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
-from .. import _config as cfg
 from . import arguments as given
 from . import problem as pb
 from .arguments import NO_NORM, Norm, dense_input, map_splits, part_of, present, weights_of
@@ -73,7 +72,6 @@ class _Gradients:
 
     def __init__(self, x: Tensor, pr: Problem, mlp, conv, norm: Norm):
         self.pr, self.mlp, self.conv, self.norm = pr, mlp, conv, norm
-        w1, b1, w2, b2 = mlp
 
         def like(t: Optional[Tensor], used: int) -> Optional[Tensor]:
             # A gate that is switched off may have its weights all the same, and no launch fills theirs.
@@ -86,11 +84,8 @@ class _Gradients:
         def acc(*shape: int) -> Tensor:
             return x.new_empty(shape, dtype=pr.acc)
 
-        self.dlogits = self.hidden = self.dhidden = self.blended = None
-        if pr.pools:
-            self.dlogits, self.hidden = acc(pr.n, pr.c), acc(pr.n, pr.hidden)
-            self.dhidden = acc(pr.n, pr.runs, pr.hidden) if w1 is not None else None
-            self.blended = acc(pr.n, 1, pr.c) if pr.pools & cfg.BLEND else None
+        self.dlogits = acc(pr.n, pr.c) if pr.pools else None
+        self.dhidden = acc(pr.n, pr.hidden) if pr.layers == 2 else None
         self.dtaps = self.sums = None
         if pr.spatial:
             found, device = self.small_jobs(pr.n)
@@ -111,30 +106,29 @@ class _Gradients:
             if t is not None:
                 t.zero_()
 
-    def reduce(self, pooled: Optional[Tensor]) -> None:
+    def reduce(self, pooled: Optional[Tensor], hidden: Optional[Tensor]) -> None:
         """Last launch of the backward."""
         pr = self.pr
-        channels, hidden, taps = pr.c, max(1, pr.hidden), pr.planes * pr.taps
+        channels, units, taps = pr.c, max(1, pr.hidden), pr.planes * pr.taps
         found, _ = pr.configuration("weights_backward", TB=taps)
         ib, jb, tb = found.meta["IB"], found.meta["JB"], found.meta["TB"]
         programs = 0
         if self.dw1 is not None and pr.pools:
-            programs += cdiv(hidden, ib) * cdiv(channels, jb)
+            programs += cdiv(units, ib) * cdiv(channels, jb)
         if self.dw2 is not None and pr.pools:
-            programs += cdiv(channels, ib) * cdiv(hidden, jb)
+            programs += cdiv(channels, ib) * cdiv(units, jb)
         if pr.spatial:
             programs += cdiv(taps, tb)
         if not programs:
             return
-        u = pooled if self.blended is None else self.blended
         dw = [self.dw1, self.db1, self.dw2, self.db2] if pr.pools else [None] * 4
         pb.launch(
             weights_backward_kernel,
             programs,
-            (self.dlogits, self.hidden, self.dhidden, u, self.dtaps, self.sums, *self.norm[:4], *dw,
+            (self.dlogits, self.dhidden, hidden, pooled, self.dtaps, self.sums, *self.norm[:4], *dw,
              *(self.dconv if pr.spatial else (None, None)), *self.dnorm, pr.n,
              pr.n * self.segments if pr.spatial else 0, channels, pr.hidden, taps),
-            dict(BN_EPS=self.norm[4], RUNS=pr.runs, ACC=pr.acc_type(), **found.meta),
+            dict(BN_EPS=self.norm[4], POOLS=pr.pools, ACC=pr.acc_type(), **found.meta),
             found.warps,
         )  # fmt: skip
 
@@ -149,8 +143,8 @@ def _attention_backward_chunk(
 ) -> None:  # fmt: skip
     """Second to fourth launch; every tensor is already that of these samples, but those in grads."""
     pr = grads.pr
-    pooled, pool_index, gate, spatial_pool, spatial_index = saved
-    w1, b1, w2, _ = mlp = grads.mlp
+    pooled, pool_index, gate, spatial_pool, spatial_index, hidden = saved
+    w1, _, w2, _ = grads.mlp
     *bn, eps = grads.norm
     n, u = x.shape[0], pr.units
 
@@ -178,8 +172,8 @@ def _attention_backward_chunk(
                  **pr.taps_meta(), **pr.layout(), **found.meta),
             found.warps,
         )  # fmt: skip
-    blocks, block_tiles, hidden_part, dpooled = 0, 1, None, None
-    hidden, dhidden = part_of(grads.hidden, rows), part_of(grads.dhidden, rows)
+    blocks, block_tiles, hidden_part, my_dhidden, dpooled = 0, 1, None, None, None
+    dhidden = part_of(grads.dhidden, rows)
     if pr.pools or pr.spatial:
         found, device = grads.small_jobs(n)
         jobs = 0
@@ -187,7 +181,9 @@ def _attention_backward_chunk(
             groups = cdiv(n, found.meta["GB"])
             blocks, block_tiles = pb.split_loop(groups, cdiv(pr.c, found.meta["MC"]), MLP_FILL, device)
             jobs = groups * blocks
-            hidden_part = None if w1 is None else acc(n, blocks, 1 + pr.runs, pr.hidden)
+            # Where there is one block, its sums are the hidden layer's gradient.
+            hidden_part = dhidden if blocks == 1 or dhidden is None else acc(n, blocks, pr.hidden)
+            my_dhidden = acc(n, pr.runs, pr.hidden) if blocks == 1 and dhidden is not None else None
             # A job that has all channels has all that the pools' gradients need.
             dpooled = acc(n, pr.rows, pr.c) if blocks == 1 else None
         if pr.spatial:
@@ -195,9 +191,8 @@ def _attention_backward_chunk(
         pb.launch(
             sample_backward_kernel,
             jobs,
-            (pooled, pool_index, gate, spatial_pool, dz, *((None, None) if whole else (dgate, dgate_b)), w1, b1, w2,
-             *grads.conv, *bn, dlogits, part_of(grads.blended, rows), hidden_part,
-             *((None, None) if dpooled is None else (hidden, dhidden)), dpooled, part_of(grads.dtaps, rows),
+            (pooled, pool_index, gate, spatial_pool, hidden, dz, *((None, None) if whole else (dgate, dgate_b)), w1, w2,
+             *grads.conv, *bn, dlogits, hidden_part, my_dhidden, dpooled, part_of(grads.dtaps, rows),
              part_of(grads.sums, rows), pr.c, pr.hidden, n, pr.p, pr.d, pr.h, pr.w, blocks,
              grads.segments if pr.spatial else 0, grads.segment_tiles if pr.spatial else 0,
              0 if dgate is None else dgate.shape[1], tiles_b, block_tiles),
@@ -205,8 +200,8 @@ def _attention_backward_chunk(
                  **pr.taps_meta(), **found.meta),
             found.warps,
         )  # fmt: skip
-    found, device = pr.tile("input_backward", MC=pr.c, HB=max(1, pr.hidden), GB=1 if blocks < 2 else n)
-    open_mlp = (*mlp[:3], dlogits, hidden_part, dhidden, hidden) if blocks > 1 else (None,) * 7
+    found, device = pr.tile("input_backward", HB=max(1, pr.hidden), GB=1 if blocks < 2 else n)
+    open_mlp = (hidden, w1, w2, dlogits, hidden_part, dhidden) if blocks > 1 else (None,) * 6
     programs = cdiv(n, found.meta["GB"]) * cdiv(pr.p, found.meta["BP"])
     splits, each = pb.split_loop(programs, cdiv(pr.c, found.meta["BC"]), found.fill, device)
     programs *= splits
@@ -233,7 +228,7 @@ def cbam_backward(
     dx = torch.empty_like(x)
     norm = (*weights_of(bn_weight, bn_bias, bn_mean, bn_var), bn_eps)
     grads = _Gradients(x, pr, weights_of(w1, b1, w2, b2), weights_of(conv_weight, conv_bias), norm)
-    saved = [present(t) for t in (pooled, pool_index, channel_gate, spatial_pool, spatial_index)]
+    saved = [present(t) for t in (pooled, pool_index, channel_gate, spatial_pool, spatial_index, hidden)]
     gate = present(spatial_gate)
     if not x.numel():
         grads.zero()
@@ -247,7 +242,7 @@ def cbam_backward(
             _attention_backward_chunk(
                 dy[rows], x[rows], dx[rows], grads, own, part_of(gate, rows), dz, ds, part, rows, residual
             )
-        grads.reduce(saved[0])
+        grads.reduce(saved[0], saved[5])
     return (dx, *grads.outputs(x, 8))
 
 
@@ -261,7 +256,7 @@ def attention_backward(
     pr = pb.describe(x, w1, w2, conv_weight, pools, spatial, ties)
     dx = torch.empty_like(x)
     grads = _Gradients(x, pr, weights_of(w1, b1, w2, b2), weights_of(conv_weight, conv_bias), NO_NORM)
-    saved = [present(t) for t in (pooled, pool_index, channel_gate, spatial_pool, spatial_index)]
+    saved = [present(t) for t in (pooled, pool_index, channel_gate, spatial_pool, spatial_index, hidden)]
     gate, dz, dgate = present(spatial_gate), present(dz.contiguous()), present(dchannel_gate.contiguous())
     if not x.numel():
         grads.zero()
@@ -273,5 +268,5 @@ def attention_backward(
                 dy[rows], x[rows], dx[rows], grads, [part_of(t, rows) for t in saved], part_of(gate, rows),
                 part_of(dz, rows), None, part_of(dgate, rows), rows, residual,
             )  # fmt: skip
-        grads.reduce(saved[0])
+        grads.reduce(saved[0], saved[5])
     return (dx, *grads.outputs(x, 6))

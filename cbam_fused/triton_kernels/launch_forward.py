@@ -47,7 +47,7 @@ def _pools_forward(x: Tensor, weights, pr: Problem, saved: Saved, rows: slice):
             channel_pool_forward_kernel,
             n * segments * shares,
             (x, part, part_index, w1, hidden_part, u["c_units"], u["p_units"], each, segments, share_tiles, pr.hidden),
-            dict(POOLS=pr.pools, SPLIT=pr.split(), SEGMENTED=segments > 1, WITH_INDEX=saved.with_index,
+            dict(POOLS=pr.pools, SPLIT=pr.split(), SEGMENTED=segments > 1, WITH_INDEX=saved.save,
                  **pr.layout(), **found.meta),
             found.warps,
         )  # fmt: skip
@@ -68,11 +68,12 @@ def _pools_forward(x: Tensor, weights, pr: Problem, saved: Saved, rows: slice):
         programs,
         (x, part, part_index, pooled, pool_index, hidden_part,
          acc(programs, pr.hidden) if pr.pools else None, acc(programs, own) if pr.pools and tiles > 1 else None,
-         w1, b1, w2, b2, part_of(saved.channel_gate, rows), maps if part_maps is None else part_maps,
+         w1, b1, w2, b2, part_of(saved.channel_gate, rows), part_of(saved.hidden, rows),
+         maps if part_maps is None else part_maps,
          maps_index if part_maps is None else part_maps_index,
          u["c_units"], u["p_units"], pr.hidden, segments, shares, splits, each),
         dict(POOLS=pr.pools, SPATIAL=pr.spatial, SPLIT=pr.split(), SEGMENTED=segments > 1,
-             WITH_INDEX=saved.with_index, EVEN=pr.c % found.meta["BC"] == 0, **pr.layout(), **found.meta),
+             WITH_INDEX=saved.save, EVEN=pr.c % found.meta["BC"] == 0, **pr.layout(), **found.meta),
         found.warps,
     )  # fmt: skip
     return part_maps, part_maps_index
@@ -123,7 +124,7 @@ def cbam_forward(
                     x[rows], y[rows], part_of(saved.channel_gate, rows), part_of(saved.spatial_pool, rows),
                     part_of(saved.spatial_index, rows), parts, None, part_of(present(gate), rows), conv, norm, pr, residual,
                 )  # fmt: skip
-    return (y, *saved.tensors(x, save), gate)
+    return (y, *saved.tensors(x), gate)
 
 
 def attention_forward(x, w1, b1, w2, b2, conv_weight, conv_bias, pools, spatial, ties, save):
@@ -144,7 +145,7 @@ def attention_forward(x, w1, b1, w2, b2, conv_weight, conv_bias, pools, spatial,
                         x[rows], None, None, part_of(saved.spatial_pool, rows), part_of(saved.spatial_index, rows), parts,
                         z[rows], None, conv, NO_NORM, pr, False,
                     )  # fmt: skip
-    pooled, pool_index, gate, *rest = saved.tensors(x, save)
+    pooled, pool_index, gate, *rest = saved.tensors(x)
     if saved.channel_gate is not None:
         gate = saved.channel_gate
     return (z, pooled, pool_index, gate, *rest)

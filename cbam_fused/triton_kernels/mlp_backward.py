@@ -9,42 +9,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device_functions import divide, relu, sum_parts
+from .device_functions import divide, sum_parts
 
 
 @triton.jit
 def hidden_backward(
-    n, hidden_part, b1, dhidden, my_dhidden, hidden, H, blocks, write,
+    n, hidden_part, hidden, my_dhidden, dhidden, H, blocks, write,
     RUNS: tl.constexpr, KP: tl.constexpr, HB: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradient before the ReLU [RUNS, H], and for the weights' gradients the hidden layer itself.
-
-    my_dhidden is the program's own copy; None: no other program has this sample, and the shared one serves.
-    """
-    rk = tl.arange(0, KP)
-    used = (rk < RUNS)[:, None]
-    QP: tl.constexpr = 2 if RUNS == 1 else (4 if RUNS < 4 else 8)
-    rq = tl.arange(0, QP)
+    """From the sums of each block of channels: the gradient before the ReLU [RUNS, H] to the program's own copy, and
+    where `write` that behind it [H], which all runs share, to what the weights' gradients read (None: the only
+    block has left it there)."""
+    rk = tl.arange(0, KP)[:, None]
     for h in range(0, H, HB):
         rh = h + tl.arange(0, HB)
         hmask = rh < H
-        sums = sum_parts(
-            hidden_part + n * blocks * (1 + RUNS) * H, blocks, 1 + RUNS, H, rh, QP, HB, ACC
-        )  # [QP, HB]
-        dh = tl.sum(tl.where((rq == 0)[:, None], sums, 0.0), 0)
-        # Row 1 + k of the sums is row k of the layer: there is no slicing of a tile.
-        is_row = (rq[None, :] == 1 + rk[:, None])[:, :, None]
-        pre = tl.sum(tl.where(is_row, sums[None, :, :], 0.0), 1)  # [KP, HB]
-        if b1 is not None:
-            pre += tl.load(b1 + rh, mask=hmask, other=0.0).to(ACC)[None, :]  # [HB]
-        dpre = tl.where(pre <= 0.0, 0.0, dh[None, :])
-        at = rk[:, None] * H + rh[None, :]
-        mask = used & hmask[None, :]
-        if my_dhidden is not None:
-            tl.store(my_dhidden + at, dpre, mask=mask)  # [KP, HB]
-        tl.store(dhidden + n * RUNS * H + at, dpre, mask=mask & write)  # [KP, HB]
-        units = tl.sum(tl.where(used, relu(pre), 0.0), 0)
-        tl.store(hidden + n * H + rh, units, mask=hmask & write)  # [HB]
+        dh = tl.sum(sum_parts(hidden_part + n * blocks * H, blocks, 1, H, rh, 1, HB, ACC), 0)  # [HB]
+        if dhidden is not None:
+            tl.store(dhidden + n * H + rh, dh, mask=hmask & write)  # [HB]
+        at = rk * H + rh[None, :]
+        mask = (rk < RUNS) & hmask[None, :]
+        before = tl.load(hidden + n * RUNS * H + at, mask=mask, other=0.0)  # [KP, HB]
+        tl.store(my_dhidden + at, tl.where(before <= 0.0, 0.0, dh[None, :]), mask=mask)  # [KP, HB]
 
 
 @triton.jit

@@ -52,7 +52,8 @@ class Problem:
     pools: int
     spatial: int
     ties: int
-    hidden: int
+    hidden: int  # C with one layer
+    layers: int  # of the MLP; 0 without pools
     kernel: Tuple[int, int, int]
 
     @property
@@ -138,9 +139,9 @@ def describe(
     kernel = (1, 1, 1)
     if spatial and conv_weight is not None:
         kernel = (1,) * (5 - conv_weight.dim()) + tuple(conv_weight.shape[2:])
-    hidden = 0
+    hidden = layers = 0
     if pools and w2 is not None:
-        hidden = x.shape[1] if w1 is None else w1.shape[0]
+        hidden, layers = (x.shape[1], 1) if w1 is None else (w1.shape[0], 2)
     return Problem(
         x.shape[0],
         x.shape[1],
@@ -152,6 +153,7 @@ def describe(
         spatial,
         ties,
         hidden,
+        layers,
         kernel,
     )
 

@@ -2,7 +2,7 @@
 
 Jobs of the MLP take a block of channels each, of one sample or of a few, for which a tile of the weights is
 then read once: the gate's gradient from its partial sums, where there is more than one, and the block's share
-of both products that the hidden layer needs. A job that has all channels of its samples ends the MLP's backward
+of the hidden layer's. A job that has all channels of its samples ends the MLP's backward
 itself; else the next launch does. Jobs of the convolution take a segment of positions each: they correlate dz
 with the maps for every tap, and sum dz for the biases and the norm. Nothing here reads a tensor of x's size.
 """
@@ -16,8 +16,6 @@ from .device_functions import (
     convolve_maps,
     folded_norm,
     load_maps,
-    load_pooled,
-    load_pooled_samples,
     load_scalar,
     sum_parts,
 )
@@ -26,14 +24,15 @@ from .mlp_backward import hidden_backward, pool_gradients, through_layer
 
 @triton.jit
 def _gate_backward(
-    n0, samples, block, blocks, block_tiles, pooled, pool_index, channel_gate, dgate_a, dgate_b, w1, b1, w2,
-    dlogits, blended, hidden_part, hidden, dhidden, dpooled, C, H, P, tiles_a, tiles_b,
+    n0, samples, block, blocks, block_tiles, pooled, pool_index, channel_gate, hidden, dgate_a, dgate_b, w1, w2,
+    dlogits, hidden_part, my_dhidden, dpooled, C, H, P, tiles_a, tiles_b,
     POOLS: tl.constexpr, SPLIT: tl.constexpr,
     MC: tl.constexpr, HB: tl.constexpr, GB: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dlogits of a block of channels, and its share [1 + RUNS, H] of W2^T dlogits and of W1 u, sample by sample.
+    """dlogits of a block of channels, and its share [H] of W2^T dlogits, sample by sample.
 
-    dpooled None: the block is not the only one, and the rest is left to the next launch.
+    hidden None: the gate has one layer. dpooled None: the block is not the only one, and the rest is left to the
+    next launch.
     """
     AVG: tl.constexpr = POOLS % 2
     MAX: tl.constexpr = (POOLS // 2) % 2
@@ -60,67 +59,44 @@ def _gate_backward(
                 gate = tl.load(channel_gate + n * C + rc, mask=cmask, other=0.0)  # [MC]
                 tl.store(dlogits + n * C + rc, dg * gate * (1.0 - gate), mask=cmask)  # [MC]
         tl.debug_barrier()
-    if BLEND:
-        for g in range(samples):
-            for c in range(c0, c1, MC):
-                rc = c + tl.arange(0, MC)
-                base = pooled + (n0 + g) * ROWS * C
-                u = load_pooled(base, C, rc, rc < c1, ROWS, KP, BLEND)  # [KP, MC]
-                tl.store(blended + (n0 + g) * C + rc, tl.sum(u, 0), mask=rc < c1)  # [MC]
-    if w1 is not None:
+    if hidden is not None:
         rg = tl.arange(0, GB)
-        rk = tl.arange(0, GB * KP)
         dl_row = dlogits + n0 * C + rg[:, None] * C
-        part = hidden_part + ((n0 + rg) * blocks + block) * (1 + RUNS) * H
-        part_k = hidden_part + ((n0 + rk // KP) * blocks + block) * (1 + RUNS) * H + (1 + rk % KP) * H
+        part = hidden_part + ((n0 + rg) * blocks + block) * H
         for h in range(0, H, HB):
             rh = h + tl.arange(0, HB)
             hmask = rh < H
             through = tl.zeros([GB, HB], ACC)
-            pre = tl.zeros([GB * KP, HB], ACC)
             for c in range(c0, c1, MC):
                 rc = c + tl.arange(0, MC)
                 cmask = rc < c1
-                mask = hmask[:, None] & cmask[None, :]
                 dl = tl.load(
                     dl_row + rc[None, :], mask=(rg < samples)[:, None] & cmask[None, :], other=0.0
                 )  # [GB, MC]
                 at = rc.to(tl.int64)[None, :] * H + rh[:, None]
-                w = tl.load(w2 + at, mask=mask, other=0.0).to(ACC)  # [HB, MC]
+                w = tl.load(w2 + at, mask=hmask[:, None] & cmask[None, :], other=0.0).to(ACC)  # [HB, MC]
                 through += tl.sum(w[None, :, :] * dl[:, None, :], 2)
-                u = load_pooled_samples(
-                    pooled, n0, samples, C, rc, cmask, ROWS, KP, BLEND, GB
-                )  # [GB * KP, MC]
-                at = rh.to(tl.int64)[:, None] * C + rc[None, :]
-                w = tl.load(w1 + at, mask=mask, other=0.0).to(ACC)  # [HB, MC]
-                pre += tl.sum(w[None, :, :] * u[:, None, :], 2)
-            tl.store(
-                part[:, None] + rh[None, :], through, mask=(rg < samples)[:, None] & hmask[None, :]
-            )  # [GB, HB]
-            rows = (rk % KP < RUNS) & (rk < samples * KP)
-            tl.store(part_k[:, None] + rh[None, :], pre, mask=rows[:, None] & hmask[None, :])  # [GB * KP, HB]
+            mask = (rg < samples)[:, None] & hmask[None, :]
+            tl.store(part[:, None] + rh[None, :], through, mask=mask)  # [GB, HB]
     if dpooled is not None:
-        tl.debug_barrier()
-        for g in range(samples):
-            n = n0 + g
-            if w1 is None:
-                for c in range(0, C, MC):
-                    rc = c + tl.arange(0, MC)
-                    u = load_pooled(pooled + n * ROWS * C, C, rc, rc < C, ROWS, KP, BLEND)  # [KP, MC]
-                    tl.store(hidden + n * C + rc, tl.sum(u, 0), mask=rc < C)  # [MC]
-            else:
-                hidden_backward(n, hidden_part, b1, dhidden, None, hidden, H, blocks, True, RUNS, KP, HB, ACC)
+        if hidden is not None:
+            tl.debug_barrier()
+            for g in range(samples):
+                n = n0 + g
+                hidden_backward(
+                    n, hidden_part, hidden, my_dhidden + n * RUNS * H, None, H, 1, True, RUNS, KP, HB, ACC
+                )
         tl.debug_barrier()
         for c in range(0, C, MC):
             rc = c + tl.arange(0, MC)
             cmask = rc < C
-            if w1 is None:
+            if hidden is None:
                 du = through_layer(
                     w2, dlogits + n0 * C, samples, C, C, rc, cmask, True, RUNS, KP, GB, HB, MC, ACC
                 )
             else:
                 du = through_layer(
-                    w1, dhidden + n0 * RUNS * H, samples, H, C, rc, cmask, False, RUNS, KP, GB, HB, MC, ACC
+                    w1, my_dhidden + n0 * RUNS * H, samples, H, C, rc, cmask, False, RUNS, KP, GB, HB, MC, ACC
                 )
             for g in range(samples):
                 da, dm, dn, dlse = pool_gradients(
@@ -224,15 +200,15 @@ def _norm_backward(
     ]
 )
 def sample_backward_kernel(
-    pooled, pool_index, channel_gate, spatial_pool, dz, dgate_a, dgate_b,
-    w1, b1, w2, conv_weight, conv_bias, bn_weight, bn_bias, bn_mean, bn_var,
-    dlogits, blended, hidden_part, hidden, dhidden, dpooled, dtaps, dnorm,
+    pooled, pool_index, channel_gate, spatial_pool, hidden, dz, dgate_a, dgate_b,
+    w1, w2, conv_weight, conv_bias, bn_weight, bn_bias, bn_mean, bn_var,
+    dlogits, hidden_part, my_dhidden, dpooled, dtaps, dnorm,
     C, HIDDEN, N, P, D, H, W, blocks, segments, segment_tiles, tiles_a, tiles_b, block_tiles,
     BN_EPS: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     POOLS: tl.constexpr, SPATIAL: tl.constexpr, SPLIT: tl.constexpr,
     MC: tl.constexpr, HB: tl.constexpr, GB: tl.constexpr, TB: tl.constexpr, BQ: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dtaps (N, segments, planes * taps), dnorm (N, segments, 2), hidden_part (N, blocks, 1 + RUNS, H).
+    """dtaps (N, segments, planes * taps), dnorm (N, segments, 2), hidden_part (N, blocks, H).
 
     The first programs are the jobs of the MLP, by groups of GB samples, and the others those of the convolution.
     """
@@ -243,8 +219,8 @@ def sample_backward_kernel(
             n0 = (job // blocks).to(tl.int64) * GB
             _gate_backward(
                 n0, tl.minimum(N - n0, GB).to(tl.int32), job % blocks, blocks, block_tiles,
-                pooled, pool_index, channel_gate, dgate_a, dgate_b, w1, b1, w2, dlogits, blended,
-                hidden_part, hidden, dhidden, dpooled, C, HIDDEN, P, tiles_a, tiles_b, POOLS, SPLIT, MC, HB, GB, ACC,
+                pooled, pool_index, channel_gate, hidden, dgate_a, dgate_b, w1, w2, dlogits,
+                hidden_part, my_dhidden, dpooled, C, HIDDEN, P, tiles_a, tiles_b, POOLS, SPLIT, MC, HB, GB, ACC,
             )  # fmt: skip
         job -= jobs
     if SPATIAL:

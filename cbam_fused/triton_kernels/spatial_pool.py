@@ -100,15 +100,16 @@ def merge_segments(
 
 @triton.jit
 def _channel_gate(
-    n, part, part_index, pooled, pool_index, hidden_part, my_hidden, my_gates, w1, b1, w2, b2, channel_gate,
-    c0, c1, C, H, P, SEGMENTS, shares, write,
+    n, part, part_index, pooled, pool_index, hidden_part, my_units, my_gates, w1, b1, w2, b2, channel_gate,
+    hidden, c0, c1, C, H, P, SEGMENTS, shares, write,
     POOLS: tl.constexpr, SPLIT: tl.constexpr, WITH_INDEX: tl.constexpr,
     ROWS: tl.constexpr, RUNS: tl.constexpr, KP: tl.constexpr, BLEND: tl.constexpr,
     SEGMENTED: tl.constexpr, MC: tl.constexpr, HB: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The gate of channels c0..c1 to my_gates [c1 - c0], and to the saved tensor where `write`.
 
-    my_gates None: no other program has these channels, and the saved tensor serves.
+    my_gates None: no other program has these channels, and the saved tensor serves. hidden [RUNS, H] or None:
+    every program has the layer before the ReLU, and that of the first channels saves it.
     """
     for h in range(0, H, HB):
         rh = h + tl.arange(0, HB)
@@ -140,9 +141,14 @@ def _channel_gate(
                 pre = sum_parts(hidden_part + n * shares * RUNS * H, shares, RUNS, H, rh, KP, HB, ACC)
             if b1 is not None:
                 pre += tl.load(b1 + rh, mask=hmask, other=0.0).to(ACC)[None, :]  # [HB]
-            used = (tl.arange(0, KP) < RUNS)[:, None]
+            rk = tl.arange(0, KP)[:, None]
+            used = rk < RUNS
+            if hidden is not None:
+                if write & (c0 == 0):
+                    saved = hidden + (n * RUNS + rk) * H + rh[None, :]
+                    tl.store(saved, pre, mask=used & hmask[None, :])  # [KP, HB]
             units = tl.sum(tl.where(used, relu(pre), 0.0), 0)
-        tl.store(my_hidden + rh, units, mask=hmask)  # [HB]
+        tl.store(my_units + rh, units, mask=hmask)  # [HB]
     tl.debug_barrier()
     for c in range(c0, c1, MC):
         rc = c + tl.arange(0, MC)
@@ -153,7 +159,7 @@ def _channel_gate(
             hmask = rh < H
             at = rc.to(tl.int64)[:, None] * H + rh[None, :]
             w = tl.load(w2 + at, mask=cmask[:, None] & hmask[None, :], other=0.0).to(ACC)  # [MC, HB]
-            logits += tl.sum(w * tl.load(my_hidden + rh, mask=hmask, other=0.0)[None, :], 1)  # [HB]
+            logits += tl.sum(w * tl.load(my_units + rh, mask=hmask, other=0.0)[None, :], 1)  # [HB]
         if b2 is not None:
             logits += RUNS * tl.load(b2 + rc, mask=cmask, other=0.0).to(ACC)  # [MC]
         gate = sigmoid(logits)
@@ -165,8 +171,8 @@ def _channel_gate(
 
 @triton.jit(do_not_specialize=["c_units", "p_units", "splits", "split_tiles", "shares"])
 def spatial_pool_forward_kernel(
-    x, part, part_index, pooled, pool_index, hidden_part, hidden, gates, w1, b1, w2, b2,
-    channel_gate, maps, maps_index, c_units, p_units, H, SEGMENTS, shares, splits, split_tiles,
+    x, part, part_index, pooled, pool_index, hidden_part, units, gates, w1, b1, w2, b2,
+    channel_gate, hidden, maps, maps_index, c_units, p_units, H, SEGMENTS, shares, splits, split_tiles,
     POOLS: tl.constexpr, SPATIAL: tl.constexpr, SPLIT: tl.constexpr,
     SEGMENTED: tl.constexpr, WITH_INDEX: tl.constexpr, EVEN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, CV: tl.constexpr, PV: tl.constexpr,
@@ -199,9 +205,9 @@ def spatial_pool_forward_kernel(
         else:
             my_gates = gates + pid.to(tl.int64) * split_tiles * BC
         _channel_gate(
-            n, part, part_index, pooled, pool_index, hidden_part, hidden + pid.to(tl.int64) * H,
+            n, part, part_index, pooled, pool_index, hidden_part, units + pid.to(tl.int64) * H,
             None if gates is None else my_gates, w1, b1, w2, b2, channel_gate,
-            c0, c1, C, H, P, SEGMENTS, shares, tile == 0,
+            hidden, c0, c1, C, H, P, SEGMENTS, shares, tile == 0,
             POOLS, SPLIT, WITH_INDEX, ROWS, RUNS, KP, BLEND, SEGMENTED, MC, HB, ACC,
         )  # fmt: skip
 

@@ -67,7 +67,7 @@ struct Norm {
   double eps;
 };
 struct Saved {
-  Tensor pooled, pool_index, channel_gate, spatial_pool, spatial_index;
+  Tensor pooled, pool_index, channel_gate, spatial_pool, spatial_index, hidden;
 };
 
 // One call: its Problem, and the tensors that the Problem's pointers keep alive.
@@ -179,7 +179,7 @@ class Call {
   // What forward computes between its stages. The kernels need most of it whether it is saved or not;
   // what is not, goes back to the allocator when the call has been queued.
   Saved make_saved(bool save, bool keep_gate) {
-    Saved s{nothing(), indices({0}, p.positions), nothing(), nothing(), indices({0}, p.channels)};
+    Saved s{nothing(), indices({0}, p.positions), nothing(), nothing(), indices({0}, p.channels), nothing()};
     const auto keep = [&](bool wanted, Tensor made, Tensor& kept) {
       void* data = made.data_ptr();
       if (wanted)
@@ -193,6 +193,8 @@ class Call {
       p.channel_gate = keep(keep_gate, accumulate({p.samples, p.channels}), s.channel_gate);
       if (save && p.pools & kMax)
         p.pool_index = keep(true, indices({p.samples, p.channels}, p.positions), s.pool_index);
+      if (save && p.w1.data)
+        p.hidden_layer = keep(true, accumulate({p.samples, mlp_passes(p.pools), p.hidden}), s.hidden);
     }
     if (p.spatial) {
       p.spatial_pool = keep(save, accumulate(map_sizes({p.samples, 2})), s.spatial_pool);
@@ -206,6 +208,7 @@ class Call {
       p.channel_gate = saved(s.channel_gate, p.samples * p.channels, "channel_gate");
       if (p.pools & kMax)
         p.pool_index = saved(s.pool_index, p.samples * p.channels, "pool_index", p.positions);
+      if (p.w1.data) p.hidden_layer = saved(s.hidden, p.samples * mlp_passes(p.pools) * p.hidden, "hidden");
     }
     if (p.spatial) {
       p.spatial_pool = saved(s.spatial_pool, 2 * map_elements(), "spatial_pool");
@@ -275,7 +278,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_
           s.channel_gate,
           s.spatial_pool,
           s.spatial_index,
-          call.nothing(),  // the hidden layer: backward computes it again
+          s.hidden,
           save ? gate : call.nothing()};
 }
 
@@ -284,13 +287,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const Optional& b2, const Optional& conv_weight, const Optional& conv_bias, const Optional& bn_weight,
     const Optional& bn_bias, const Optional& bn_mean, const Optional& bn_var, double bn_eps,
     const Tensor& pooled, const Tensor& pool_index, const Tensor& channel_gate, const Tensor& spatial_pool,
-    const Tensor& spatial_index, const Tensor& /* hidden */, const Tensor& spatial_gate, int64_t pools,
+    const Tensor& spatial_index, const Tensor& hidden, const Tensor& spatial_gate, int64_t pools,
     int64_t spatial, int64_t ties, bool residual) {
   Call call(x, {pools, spatial, ties, residual});
   Problem& p = call.p;
   call.take_weights({w1, b1, w2, b2, conv_weight, conv_bias});
   call.take_norm({bn_weight, bn_bias, bn_mean, bn_var, bn_eps});
-  call.take_saved({pooled, pool_index, channel_gate, spatial_pool, spatial_index}, spatial_gate);
+  call.take_saved({pooled, pool_index, channel_gate, spatial_pool, spatial_index, hidden}, spatial_gate);
   p.dy = call.like_x(dy, "dy");
   call.enter_device();
   Tensor dx = torch::stable::empty_like(x);
@@ -317,19 +320,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_for
   Tensor z = spatial ? call.map() : call.nothing();
   if (spatial) call.p.z = z.data_ptr();
   if (pools || spatial) call.run(kAttentionForward);
-  return {z, s.pooled, s.pool_index, s.channel_gate, s.spatial_pool, s.spatial_index, call.nothing()};
+  return {z, s.pooled, s.pool_index, s.channel_gate, s.spatial_pool, s.spatial_index, s.hidden};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& dy, const Tensor& x, const Optional& w1, const Optional& b1, const Optional& w2,
     const Optional& b2, const Optional& conv_weight, const Optional& conv_bias, const Tensor& pooled,
     const Tensor& pool_index, const Tensor& channel_gate, const Tensor& spatial_pool,
-    const Tensor& spatial_index, const Tensor& /* hidden */, const Tensor& spatial_gate, const Tensor& dz,
+    const Tensor& spatial_index, const Tensor& hidden, const Tensor& spatial_gate, const Tensor& dz,
     const Tensor& dchannel_gate, int64_t pools, int64_t spatial, int64_t ties, bool residual) {
   Call call(x, {pools, spatial, ties, residual});
   Problem& p = call.p;
   call.take_weights({w1, b1, w2, b2, conv_weight, conv_bias});
-  call.take_saved({pooled, pool_index, channel_gate, spatial_pool, spatial_index}, spatial_gate);
+  call.take_saved({pooled, pool_index, channel_gate, spatial_pool, spatial_index, hidden}, spatial_gate);
   if (spatial) p.dz = call.saved(dz, call.map_elements(), "dz");
   if (pools) p.dchannel_gate = call.saved(dchannel_gate, p.samples * p.channels, "dchannel_gate");
   p.dy = call.like_x(dy, "dy");

@@ -120,7 +120,7 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
   s.map = tiling(false);
   plan_pool(p, s, vector);
   if (spatial) plan_conv(p, s, backward);
-  s.pool_vectors = p.pools & kBlend ? 1 : pool_count(p.pools);
+  s.pool_vectors = mlp_passes(p.pools);
 
   if (large && gate && spatial && k.operation != kScaleBackward) plan_gather(p, s, device.multiprocessors);
 
@@ -134,7 +134,8 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
 
   const int64_t weights = p.w1.data ? 2 * p.hidden * p.channels : p.channels * p.channels;
   const bool inline_mlp = weights * s.pool_vectors * s.unit_samples <= kInlineMlp;
-  s.hidden_tile = p.w1.data ? kHiddenTile : kThreads;
+  // In the backward each thread of an item has one unit of one sample.
+  s.hidden_tile = backward ? kThreads / kMlpSamples : p.w1.data ? kHiddenTile : kThreads;
   s.gate_tile = kGateTile;
   const int64_t hidden_items = ceil_div(p.hidden, s.hidden_tile) * groups;
   const int64_t gate_items = ceil_div(p.channels, s.gate_tile) * groups;
@@ -202,7 +203,11 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
         if (blocks) {
           s.hidden_blocks = static_cast<int32_t>(ceil_div(p.channels, s.gate_tile));
           b.add(kLogitGrad, at, gate_items, true);
-          b.add(kHiddenGrad, at, hidden_items, true);
+          // In a tail where it is one item's work: one stage less to wait for.
+          if (s.unit_samples * p.hidden <= kThreads)
+            b.tail({kHiddenGrad});
+          else
+            b.add(kHiddenGrad, at, hidden_items, true);
         } else if (!s.direct_logits) {
           b.add(kLogitGrad, at, logit_items, false);
         }

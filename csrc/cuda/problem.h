@@ -49,6 +49,8 @@ struct Problem {
   void* channel_gate;   // A (N, C)
   void* spatial_pool;   // A (N, 2, P), [max, mean]
   void* spatial_index;  // (N, P), into C; null where not saved
+  void* hidden_layer;   // A (N, M, h), before the ReLU in each of the MLP's M passes; null where not saved
+                        // and without w1
   void* spatial_gate;   // A (N, P)
   void* z;              // A (N, P)
   const void* dz;       // A (N, P), attention_backward: gradient of the logits before the norm
@@ -75,6 +77,11 @@ struct Problem {
 
 CBAM_HOST_DEVICE inline int pool_count(int pools) {
   return (pools & 1) + (pools >> 1 & 1) + (pools >> 2 & 1) + (pools >> 3 & 1);
+}
+
+// Vectors that the MLP sees: one for each pool, or their blend.
+CBAM_HOST_DEVICE inline int mlp_passes(int pools) {
+  return pools & kBlend ? 1 : pool_count(pools);
 }
 
 // Row of `pooled` that holds the pool of this bit.

@@ -27,9 +27,9 @@ struct SharedMap {
   int32_t gate;                         // A [tile channels]
   int32_t spatial;                      // A [tile positions]
   int32_t base, squares, exponentials;  // forward, statistics of [tile channels]
-  int32_t input;                        // A [inputs][own channels]
-  int32_t hidden_part;  // A [inputs (+ 1 backward)][h], this block's share of sums over channels
-  int32_t hidden;       // A [inputs][h]; forward: [h]
+  int32_t input;                        // A [inputs][own channels], forward
+  int32_t hidden_part;  // A [inputs][h], backward one [h]: this block's share of sums over channels
+  int32_t hidden;       // A [inputs][h], the layer and then its gradient; forward: [h]
   int32_t pooled;       // forward: the spatial pools of [tile positions]; backward: ds, or dz
   int32_t place_mean, place_maximum;  // backward: A [tile positions], dq; the mean's divided by C
   int32_t place_mark;   // backward: int [tile positions], the maximum's channel or how many equal it
@@ -155,11 +155,10 @@ inline bool plan_block(Resident& k, const Machine& m, int cluster, Split split, 
   const Problem& p = k.p;
   const bool backward = is_backward(k.operation), last = p.layout == kChannelsLast;
   const int64_t element = element_bytes(p.dtype), a = accumulate_bytes(p.dtype);
-  const int64_t pools = pool_count(p.pools);
   k.cluster = cluster;
   k.shared_limit = m.shared_bytes;
   k.vector = vector_of(p);
-  k.inputs = p.pools & kBlend ? 1 : static_cast<int32_t>(pools);
+  k.inputs = mlp_passes(p.pools);
   k.save = p.spatial ? p.spatial_index != nullptr : !(p.pools & kMax) || p.pool_index != nullptr;
 
   const int64_t full = 16 / element;
@@ -204,8 +203,8 @@ inline bool plan_block(Resident& k, const Machine& m, int cluster, Split split, 
   at.item = b.take(backward ? 8 : 0);
   at.gate = b.take(tc * a);
   at.spatial = b.take(tp * a);
-  at.input = b.take(k.inputs * k.own_channels * a);
-  at.hidden_part = b.take((k.inputs + backward) * p.hidden * a * (p.pools ? 1 : 0));
+  at.input = b.take(backward ? 0 : k.inputs * k.own_channels * a);
+  at.hidden_part = b.take((backward ? 1 : k.inputs) * p.hidden * a * (p.pools ? 1 : 0));
   at.hidden = b.take((backward ? k.inputs : 1) * p.hidden * a * (p.pools ? 1 : 0));
   at.kernel = b.take(p.spatial ? 2 * taps(p) * a : 0);
   if (!backward) {

@@ -33,7 +33,8 @@ __device__ __forceinline__ void stage_saved(const Block<Tr>& b) {
     terms[i] = {gate[i], A(0), A(0), argmax};
     if (argmax >= 0) marks.add(b.tile_channels.begin + i, argmax);
     if (needs_x) {
-      b.template at<RareTerms<A>>(k.at.rare)[i] = {p.pools & kMax ? pooled(kMax, c) : A(0), A(0), A(0),
+      b.template at<RareTerms<A>>(k.at.rare)[i] = {p.pools & kMax ? pooled(kMax, c) : A(0),
+                                                   p.pools & kLp ? pooled(kLp, c) : A(0), A(0),
                                                    p.pools & kLse ? pooled(kLse, c) : A(0)};
     }
   }
@@ -50,10 +51,18 @@ __device__ __forceinline__ void stage_saved(const Block<Tr>& b) {
       b.template at<A>(k.at.top)[i] = p.spatial ? constant<A>(p.spatial_pool, map) : A(0);  // [1]
     }
   }
-  A* input = b.template at<A>(k.at.input);
-  const int own = b.own_channels.size();
-  for (int i = b.thread; i < k.inputs * own; i += b.threads) {
-    input[i] = mlp_input<A>(p, b.n, i / own, b.own_channels.begin + i % own);  // [1]
+  if (p.w1.data) {
+    A* layer = b.template at<A>(k.at.hidden);
+    const int size = k.inputs * static_cast<int>(p.hidden);
+    for (int i = b.thread; i < size; i += b.threads) {
+      layer[i] = constant<A>(p.hidden_layer, b.n * size + i);  // [1]
+    }
+  } else if (p.pools) {
+    for (int c = b.own_channels.begin + b.thread; c < b.own_channels.end; c += b.threads) {
+      A sum = 0;
+      for (int j = 0; j < k.inputs; ++j) sum += mlp_input<A>(p, b.n, j, c);  // [1]
+      put(k.hidden, b.n * p.channels + c, sum);
+    }
   }
 }
 
@@ -207,9 +216,8 @@ __device__ __forceinline__ void take_pool_grad(const Block<Tr>& b, int channel, 
   if (is(kAvg)) terms.average = share / A(p.positions);
   if (is(kMax)) terms.maximum = share;
   if (kRareOptions && is(kLp)) {
-    const A norm =
-        b.template at<A>(k.at.input)[input * b.own_channels.size() + channel - b.own_channels.begin];
-    b.template at<RareTerms<A>>(k.at.rare)[at].norm = norm == A(0) ? A(0) : share / norm;
+    A& norm = b.template at<RareTerms<A>>(k.at.rare)[at].norm;
+    norm = norm == A(0) ? A(0) : share / norm;
   }
   if (kRareOptions && is(kLse)) b.template at<RareTerms<A>>(k.at.rare)[at].log_sum = share;
 }
@@ -217,7 +225,6 @@ __device__ __forceinline__ void take_pool_grad(const Block<Tr>& b, int channel, 
 template <class Tr>
 __device__ __forceinline__ void pool_grads(const Block<Tr>& b) {
   using A = typename Tr::A;
-  using T = typename Tr::T;
   const Resident& k = b.k;
   const Problem& p = k.p;
   const int hidden = static_cast<int>(p.hidden), inputs = k.inputs, own = b.own_channels.size();
@@ -227,7 +234,6 @@ __device__ __forceinline__ void pool_grads(const Block<Tr>& b) {
   A* part = b.template at<A>(k.at.hidden_part);
   A* layer = b.template at<A>(k.at.hidden);
   A* scratch = b.template at<A>(k.at.scratch);
-  const A* input = b.template at<A>(k.at.input);
   if constexpr (Tr::kByChannel)
     __syncthreads();
   else
@@ -240,27 +246,17 @@ __device__ __forceinline__ void pool_grads(const Block<Tr>& b) {
     put(k.logit_grad, b.n * p.channels + c, dl);
   }
   __syncthreads();
-  // [h] of w2^T dl, then for each input [h] of w1 u
   columns_dot<1>(
       b, p.w2, b.own_channels, Range{0, hidden}, hidden, 1, scratch,
       [&](int, int c) { return logit_grad[c - b.own_channels.begin]; },
       [&](int i, int, A sum) { part[i] = sum; });
-  if (p.w1.data) {
-    hidden_part(b, input, part + hidden);
-  } else {
-    for (int i = b.thread; i < own; i += b.threads) {
-      A sum = 0;
-      for (int j = 0; j < inputs; ++j) sum += input[j * own + i];
-      put(k.hidden, b.n * p.channels + b.own_channels.begin + i, sum);
-    }
-  }
   ptx::cluster_sync();
   if (p.w1.data) {
     for (int i = b.thread; i < hidden; i += b.threads) {
-      const A grad = cluster_sum(b, part + i), offset = bias<T>(p.b1, i);
+      const A grad = cluster_sum(b, part + i);
       A sum = 0;
       for (int j = 0; j < inputs; ++j) {
-        const A before = cluster_sum(b, part + (j + 1) * hidden + i) + offset;
+        const A before = layer[j * hidden + i];
         const A behind = before <= A(0) ? A(0) : grad;
         sum += relu(before);
         layer[j * hidden + i] = behind;
@@ -296,7 +292,7 @@ __device__ __forceinline__ void pool_grads(const Block<Tr>& b) {
     }
     ptx::cluster_sync();
   } else {
-    // Other blocks may still read this one's part of the hidden layer: backward waits before it ends.
+    // Other blocks may still read this one's part of the layer's gradient: backward waits before it ends.
     ptx::cluster_arrive();
   }
 }

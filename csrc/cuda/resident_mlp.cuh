@@ -138,7 +138,11 @@ __device__ __forceinline__ void channel_gate(const Block<Tr>& b) {
     A sum = 0;
     if (p.w1.data) {
       const A offset = bias<T>(p.b1, i);
-      for (int j = 0; j < inputs; ++j) sum += relu(cluster_sum(b, part + j * hidden + i) + offset);
+      for (int j = 0; j < inputs; ++j) {
+        const A before = cluster_sum(b, part + j * hidden + i) + offset;
+        if (p.hidden_layer && b.rank == 0) put(p.hidden_layer, (b.n * inputs + j) * hidden + i, before);
+        sum += relu(before);
+      }
     } else {
       sum = cluster_sum(b, part + i);
     }

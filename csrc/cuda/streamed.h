@@ -30,7 +30,7 @@ enum Stage : int32_t {
   kConvGrad,     // ds -> dq, and partial gradients of the convolution; unless the passes over x gather dq
   kGateGrad,     // x, dq -> the rest of dg
   kLogitGrad,    // dg -> dl, a range of channels of one sample; or of a whole unit, with its part of dl w2
-  kHiddenGrad,   // dl w2 -> gradient of the hidden layer, a range of hidden units of a whole unit
+  kHiddenGrad,   // dl w2, hidden layer -> gradient of the layer, a range of hidden units of a whole unit
   kPoolGrad,     // hidden layer's gradient -> gradient of the pools, a range of channels of a whole unit
   kInputGrad,    // dy, everything above -> dx
   kFinishPools,  // partial channel pools of a whole unit -> channel pools; only in a tail
@@ -110,7 +110,7 @@ struct Schedule {
   int32_t kernel_staged;
 
   int32_t pool_vectors;            // pools after blending
-  int32_t hidden_tile, gate_tile;  // rows of w1, rows of w2 an item of the MLP, forward and backward
+  int32_t hidden_tile, gate_tile;  // hidden units, channels an item of the MLP, forward and backward
   int32_t direct_logits;           // kGateGrad writes dl itself: one tile has all positions
   int32_t hidden_blocks;           // blocks of channels that kLogitGrad takes a unit by; 0: it has samples
   int32_t logits_grad_items;       // scale_backward: items that sum ds over chunks, after those of kLogitGrad

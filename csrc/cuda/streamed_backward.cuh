@@ -196,9 +196,9 @@ __device__ __forceinline__ void backward_item(const Streamed& k, const Item& ite
     conv_grad_stage<T>(k, item, shared);
     __syncthreads();
   }
-  // dl w2: of a block of channels, or in a tail of all of them.
+  // dl w2: of a block of channels, or in the tail of a unit that is not cut into them, of all.
   const bool blocks = item.stage == kLogitGrad && k.s.hidden_blocks;
-  if (blocks || (item.stage == kHiddenGrad && item.whole)) {
+  if (blocks || (item.stage == kHiddenGrad && !k.s.hidden_blocks)) {
     const MlpRange r = mlp_range(item, k.p.channels, k.s.gate_tile);
     typename Tr::A* near = nullptr;
     if (blocks) {
@@ -233,7 +233,7 @@ __device__ __forceinline__ void backward_item(const Streamed& k, const Item& ite
       if (!blocks) logit_grad_stage<T>(k, item, shared);
       break;
     case kHiddenGrad:
-      hidden_grad_stage<T>(k, mlp_range(item, k.p.hidden, k.s.hidden_tile), shared);
+      hidden_grad_stage<typename Tr::A>(k, mlp_range(item, k.p.hidden, k.s.hidden_tile));
       break;
     case kPoolGrad:
       pool_grad_stage<T>(k, mlp_range(item, k.p.channels, k.s.gate_tile), shared);

@@ -56,9 +56,10 @@ inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
       return bytes({kThreads / 32 * mean_max});
     case kHidden:
     case kGate:
-    case kHiddenGrad:
     case kPoolGrad:
       return mlp;
+    case kHiddenGrad:
+      return s.hidden_blocks ? 0 : mlp;
     case kSpatialPool:
       return last ? bytes({p.channels * a}) : bytes({channels(s.reduce) * a, columns(s.reduce, mean_max)});
     case kConv:

@@ -145,20 +145,23 @@ __device__ __forceinline__ int whole_samples(int vectors) {
   return kBatch / vectors * vectors;
 }
 
-// hidden[n][j] = sum over the inputs of relu(w1 u + b1); for a single layer just the inputs' sum.
+// For a single layer, hidden[n][c] is just the inputs' sum.
+template <class A>
+__device__ __forceinline__ void put_summed_inputs(const Streamed& k, const MlpRange& r) {
+  const int64_t width = r.end - r.begin;
+  for (int64_t i = thread_index(); i < r.samples * width; i += kThreads) {
+    const int64_t n = r.sample + i / width, c = r.begin + i % width;
+    put(k.w.hidden, n * k.p.channels + c, summed_input<A>(k, n, c));
+  }
+}
+
+// hidden[n][j] = sum over the inputs of relu(w1 u + b1), and for backward what the ReLU sees.
 template <class T>
 __device__ __forceinline__ void hidden_stage(const Streamed& k, MlpRange r, Shared shared) {
   using A = Accumulate<T>;
   const Problem& p = k.p;
   const int vectors = k.s.pool_vectors;
-  if (!p.w1.data) {
-    const int64_t width = r.end - r.begin;
-    for (int64_t i = thread_index(); i < r.samples * width; i += kThreads) {
-      const int64_t n = r.sample + i / width, c = r.begin + i % width;
-      put(k.w.hidden, n * p.channels + c, summed_input<A>(k, n, c));
-    }
-    return;
-  }
+  if (!p.w1.data) return put_summed_inputs<A>(k, r);
   row_dot<T>(
       p.w1, r.begin, r.end, p.channels, r.samples * vectors, whole_samples(vectors), shared,
       [&](int64_t v, int64_t c) { return mlp_input<A>(p, r.sample + v / vectors, v % vectors, c); },
@@ -168,7 +171,9 @@ __device__ __forceinline__ void hidden_stage(const Streamed& k, MlpRange r, Shar
 #pragma unroll
         for (int u = 0; u < kBatch; ++u) {
           if (u >= valid) break;
-          sum += relu(dots[u] + b);
+          const A before = dots[u] + b;
+          if (p.hidden_layer) put(p.hidden_layer, (r.sample * vectors + v + u) * p.hidden + j, before);
+          sum += relu(before);
           if ((u + 1) % vectors == 0) {
             put(k.w.hidden, (r.sample + (v + u) / vectors) * p.hidden + j, sum);
             sum = 0;
@@ -212,36 +217,23 @@ __device__ __forceinline__ void hidden_parts_stage(const Streamed& k, MlpRange r
 }
 
 // hidden_grad[n][input][j], behind the ReLU, and hidden[n][j] for the gradient of w2.
-template <class T>
-__device__ __forceinline__ void hidden_grad_stage(const Streamed& k, MlpRange r, Shared shared) {
-  using A = Accumulate<T>;
+template <class A>
+__device__ __forceinline__ void hidden_grad_stage(const Streamed& k, const MlpRange& r) {
   const Problem& p = k.p;
   const int vectors = k.s.pool_vectors, blocks = max(1, k.s.hidden_blocks);
-  row_dot<T>(
-      p.w1, r.begin, r.end, p.channels, r.samples * vectors, whole_samples(vectors), shared,
-      [&](int64_t v, int64_t c) { return mlp_input<A>(p, r.sample + v / vectors, v % vectors, c); },
-      [&](int64_t j, int64_t v, int valid, const A(&dots)[kBatch]) {
-        const A b = bias<T>(p.b1, j);
-        A sum = 0, grad = 0;
-#pragma unroll
-        for (int u = 0; u < kBatch; ++u) {
-          if (u >= valid) break;
-          const int64_t n = r.sample + (v + u) / vectors;
-          if (u % vectors == 0) {
-            grad = 0;
-            const int64_t parts = slot_of(k, n) * blocks;
-#pragma unroll 4
-            for (int i = 0; i < blocks; ++i) grad += fresh<A>(k.w.hidden_parts, (parts + i) * p.hidden + j);
-          }
-          const A before = dots[u] + b;
-          sum += relu(before);
-          put(k.w.hidden_grad, (n * vectors + u % vectors) * p.hidden + j, before <= A(0) ? A(0) : grad);
-          if ((u + 1) % vectors == 0) {
-            put(k.w.hidden, n * p.hidden + j, sum);
-            sum = 0;
-          }
-        }
-      });
+  const int64_t width = r.end - r.begin;
+  for (int64_t i = thread_index(); i < r.samples * width; i += kThreads) {
+    const int64_t n = r.sample + i / width, j = r.begin + i % width, parts = slot_of(k, n) * blocks;
+    A grad = 0, sum = 0;
+#pragma unroll 8
+    for (int b = 0; b < blocks; ++b) grad += fresh<A>(k.w.hidden_parts, (parts + b) * p.hidden + j);  // [1]
+    for (int64_t v = n * vectors; v < (n + 1) * vectors; ++v) {
+      const A before = constant<A>(p.hidden_layer, v * p.hidden + j);  // [1]
+      sum += relu(before);
+      put(k.w.hidden_grad, v * p.hidden + j, before <= A(0) ? A(0) : grad);  // [1]
+    }
+    put(k.w.hidden, n * p.hidden + j, sum);
+  }
 }
 
 // The gradient of one input, as the pools that it consists of hand it on to x.
@@ -272,7 +264,7 @@ __device__ __forceinline__ void pool_grad_stage(const Streamed& k, MlpRange r, S
   const Problem& p = k.p;
   const int vectors = k.s.pool_vectors;
   if (!p.w1.data) {
-    hidden_stage<T>(k, r, shared);
+    put_summed_inputs<A>(k, r);
     column_dot<T>(
         p.w2, r.begin, r.end, 0, p.channels, p.channels, r.samples, shared,
         [&](int64_t v, int64_t c) { return fresh<A>(k.w.logit_grad, (r.sample + v) * p.channels + c); },
