@@ -2,11 +2,8 @@
 //
 // Every op goes one way: checks, allocate, empty return, fill in a Problem, run, hand over.
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
@@ -25,13 +22,12 @@
 #include <unistd.h>
 #endif
 
+#include "../tensors.h"
 #include "problem.h"
 
 namespace cbam_fused {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
 struct InstructionSet {
@@ -141,52 +137,6 @@ void read_as(const Tensor& t, To* to) {
     default:
       STD_TORCH_CHECK(false, "cbam_fused: parameters must be float32, float64, bfloat16 or float16");
   }
-}
-
-int32_t code_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return aoti_torch_dtype_float32();
-    case ScalarType::Double:
-      return aoti_torch_dtype_float64();
-    case ScalarType::BFloat16:
-      return aoti_torch_dtype_bfloat16();
-    case ScalarType::Half:
-      return aoti_torch_dtype_float16();
-    case ScalarType::Short:
-      return aoti_torch_dtype_int16();
-    case ScalarType::Int:
-      return aoti_torch_dtype_int32();
-    default:
-      STD_TORCH_CHECK(false, "cbam_fused: no output has this dtype");
-  }
-}
-
-// A tensor to be written whole. torch::stable::new_empty, which looks its operator up by name, takes four
-// times as long, and a call makes ten of them.
-Tensor make(const std::vector<int64_t>& size, const std::vector<int64_t>& strides, ScalarType type) {
-  AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), strides.data(),
-                                                         code_of(type), aoti_torch_device_type_cpu(), 0,
-                                                         &made));
-  return Tensor(made);
-}
-Tensor make(const std::vector<int64_t>& size, ScalarType type) {
-  std::vector<int64_t> strides(size.size());
-  int64_t next = 1;
-  for (size_t d = size.size(); d-- > 0; next *= std::max<int64_t>(1, size[d])) strides[d] = next;
-  return make(size, strides, type);
-}
-std::vector<int64_t> sizes_of(const Tensor& t) {
-  std::vector<int64_t> size;
-  for (int64_t d = 0; d < t.dim(); ++d) size.push_back(t.size(d));
-  return size;
-}
-// With t's strides, as empty_like has them for a dense t.
-Tensor make_like(const Tensor& t) {
-  std::vector<int64_t> strides;
-  for (int64_t d = 0; d < t.dim(); ++d) strides.push_back(t.stride(d));
-  return make(sizes_of(t), strides, t.scalar_type());
 }
 
 double read_scalar(const Optional& t, double missing) {

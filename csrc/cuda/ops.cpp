@@ -6,20 +6,19 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <mutex>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "../tensors.h"
 #include "tiers.h"
 
 namespace cbam {
 namespace {
 
+using cbam_fused::sizes_of;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
@@ -49,12 +48,6 @@ bool is_channels_last(const Tensor& x) {
   return x.size(0) == 1 || x.stride(0) == expected;
 }
 
-std::vector<int64_t> sizes_of(const Tensor& t) {
-  std::vector<int64_t> sizes;
-  for (int64_t d = 0; d < t.dim(); ++d) sizes.push_back(t.size(d));
-  return sizes;
-}
-
 struct Options {
   int64_t pools, spatial, ties;
   bool residual;
@@ -75,7 +68,8 @@ class Call {
  public:
   Problem p{};
 
-  Call(const Tensor& x, const Options& o) : x_(x) {
+  Call(const Tensor& x, const Options& o)
+      : x_(x), place_{aoti_torch_device_type_cuda(), x.get_device_index()} {
     STD_TORCH_CHECK(x.dim() >= 3 && x.dim() <= 5, "cbam_fused: x must have 3 to 5 dimensions, got ", x.dim());
     p.dtype = dtype_of(x);
     accumulate_ = p.dtype == kFloat64 ? ScalarType::Double : ScalarType::Float;
@@ -116,6 +110,8 @@ class Call {
     check_device(t, name);
     return t.data_ptr();
   }
+  // A tensor of x's size, layout and dtype, to be written.
+  Tensor output() const { return cbam_fused::make_like(x_, place_); }
   // A saved tensor; its elements are of the accumulation dtype, or indices into `extent`.
   void* saved(const Tensor& t, int64_t count, const char* name, int64_t extent = 0) const {
     const ScalarType type = extent ? index_type(extent) : accumulate_;
@@ -128,11 +124,9 @@ class Call {
   static ScalarType index_type(int64_t extent) {
     return extent < kShortIndexExtent ? ScalarType::Short : ScalarType::Int;
   }
-  Tensor accumulate(std::vector<int64_t> sizes) const {
-    return torch::stable::new_empty(x_, sizes, accumulate_);
-  }
+  Tensor accumulate(std::vector<int64_t> sizes) const { return cbam_fused::make(sizes, accumulate_, place_); }
   Tensor indices(std::vector<int64_t> sizes, int64_t extent) const {
-    return torch::stable::new_empty(x_, sizes, index_type(extent));
+    return cbam_fused::make(sizes, index_type(extent), place_);
   }
   std::vector<int64_t> map_sizes(std::vector<int64_t> front) const {
     for (int64_t d = 2; d < x_.dim(); ++d) front.push_back(x_.size(d));
@@ -219,9 +213,9 @@ class Call {
 
   // The gradient of a weight, contiguous, in its shape and dtype; `part` is what uses the weight.
   Tensor gradient(const Optional& w, bool used, WeightGrad& grad) {
-    if (!w) return torch::stable::new_empty(x_, {0});
+    if (!w) return cbam_fused::make({0}, x_.scalar_type(), place_);
     if (!used || empty()) return torch::stable::new_zeros(*w, sizes_of(*w));
-    Tensor t = torch::stable::new_empty(*w, sizes_of(*w));
+    Tensor t = cbam_fused::make(sizes_of(*w), w->scalar_type(), place_);
     grad = {t.data_ptr(), w->scalar_type() != x_.scalar_type()};
     return t;
   }
@@ -252,6 +246,7 @@ class Call {
   }
 
   const Tensor& x_;
+  const cbam_fused::Place place_;
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
   ScalarType accumulate_;
   std::vector<Tensor> kept_;
@@ -266,7 +261,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_
   call.take_weights({w1, b1, w2, b2, conv_weight, conv_bias});
   call.take_norm({bn_weight, bn_bias, bn_mean, bn_var, bn_eps});
   call.enter_device();
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = call.output();
   call.p.y = y.data_ptr();
   Saved s = call.make_saved(save, save);
   Tensor gate = spatial ? call.map() : call.nothing();
@@ -296,7 +291,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   call.take_saved({pooled, pool_index, channel_gate, spatial_pool, spatial_index, hidden}, spatial_gate);
   p.dy = call.like_x(dy, "dy");
   call.enter_device();
-  Tensor dx = torch::stable::empty_like(x);
+  Tensor dx = call.output();
   p.dx = dx.data_ptr();
   const bool norm = spatial && bn_mean.has_value();
   Tensor dw1 = call.gradient(w1, pools, p.dw1), db1 = call.gradient(b1, pools && w1.has_value(), p.db1);
@@ -337,7 +332,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bac
   if (pools) p.dchannel_gate = call.saved(dchannel_gate, p.samples * p.channels, "dchannel_gate");
   p.dy = call.like_x(dy, "dy");
   call.enter_device();
-  Tensor dx = torch::stable::empty_like(x);
+  Tensor dx = call.output();
   p.dx = dx.data_ptr();
   Tensor dw1 = call.gradient(w1, pools, p.dw1), db1 = call.gradient(b1, pools && w1.has_value(), p.db1);
   Tensor dw2 = call.gradient(w2, pools, p.dw2), db2 = call.gradient(b2, pools, p.db2);
@@ -359,7 +354,7 @@ std::tuple<Tensor, Tensor> scale_forward(const Tensor& x, const Tensor& channel_
   if (p.pools) p.channel_gate = call.saved(channel_gate, p.samples * p.channels, "channel_gate");
   p.z = call.saved(z, call.map_elements(), "z");
   call.enter_device();
-  Tensor y = torch::stable::empty_like(x), gate = call.map();
+  Tensor y = call.output(), gate = call.map();
   p.y = y.data_ptr();
   p.spatial_gate = gate.data_ptr();
   call.run(kScaleForward);
