@@ -131,15 +131,16 @@ def test_threads(fused, threads, count, batch):
 # Channels and positions in several chunks, the last one short; in fewer chunks than threads; a map that ends within
 # a vector, and one of several tiles.
 @pytest.mark.parametrize(
-    "shape", [(1, 130, 14, 14), (3, 300, 7, 9), (5, 19, 30, 31), (1, 257, 61, 67)], ids=_id
+    "shape", [(1, 130, 14, 14), (1, 300, 7, 9), (1, 19, 30, 31), (1, 257, 61, 67)], ids=_id
 )
 @pytest.mark.parametrize(
     "name", ["plain", "norm-train", "norm-eval", "all-pools", "split", "channel-only", "light"]
 )
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.skipif(all(t.backend != "cpu" for t in FUSED), reason="the CPU kernels are not built")
-def test_threads_give_the_same_bits(threads, layout, name, shape):
-    """However many threads share a sample, and whichever of them comes first."""
+def test_threads_that_share_a_sample_give_the_same_bits(threads, layout, name, shape):
+    """However many they are, and whichever comes first. (In a batch, how many samples go through the MLP together
+    depends on the number of threads, and with it the order of its sums over lanes.)"""
     problem = make_problem(shape, OPTIONS[name], torch.float32, layout=layout)
     threads(1)
     alone = run_problem(problem, "cpu")
