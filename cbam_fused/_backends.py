@@ -12,6 +12,7 @@ from typing import Callable, Dict, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ._config import Config
 
@@ -185,8 +186,30 @@ def _refusal(b: Backend, x: Tensor, c: Config) -> Optional[str]:
     return reason
 
 
+def _plain_only() -> Optional[str]:
+    """Who takes this call for its operations and not for its result, and so can do nothing with a kernel.
+
+    torch.compile and torch.export are not among them: they know the ops by their schemas.
+    """
+    if torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling() and torch.onnx.is_in_onnx_export():
+            return "ONNX has plain operations alone"
+    elif torch._C._is_tracing():
+        return "torch.jit.trace, and ONNX export by way of it, record plain PyTorch operations alone"
+    elif torch._C._are_functorch_transforms_active():
+        return "the transforms of torch.func have rules for plain PyTorch operations alone"
+    elif forward_ad._current_level >= 0:
+        return "forward-mode AD has rules for plain PyTorch operations alone"
+    return None
+
+
 def select(name: str, x: Tensor, c: Config) -> str:
     """The backend that runs this call. "auto" never fails; a name that cannot run raises RuntimeError."""
+    plain_only = None if name == "reference" else _plain_only()
+    if plain_only is not None:
+        if name != "auto":
+            raise RuntimeError(f'backend="{name}" cannot run: {plain_only}; use "auto" or "reference"')
+        return "reference"
     if name == "auto":
         device = x.device.type
         for b in TABLE:

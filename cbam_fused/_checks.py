@@ -100,6 +100,8 @@ def check_input(x: object, channels: Optional[int], dims: Optional[int]) -> None
         raise TypeError(f"x must have dtype float32, float64, bfloat16 or float16, got {x.dtype}")
     if x.layout != torch.strided:
         raise TypeError(f"x must be a strided tensor, got layout {x.layout}")
+    if isinstance(x.shape[1], Tensor):
+        return  # torch.jit.trace: a comparison of sizes would be a constant of the trace
     if channels is not None and x.shape[1] != channels:
         raise ValueError(
             f"x must have {channels} channels in shape {wanted}, got {x.shape[1]} in {_shape(x)}"

@@ -62,7 +62,7 @@ def _beside(t: Optional[Tensor], x: Tensor) -> Optional[Tensor]:
 
 
 def _run_reference(x: Tensor, p: Parameters, c: Config, norm: Optional[Norm]) -> Tensor:
-    if x.numel() == 0:
+    if not torch.jit.is_tracing() and x.numel() == 0:
         # Nothing to pool; keep x and the parameters in the graph, so that they get zeros.
         anchors = [t.sum() * 0 for t in (*p, *_autograd._parameters(norm)) if t is not None]
         return x * 1 + sum(anchors).to(x.dtype) if anchors else x * 1

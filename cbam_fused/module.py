@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+import functools
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch.nn as nn
 from torch import Tensor
+from torch.fx import Proxy
 
 from . import _checks, functional, masks
 from ._config import Config, Parameters
@@ -14,23 +16,60 @@ _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
-def _refresh(module: nn.Module) -> Any:
-    """Runs the pre-hooks of a child whose tensors are read but whose forward is not called.
-
-    Pruning and the older weight and spectral norms recompute `weight` in such a hook.
-    """
-    for hook in module._forward_pre_hooks.values():
-        hook(module, ())
-    return module
-
-
 def _read(module: nn.Module, name: str) -> Any:
     """`module.name`, for a parameter most often: found where it is kept, which spares a tenth of a small call.
 
-    Parametrized, pruned and sharded modules keep it elsewhere, and are asked.
+    Parametrized, pruned and sharded modules keep it elsewhere, and are asked; dynamically quantized ones
+    hand it out by a method.
     """
     kept = module._parameters
-    return kept[name] if name in kept else getattr(module, name)
+    if name in kept:
+        return kept[name]
+    found = getattr(module, name)
+    if callable(found) and not isinstance(found, Tensor):
+        found = found()
+    return found.dequantize() if found is not None and found.is_quantized else found
+
+
+# Where torch keeps the layers that `quantize_dynamic` puts in a Linear's place.
+_DYNAMICALLY_QUANTIZED = "torch.ao.nn.quantized.dynamic."
+# Those of layers that are read and not called, so that whatever a forward of their own adds would be lost.
+_FORWARDS = tuple(kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+
+def _readable(layer: nn.Module, name: str) -> nn.Module:
+    """layer, its pre-hooks run; TypeError where its forward does more than its weight and bias say.
+
+    Pruning and the older weight and spectral norms recompute `weight` in such a hook.
+    """
+    kind = type(layer)
+    if kind.forward not in _FORWARDS and not kind.__module__.startswith(_DYNAMICALLY_QUANTIZED):
+        raise TypeError(
+            f"{name} must have the forward of nn.Linear or of a convolution, got a {kind.__module__}."
+            f"{kind.__name__}: its weights are read and its forward is not called, so what that adds would be "
+            "lost. Leave this layer out of what replaces layers (adapters, quantizers), or `unfuse` the model first"
+        )
+    for hook in layer._forward_pre_hooks.values():
+        hook(layer, ())
+    return layer
+
+
+def fx_leaf(forward: Callable) -> Callable:
+    """A module's forward(x) which torch.fx records as one call: its proxies have no shape to check or to choose by."""
+
+    @functools.wraps(forward)
+    def leaf(self: nn.Module, x: Any) -> Any:
+        if not isinstance(x, Proxy):
+            return forward(self, x)
+        path = x.tracer.path_of_module(self)
+        if not path:
+            raise TypeError(
+                f"torch.fx records a {type(self).__name__} as one call within a model, and it must not be the "
+                "model itself: trace nn.Sequential(block)"
+            )
+        return x.tracer.create_proxy("call_module", path, (x,), {})
+
+    return leaf
 
 
 def _check_dims(dims: object) -> None:
@@ -122,13 +161,14 @@ class ChannelGate(_Gates):
     def tensors(self) -> Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
         """w1, b1, w2, b2."""
         layers = self._modules
-        fc1, fc2 = layers.get("fc1"), _refresh(layers["fc2"])
+        fc1, fc2 = layers.get("fc1"), _readable(layers["fc2"], "fc2")
         second = _read(fc2, "weight"), _read(fc2, "bias")
         if fc1 is None:
             return (None, None, *second)
-        _refresh(fc1)
+        _readable(fc1, "fc1")
         return (_read(fc1, "weight"), _read(fc1, "bias"), *second)
 
+    @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
         _checks.check_input(x, self.channels, self.dims)
         return functional.run(x, Parameters(*self.tensors()), self.config, None, self.backend)
@@ -196,9 +236,10 @@ class SpatialGate(_Gates):
 
     def tensors(self) -> Tuple[Tensor, Optional[Tensor]]:
         """conv_weight, conv_bias."""
-        conv = _refresh(self._modules["conv"])
+        conv = _readable(self._modules["conv"], "conv")
         return _read(conv, "weight"), _read(conv, "bias")
 
+    @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
         _checks.check_input(x, None, self.dims)
         p = Parameters(None, None, None, None, *self.tensors())
@@ -323,6 +364,7 @@ class FusedCBAM(_Gates):
         norm = gate._modules.get("bn")
         return x, Parameters(*mlp, *gate.tensors()), self.config, norm, self.backend
 
+    @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
         if self.arrangement != "channel_first":
             return masks.arranged(self.arrangement, *self._arguments(x))

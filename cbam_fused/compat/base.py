@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _checks, functional, masks
 from .. import _config as cfg
 from .._config import Config, Parameters
-from ..module import _CONV, _NORM, ChannelGate, FusedCBAM, SpatialGate, _refresh
+from ..module import _CONV, _NORM, ChannelGate, FusedCBAM, SpatialGate, _read, _readable, fx_leaf
 from . import dialects
 
 Path = Tuple[str, ...]
@@ -113,22 +113,17 @@ class _Dialect:
         return (*self._dense(paths[0]), w2, b2)
 
     def _dense(self, path: Path) -> Tuple[Tensor, Optional[Tensor]]:
-        layer = _refresh(self._layer(path))
-        weight = layer.weight
-        if not isinstance(weight, Tensor):
-            raise TypeError(
-                f"{'.'.join(path)} must hold a weight tensor, got a {type(layer).__name__}: "
-                "quantise before fuse, or unfuse first"
-            )
-        return weight.flatten(1), layer.bias  # (C, h), a view of the 1x1 convolution's (C, h, 1, 1)
+        layer = _readable(self._layer(path), ".".join(path))
+        # (C, h), a view of the 1x1 convolution's (C, h, 1, 1)
+        return _read(layer, "weight").flatten(1), _read(layer, "bias")
 
     def _arguments(self, x: Tensor):
         spec = self._cbam
         _checks.check_input(x, spec.channels, spec.dims)
         weight = bias = None
         if spec.paths[2] is not None:
-            conv = _refresh(self._layer(spec.paths[2]))
-            weight, bias = conv.weight, conv.bias
+            conv = _readable(self._layer(spec.paths[2]), ".".join(spec.paths[2]))
+            weight, bias = _read(conv, "weight"), _read(conv, "bias")
         return (
             x,
             Parameters(*self._mlp(), weight, bias),
@@ -137,6 +132,7 @@ class _Dialect:
             spec.backend,
         )
 
+    @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
         return functional.run(*self._arguments(x))
 
@@ -166,6 +162,7 @@ class DialectSpatialGate(_Dialect, SpatialGate):
 class DialectChannelMask(_Dialect, ChannelGate):
     """A channel gate that returns the gate (N, C, 1, 1) and leaves the product to its caller."""
 
+    @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
         x, p, c, _, backend = self._arguments(x)
         gate = masks.channel_mask(x, p, c, backend)
@@ -175,6 +172,7 @@ class DialectChannelMask(_Dialect, ChannelGate):
 class DialectSpatialMask(_Dialect, SpatialGate):
     """A spatial gate that returns the gate (N, 1, H, W) and leaves the product to its caller."""
 
+    @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
         return masks.spatial_mask(*self._arguments(x))
 
