@@ -191,13 +191,13 @@ def _plain_only() -> Optional[str]:
 
     torch.compile and torch.export are not among them: they know the ops by their schemas.
     """
+    if torch._C._are_functorch_transforms_active():
+        return "the transforms of torch.func have rules for plain PyTorch operations alone"
     if torch.compiler.is_compiling():
         if not torch.compiler.is_dynamo_compiling() and torch.onnx.is_in_onnx_export():
             return "ONNX has plain operations alone"
     elif torch._C._is_tracing():
         return "torch.jit.trace, and ONNX export by way of it, record plain PyTorch operations alone"
-    elif torch._C._are_functorch_transforms_active():
-        return "the transforms of torch.func have rules for plain PyTorch operations alone"
     elif forward_ad._current_level >= 0:
         return "forward-mode AD has rules for plain PyTorch operations alone"
     return None

@@ -88,6 +88,8 @@ def test_export(target):
     x = torch.randn(2, 16, 7, 9, device=target.device)
     program = torch.export.export(module, (x,))
     torch.testing.assert_close(program.module()(x), module(x))
+    if target.backend != "reference":
+        assert f"cbam_fused_{target.backend}.cbam_forward" in str(program.graph)
     batch = torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(module, (x,), dynamic_shapes=({0: batch},))
     more = torch.randn(5, 16, 7, 9, device=target.device)
