@@ -24,6 +24,11 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif
+#if defined(__clang__)
+// As above; and of loops whose counters a lambda that they call moves on.
+#pragma clang diagnostic ignored "-Wpsabi"
+#pragma clang diagnostic ignored "-Wfor-loop-analysis"
+#endif
 
 #include "problem.h"
 #include "team.h"

@@ -261,8 +261,9 @@ CBAM_INLINE typename Lanes<A>::Int find_in_chunk(const Slots<A>& slots, int64_t 
   }
   if (last && slots.tail_count) {
     Tail<A> tag{slots};
-    VecInt<A> equal = only_fresh(value(slots.tail_start, tag) == splat<A>(max), tag, VecInt<A>{});
-    VecInt<A> at = equal ? iota<A>() + splat_int<A>(slots.tail_start) : far;
+    // Clang's comparison of doubles is a vector of another 64-bit integer, which only_fresh would not take.
+    const VecInt<A> same = value(slots.tail_start, tag) == splat<A>(max);
+    VecInt<A> at = only_fresh(same, tag, VecInt<A>{}) ? iota<A>() + splat_int<A>(slots.tail_start) : far;
     first = at < first ? at : first;
   }
   return min_lanes<A>(first);
@@ -424,7 +425,7 @@ void reduce_columns(const T* x, int64_t stride, int64_t r0, int64_t r1, const Sl
         VecInt<A> at = splat_int<A>(r + (R - 1) * step);
         for (int u = R - 2; u >= 0; --u) at = value[u] == top ? splat_int<A>(r + u * step) : at;
         if (step > 1 && any_equal(top, m)) {  // streams do not pass in the order of the rows
-          i = (top == m) & (at < i) ? at : i;
+          i = ((top == m) & (at < i)) ? at : i;
         }
         i = top > m ? at : i;
         m = greater_of(top, m);
