@@ -67,9 +67,12 @@ def attention_backward_kernel(
             mask = cmask[:, None] & pmask[None, :]
             at = tl.cast(tl.multiple_of(t * BC, BC), tl.int64) * SC
             v = tl.load(columns + at, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)  # [BC, BP]
-            g = tl.load(channel_gate + n * C + rc, mask=cmask, other=0.0)  # [BC]
-            dgate = through_maps(v, g, rc, key, dmean, dboth, SPLIT)
+            gated = v
+            if SPLIT:
+                gated *= tl.load(channel_gate + n * C + rc, mask=cmask, other=0.0)[:, None]  # [BC]
+            dgate = through_maps(v, gated, rc, key, dmean, dboth, SPLIT)
             if dgate_a is not None:
                 dgate += tl.load(dgate_a + n * C + rc, mask=cmask, other=0.0)  # [BC]
+                g = tl.load(channel_gate + n * C + rc, mask=cmask, other=0.0)  # [BC]
                 dgate *= g * (1.0 - g)
             tl.store(dgate_part + (n * tiles + tile) * C + rc, dgate, mask=cmask)  # [BC]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .input_gradient import column_gradients, stretch, write_gradient
+from .input_gradient import column_gradients, read_gradient, stretch, write_gradient
 from .mlp_backward import hidden_backward, pool_gradients, through_layer
 
 
@@ -120,6 +120,26 @@ def input_backward_kernel(
         cmask = rc < C
         for g in range(samples):
             n = n0 + g
+            at, mask, upstream, v = read_gradient(
+                dy,
+                x,
+                n,
+                t,
+                rp,
+                pmask,
+                lane,
+                spread,
+                C,
+                P,
+                POOLS,
+                SPATIAL,
+                SPLIT,
+                FLAT,
+                CHANNELS_LAST,
+                BC,
+                BP,
+                ACC,
+            )
             if SPATIAL:
                 if GB > 1:
                     s, dmean, dboth, key = _position_terms(
@@ -134,6 +154,6 @@ def input_backward_kernel(
                 else:
                     da, dm, dn, dlse = _load_pool_gradients(dpooled, n, rc, cmask, C, POOLS)
             write_gradient(
-                dy, x, dx, n, t, rp, pmask, lane, spread, compact, s, dmean, dboth, key, da, dm, dn, dlse,
-                channel_gate, pooled, pool_index, C, P, POOLS, SPATIAL, SPLIT, RESIDUAL, FLAT, CHANNELS_LAST, BC, BP, ACC,
+                dx, at, mask, upstream, v, n, t, rp, compact, s, dmean, dboth, key, da, dm, dn, dlse,
+                channel_gate, pooled, pool_index, C, P, POOLS, SPATIAL, SPLIT, RESIDUAL, FLAT, BC, BP,
             )  # fmt: skip

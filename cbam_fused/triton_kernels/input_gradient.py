@@ -19,10 +19,11 @@ def column_gradients(dpeak, dmean, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def through_maps(v, g, rc, key, dmean, dboth, SPLIT: tl.constexpr):
-    """v [BC, BP] of channels rc with gates g [BC], times what each element gets from the maps, by channel [BC]."""
+def through_maps(v, gated, rc, key, dmean, dboth, SPLIT: tl.constexpr):
+    """Sums [BC] of v [BC, BP], of channels rc, times what each element gets from the maps; gated, which only SPLIT
+    reads, is v times its channel's gate."""
     if SPLIT:
-        is_peak = v * g[:, None] == key[None, :]
+        is_peak = gated == key[None, :]
     else:
         is_peak = rc[:, None] == key[None, :]
     return tl.sum(v * tl.where(is_peak, dboth[None, :], dmean[None, :]), 1)
@@ -107,21 +108,17 @@ def _input_gradient(
 
 
 @triton.jit
-def write_gradient(
-    dy, x, dx, n, t, rp, pmask, lane, spread, compact, s, dmean, dboth, key, da, dm, dn, dlse,
-    channel_gate, pooled, pool_index, C, P,
-    POOLS: tl.constexpr, SPATIAL: tl.constexpr, SPLIT: tl.constexpr, RESIDUAL: tl.constexpr,
+def read_gradient(
+    dy, x, n, t, rp, pmask, lane, spread, C, P, POOLS: tl.constexpr, SPATIAL: tl.constexpr, SPLIT: tl.constexpr,
     FLAT: tl.constexpr, CHANNELS_LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dx of the t-th tile of channels of sample n at positions rp [1, BP]; da, dm, dn, dlse are [BC, 1], the other
-    terms [1, BP]; lane, spread and compact are those of `stretch`."""
+    """The t-th tile of channels of sample n at positions rp [1, BP]: where it is from the sample's start and what of it
+    there is, as memory has it; and dy and, where it is read, x, as a tile. lane and spread are those of `stretch`."""
     # Non-zero where x itself is read: by the pools lp and lse, and by maxima that are shared evenly.
     READS_X: tl.constexpr = POOLS // 4 % 4 + SPLIT * (POOLS // 2 % 2 + SPATIAL)
     SC = 1 if CHANNELS_LAST else P
     SP = C if CHANNELS_LAST else 1
     row = tl.arange(0, BC)[:, None]
-    rc = t * BC + row
-    cmask = rc < C
     if FLAT:
         # By elements, not by channels: whole vectors are then seen to be inside or outside.
         at = tl.multiple_of(t * BC * P, BC) + lane  # [BC * BP]
@@ -129,13 +126,25 @@ def write_gradient(
     else:
         at = rp.to(tl.int64) * SP + row.to(tl.int64) * SC  # [BC, BP]
         at += tl.cast(tl.multiple_of(t * BC, BC), tl.int64) * SC
-        mask = cmask & pmask
+        mask = (t * BC + row < C) & pmask
     upstream = _load_tile(dy + n * C * P, at, mask, spread, FLAT, BC, BP, ACC)  # [BC, BP]
     v = upstream
     if READS_X:
         v = _load_tile(x + n * C * P, at, mask, spread, FLAT, BC, BP, ACC)  # [BC, BP]
+    return at, mask, upstream, v
+
+
+@triton.jit
+def write_gradient(
+    dx, at, mask, upstream, v, n, t, rp, compact, s, dmean, dboth, key, da, dm, dn, dlse,
+    channel_gate, pooled, pool_index, C, P,
+    POOLS: tl.constexpr, SPATIAL: tl.constexpr, SPLIT: tl.constexpr, RESIDUAL: tl.constexpr,
+    FLAT: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """dx of a tile from what `read_gradient` found; da, dm, dn, dlse are [BC, 1], the other terms [1, BP]."""
+    rc = t * BC + tl.arange(0, BC)[:, None]
     out = _input_gradient(
-        upstream, v, cmask, n, rc, rp, s, dmean, dboth, key, da, dm, dn, dlse,
+        upstream, v, rc < C, n, rc, rp, s, dmean, dboth, key, da, dm, dn, dlse,
         channel_gate, pooled, pool_index, C, POOLS, SPATIAL, SPLIT, RESIDUAL,
     )  # fmt: skip
     if FLAT:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .conv_backward import map_gradients, norm_backward, taps_backward
-from .input_gradient import column_gradients, stretch, through_maps, write_gradient
+from .input_gradient import column_gradients, read_gradient, stretch, through_maps, write_gradient
 from .mlp_backward import pool_gradients, through_layer
 
 
@@ -88,7 +88,7 @@ def whole_backward_kernel(
                 dl = tl.load(dgate + n * C + rc, mask=cmask, other=0.0)  # [BC]
             if SPATIAL:
                 v = tl.load(x + at, mask=mask, other=0.0).to(ACC)  # [BC, BP]
-                dl += through_maps(v, g, rc, key, dmean, dboth, SPLIT)
+                dl += through_maps(v, v * g[:, None], rc, key, dmean, dboth, SPLIT)
                 if not GIVEN:
                     dl += tl.sum(tl.where(rt[:, None] == t, kept, 0.0), 0)
             elif not GIVEN:
@@ -127,9 +127,13 @@ def whole_backward_kernel(
                 du, 0, n, rc, rc < C, pooled, pool_index, C, P, POOLS, SPLIT, KP
             )
             da, dm, dn, dlse = da[:, None], dm[:, None], dn[:, None], dlse[:, None]
+        at, mask, upstream, v = read_gradient(
+            dy, x, n, t, rp[None, :], pmask[None, :], lane, spread, C, P,
+            POOLS, SPATIAL, SPLIT, FLAT, CHANNELS_LAST, BC, BP, ACC,
+        )  # fmt: skip
         write_gradient(
-            dy, x, dx, n, t, rp[None, :], pmask[None, :], lane, spread, compact, s, dmean, dboth, key, da, dm, dn, dlse,
-            channel_gate, pooled, pool_index, C, P, POOLS, SPATIAL, SPLIT, RESIDUAL, FLAT, CHANNELS_LAST, BC, BP, ACC,
+            dx, at, mask, upstream, v, n, t, rp[None, :], compact, s, dmean, dboth, key, da, dm, dn, dlse,
+            channel_gate, pooled, pool_index, C, P, POOLS, SPATIAL, SPLIT, RESIDUAL, FLAT, BC, BP,
         )  # fmt: skip
     if SPATIAL:
         # Last, when no sums for other loops take registers.
