@@ -114,7 +114,7 @@ def tune(report: Callable[[str], None] = print) -> List[Dict[str, object]]:
                     step = lambda: _step(x, weights, norm)  # noqa: B023, E731
                     wanted = step()
                     best = _milliseconds(step)
-                    for kernel in configurations.KERNELS:
+                    for kernel in configurations.kernels(size):
                         key = (kernel, device.generation, layout, size, itemsize)
                         first = pinned(*key)
                         for found in candidates(kernel, first):

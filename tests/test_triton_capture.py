@@ -97,6 +97,7 @@ CASES: Dict[str, Tuple[Tuple[int, ...], bool, Any, Config]] = {
     "small map": ((4, 512, 14, 14), True, None, Config()),
     "small map, one stretch": ((5, 320, 14, 14), False, None, Config(pools=19, spatial=3)),
     "tiny map, groups": ((6, 2048, 7, 7), False, None, Config()),
+    "tiny map, whole samples": ((128, 256, 7, 7), False, None, Config()),
     "one layer": ((3, 160, 7, 7), False, 0, Config(pools=1)),
     "channel gate": ((3, 160, 7, 7), True, None, Config(spatial=0)),
     "spatial gate": ((3, 160, 20, 20), False, None, Config(pools=0)),
@@ -153,7 +154,7 @@ def test_nothing_that_a_capture_forbids(name, ops, generation, no_waiting, monke
     if ops != "whole":
         allowed |= SUMS
     assert set(seen.names) <= allowed, sorted(set(seen.names) - allowed)
-    assert len(launches) >= 7
+    assert len(launches) >= (5 if "whole samples" in name else 7)
 
 
 @pytest.mark.parametrize("name,ops", RUNS)

@@ -22,8 +22,14 @@ from cbam_fused._config import Config
 from cbam_fused.triton_kernels import configurations
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
-# A map of each class whose size is a multiple of every vector, and whose blocks are all full.
-SHAPES = {"large": (16, 256, 56, 56), "small": (16, 1024, 16, 16), "tiny": (16, 2048, 8, 8)}
+# A map of each class whose size is a multiple of every vector, and whose blocks are all full; the last with samples
+# enough for a program each.
+SHAPES = {
+    "large": (16, 256, 56, 56),
+    "small": (16, 1024, 16, 16),
+    "tiny": (16, 2048, 8, 8),
+    "samples": (128, 2048, 8, 8),
+}
 OTHERS = (
     Config(pools=15, spatial=2, ties=1, residual=True),
     Config(pools=19, spatial=3),
@@ -38,6 +44,7 @@ READERS = {
     "scale_backward_kernel",
     "attention_backward_kernel",
     "input_backward_kernel",
+    "whole_backward_kernel",
 }
 
 
@@ -71,17 +78,22 @@ def test_every_configuration(target):
 
 
 def test_other_options():
-    shapes = (SHAPES["large"], SHAPES["tiny"])
+    shapes = (SHAPES["large"], SHAPES["tiny"], SHAPES["samples"])
     check(launches("sm_90", (torch.bfloat16,), OTHERS, shapes), "sm_90")
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_odd_maps(target):
     """Where rows of a map end within vectors: no spills, and what takes them as one stretch has whole vectors."""
-    dtypes, shapes = (torch.bfloat16, torch.float32), ((32, 65, 7, 7), (32, 2048, 7, 7), (32, 1024, 14, 14))
+    dtypes = (torch.bfloat16, torch.float32)
+    shapes = ((32, 65, 7, 7), (32, 2048, 7, 7), (128, 65, 7, 7), (128, 2048, 7, 7), (32, 1024, 14, 14))
     some = launches(target, dtypes, shapes=shapes)
     stretches = [launch for launch in some if launch.meta.get("FLAT")]
-    assert {launch.name for launch in stretches} == {"scale_forward_kernel", "input_backward_kernel"}
+    assert {launch.name for launch in stretches} == {
+        "scale_forward_kernel",
+        "input_backward_kernel",
+        "whole_backward_kernel",
+    }
     check([launch for launch in stretches if launch.meta["CV"] > 1], target, wide=True)
     # The other kernels differ little between devices.
     if target == "sm_90":
@@ -92,9 +104,9 @@ def test_every_row_is_launched():
     """The tests above miss no row: each answers some look-up that they make."""
     answered = set()
     for generation in DEVICES:
-        for kernel in configurations.KERNELS:
-            for layout in ("contiguous", "channels_last"):
-                for size in configurations.MAPS:
+        for size in configurations.MAPS:
+            for kernel in configurations.kernels(size):
+                for layout in ("contiguous", "channels_last"):
                     for itemsize in (2, 4, 8):
                         found = configurations._look_up(kernel, generation, layout, size, itemsize)
                         answered.add((kernel, tuple(found.meta.items()), found.warps, found.fill))
@@ -104,7 +116,7 @@ def test_every_row_is_launched():
 
 
 def test_interpreter_has_a_row_for_everything():
-    for kernel in configurations.KERNELS:
-        for size in configurations.MAPS:
+    for size in configurations.MAPS:
+        for kernel in configurations.kernels(size):
             for itemsize in (2, 4, 8):
                 assert configurations._look_up(kernel, "interpreter", "contiguous", size, itemsize)

@@ -36,6 +36,13 @@ CASES = {
         True,
         Config(ties=cfg.TIES_SPLIT, residual=True),
     ),
+    "tiny map, whole samples": ((54, 72, 7, 7), torch.bfloat16, False, Config()),
+    "tiny map, whole samples, channels-last": (
+        (54, 72, 5, 5),
+        torch.float32,
+        True,
+        Config(pools=15, ties=cfg.TIES_SPLIT, residual=True),
+    ),
 }
 
 
@@ -89,6 +96,7 @@ def test_compiled_kernels(name):
 BYTES = {
     "ResNet-50's second stage": ((8, 256, 56, 56), False),
     "ResNet-50's fourth stage": ((32, 1024, 14, 14), False),
+    "ResNet-50's last stage": ((64, 2048, 7, 7), True),
 }
 
 

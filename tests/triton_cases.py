@@ -20,7 +20,15 @@ from triton_recording import DEVICES, make_inputs, recording, run_ops, run_split
 from cbam_fused import FusedCBAM, _autograd, cbam, masks
 from cbam_fused import _config as cfg
 from cbam_fused._config import Config, Parameters
-from cbam_fused.triton_kernels import arguments, configurations, covers, launchers, load, problem
+from cbam_fused.triton_kernels import (
+    arguments,
+    configurations,
+    covers,
+    launch_backward,
+    launchers,
+    load,
+    problem,
+)
 from cbam_fused.triton_kernels.configurations import Device
 
 DEVICE = "cuda" if torch.cuda.is_available() and not configurations.interpreting() else "cpu"
@@ -35,6 +43,13 @@ def poisoned():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["a program a sample", "launches that share samples"])
+def each_backward(request, monkeypatch):
+    """Tiny maps have a backward of their own, where there are samples enough; one multiprocessor always has."""
+    if request.param != "a program a sample":
+        monkeypatch.setattr(launch_backward, "_whole_samples", lambda pr: None)
 
 
 def layout_of(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
@@ -209,6 +224,48 @@ def test_options(name):
     Case((2, 12, 9, 11), torch.float32, **OPTIONS[name]).check()
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_with_a_program_a_sample(name, channels_last):
+    """Two tiles of channels, the last of which ends within it."""
+    with recording(run=True) as launches:
+        Case((2, 70, 7, 6), torch.float32, channels_last=channels_last, **OPTIONS[name]).check()
+    assert "whole_backward_kernel" in {launch.name for launch in launches}
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_tiny_maps_of_few_samples(dtype, channels_last, monkeypatch):
+    if DEVICE == "cpu":
+        monkeypatch.setattr(configurations, "describe", lambda _: DEVICES["sm_90"])
+    with recording(run=True) as launches:
+        Case((2, 65, 9, 5), dtype, channels_last=channels_last).check()
+    assert "whole_backward_kernel" not in {launch.name for launch in launches}
+
+
+# What a table row holds at least, and one more of each: positions, channels, hidden units, one layer, samples.
+LIMITS = {
+    (53, 2048, 8, 8): (128, True),
+    (53, 2048, 5, 13): (128, False),
+    (53, 2049, 8, 8): (128, False),
+    (53, 2048, 8, 7): (129, False),
+    (53, 128, 8, 7): (0, True),
+    (53, 129, 8, 8): (0, False),
+    (52, 2048, 8, 8): (128, False),
+}
+
+
+@pytest.mark.parametrize("shape", LIMITS, ids=str)
+def test_which_samples_have_a_program_each(shape):
+    hidden, whole = LIMITS[shape]
+    x, weights, bn = make_inputs(shape, torch.bfloat16, hidden=hidden)
+    with recording(DEVICES["sm_90"]) as launches:
+        run_ops(x, weights, bn, Config())
+    assert (launches[3].name == "whole_backward_kernel") == whole
+    assert len(launches) == (5 if whole else 8)
+
+
+@pytest.mark.usefixtures("each_backward")
 @pytest.mark.parametrize(
     "shape,kernel", [((2, 6, 37), 7), ((2, 6, 3, 5, 4), 3), ((1, 5, 4, 3, 5), (1, 3, 5))], ids=str
 )
@@ -256,6 +313,7 @@ def test_splits_of_a_large_device(name, monkeypatch):
     Case(shape, torch.float32, channels_last=channels_last, kernel=3, **options).check()
 
 
+@pytest.mark.usefixtures("each_backward")
 def test_chunks_equal_the_whole_batch(monkeypatch):
     """Results do not depend on how a batch is cut, and the weights' gradients cover all of it."""
     x, weights, bn = make_inputs((5, 8, 6, 5), torch.float32, hidden=3, kernel=(3, 3), device="cpu")
@@ -290,6 +348,7 @@ def hostile(kind: str) -> torch.Tensor:
     return x
 
 
+@pytest.mark.usefixtures("each_backward")
 @pytest.mark.parametrize("pools", [("avg", "max"), ("max",), ("max", "lp", "lse"), None], ids=str)
 @pytest.mark.parametrize("kind", ["nan", "inf", "-inf", "both infinities", "a channel of -inf"])
 @pytest.mark.parametrize("ties", ["first", "split"])
@@ -301,6 +360,7 @@ def test_nan_and_infinity_go_where_the_reference_sends_them(kind, pools, ties):
         torch.testing.assert_close(got[name], want[name], rtol=1e-9, atol=1e-9, equal_nan=True)
 
 
+@pytest.mark.usefixtures("each_backward")
 @pytest.mark.parametrize("ties", ["first", "split"])
 @pytest.mark.parametrize("pools", [("avg", "max"), None], ids=str)
 @pytest.mark.parametrize("value", [0.0, -1.0])
@@ -321,15 +381,17 @@ def test_first_nan_is_the_index():
     assert (forward[5] == 0).all()
 
 
+@pytest.mark.parametrize("shape", [(2, 33, 9, 13), (2, 70, 7, 7)], ids=str)
 @pytest.mark.parametrize("config", [Config(), Config(ties=cfg.TIES_SPLIT, pools=15)], ids=str)
-def test_the_same_bits_twice(config):
-    x, weights, bn = make_inputs((2, 33, 9, 13), torch.float32, config, hidden=5, device="cpu")
+def test_the_same_bits_twice(config, shape):
+    x, weights, bn = make_inputs(shape, torch.float32, config, hidden=5, device="cpu")
     x, weights, bn = x.to(DEVICE), [t.to(DEVICE) for t in weights], [t.to(DEVICE) for t in bn]
     once, again = (run_ops(x, weights, bn, config, dy=x * 0.5) for _ in range(2))
     for a, b in zip(itertools.chain(*once), itertools.chain(*again)):
         assert torch.equal(a, b)
 
 
+@pytest.mark.usefixtures("each_backward")
 @pytest.mark.parametrize(
     "options",
     [
@@ -354,6 +416,7 @@ def test_gradcheck(options):
     assert torch.autograd.gradcheck(f, inputs, fast_mode=True)
 
 
+@pytest.mark.usefixtures("each_backward")
 def test_slices_expanded_gradients_and_strange_strides():
     base = Case((2, 9, 6, 8))
     big = torch.randn(3, 12, 7, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -372,6 +435,7 @@ def test_slices_expanded_gradients_and_strange_strides():
         torch.testing.assert_close(grads[0], grads[1], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.usefixtures("each_backward")
 def test_unaligned_storage():
     """A contiguous x that starts one element into its storage must not be read in whole vectors."""
     x, weights, bn = make_inputs((2, 8, 4, 8), torch.float16, hidden=2, kernel=(3, 3), device="cpu")
@@ -390,6 +454,7 @@ def test_channels_last_weights():
     case.check()
 
 
+@pytest.mark.usefixtures("each_backward")
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("pools", [3, 19], ids=["avg, max", "light"])
 def test_a_channel_gate_alone(pools, channels_last):
@@ -397,6 +462,7 @@ def test_a_channel_gate_alone(pools, channels_last):
     check_mask(lambda x, p, backend: masks.channel_mask(x, p, Config(pools=pools), backend), channels_last)
 
 
+@pytest.mark.usefixtures("each_backward")
 @pytest.mark.parametrize("norm", [None, nn.BatchNorm2d(1).double()], ids=["no norm", "norm in training"])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_a_spatial_gate_alone(norm, channels_last):
@@ -449,10 +515,13 @@ LAUNCHES = {
 }
 
 
+@pytest.mark.parametrize("samples", [2, 64])
 @pytest.mark.parametrize("name", LAUNCHES)
-def test_launches(name):
+def test_launches(name, samples):
     config, forward, backward = LAUNCHES[name]
-    x, weights, bn = make_inputs((2, 16, 8, 8), torch.float32, config)
+    if samples == 64:
+        backward = 2
+    x, weights, bn = make_inputs((samples, 16, 8, 8), torch.float32, config)
     with recording(DEVICES["sm_90"]) as launches:
         run_ops(x, weights, bn, config, backward=False)
         assert len(launches) == forward
@@ -460,8 +529,9 @@ def test_launches(name):
     assert len(launches) == 2 * forward + backward
 
 
-def test_launches_of_a_norm_in_training():
-    x, weights, _ = make_inputs((2, 16, 8, 8), torch.float32)
+@pytest.mark.parametrize("samples,backward", [(2, 4), (64, 2)])
+def test_launches_of_a_norm_in_training(samples, backward):
+    x, weights, _ = make_inputs((samples, 16, 8, 8), torch.float32)
     options = (cfg.AVG | cfg.MAX, cfg.SPATIAL_MAX_MEAN, cfg.TIES_FIRST)
     with recording(DEVICES["sm_90"]) as launches:
         z, *saved = launchers.attention_forward(x, *weights, *options, True)
@@ -471,7 +541,7 @@ def test_launches_of_a_norm_in_training():
         dz, dgate = launchers.scale_backward(x, x, saved[2], s)
         assert len(launches) == 5
         launchers.attention_backward(x, x, *weights, *saved, s, dz, dgate, *options, False)
-        assert len(launches) == 9
+        assert len(launches) == 5 + backward
 
 
 def test_nothing_is_saved_for_inference():

@@ -9,7 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device_functions import convolve_transposed, divide, folded_norm, sum_parts
+from .conv_backward import map_gradients
+from .device_functions import sum_parts
+from .input_gradient import column_gradients, through_maps
 
 
 @triton.jit(do_not_specialize=["c_units", "p_units", "parts", "splits", "split_tiles", "D", "H", "W"])
@@ -48,26 +50,16 @@ def attention_backward_kernel(
         my_dz = merged + pid.to(tl.int64) * P
         tl.store(my_dz + rm, ds, mask=rm < P)  # [MB]
         tl.debug_barrier()
-    dpeak, dmean = convolve_transposed(
-        my_dz, conv_weight, rp, pmask, D, H, W, KD, KH, KW, SPATIAL == 2, SPATIAL == 3, ACC, BP
-    )
-    scale, _, _, _ = folded_norm(bn_weight, bn_bias, bn_mean, bn_var, BN_EPS, ACC)
-    # Zero beyond the map, where an infinite weight would otherwise put a NaN into the sums.
-    dpeak = tl.where(pmask, dpeak * scale, 0.0)
-    dmean = tl.where(pmask, divide(dmean * scale, C.to(ACC)), 0.0)
-    found = tl.load(spatial_index + n * P + rp, mask=pmask, other=1).to(tl.int32)  # [BP]
-    if SPLIT:
-        dpeak = divide(dpeak, found.to(ACC))
-        peak = tl.load(spatial_pool + n * 2 * P + rp, mask=pmask, other=0.0)  # [BP]
+    dpeak, dmean, key = map_gradients(
+        my_dz, n, rp, pmask, spatial_pool, spatial_index, conv_weight, bn_weight, bn_bias, bn_mean, bn_var,
+        C, P, D, H, W, BN_EPS, KD, KH, KW, SPATIAL, SPLIT, BP, ACC,
+    )  # fmt: skip
     write = pmask & (split == 0)
     tl.store(dmaps + n * 2 * P + rp, dpeak, mask=write)  # [BP]
     tl.store(dmaps + n * 2 * P + P + rp, dmean, mask=write)  # [BP]
     if dgate_part is not None:
         row = tl.arange(0, BC)
-        dboth = dmean + dpeak
-        if SPLIT:
-            # As in the last launch: a masked product, not a choice, carries a NaN everywhere.
-            dmean += dpeak * 0.0
+        dmean, dboth = column_gradients(dpeak, dmean, SPLIT)
         columns = x + n * C * P + rp.to(tl.int64)[None, :] * SP + row.to(tl.int64)[:, None] * SC  # [BC, BP]
         for t in range(split * split_tiles, tl.minimum((split + 1) * split_tiles, tl.cdiv(C, BC))):
             rc = t * BC + row
@@ -75,16 +67,10 @@ def attention_backward_kernel(
             mask = cmask[:, None] & pmask[None, :]
             at = tl.cast(tl.multiple_of(t * BC, BC), tl.int64) * SC
             v = tl.load(columns + at, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)  # [BC, BP]
+            gated = v
             if SPLIT:
-                if channel_gate is not None:
-                    g = tl.load(channel_gate + n * C + rc, mask=cmask, other=0.0)  # [BC]
-                    is_peak = v * g[:, None] == peak[None, :]
-                else:
-                    is_peak = v == peak[None, :]
-            else:
-                is_peak = rc[:, None] == found[None, :]
-            through = v * tl.where(is_peak, dboth[None, :], dmean[None, :])
-            dgate = tl.sum(through, 1)
+                gated *= tl.load(channel_gate + n * C + rc, mask=cmask, other=0.0)[:, None]  # [BC]
+            dgate = through_maps(v, gated, rc, key, dmean, dboth, SPLIT)
             if dgate_a is not None:
                 dgate += tl.load(dgate_a + n * C + rc, mask=cmask, other=0.0)  # [BC]
                 g = tl.load(channel_gate + n * C + rc, mask=cmask, other=0.0)  # [BC]

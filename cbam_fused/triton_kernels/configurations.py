@@ -40,6 +40,13 @@ KERNELS = (
     "input_backward",
     "weights_backward",
 )
+# Beside these, on tiny maps alone. First in `kernels`, as its row decides which of the others run.
+TINY_KERNELS = ("whole_backward",)
+
+
+def kernels(size: str) -> Tuple[str, ...]:
+    """Those that a map of this class is given to."""
+    return (*TINY_KERNELS, *KERNELS) if size == "tiny" else KERNELS
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,28 @@
 """Launchers of the backward: four launches for each chunk of samples that L2 holds, and one for the batch.
 
-Without a spatial gate there is one launch less for each chunk.
+Without a spatial gate there is one launch less for each chunk. Where a program can take a whole sample, and there are
+samples enough for the device, one launch takes the place of all four.
 """
 
 from __future__ import annotations
 
-from typing import Optional, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from . import arguments as given
+from . import configurations
 from . import problem as pb
 from .arguments import NO_NORM, Norm, dense_input, map_splits, part_of, present, weights_of
 from .attention_backward import attention_backward_kernel
+from .configurations import Configuration
 from .input_backward import input_backward_kernel
 from .problem import Problem, cdiv
 from .sample_backward import sample_backward_kernel
 from .scale_backward import scale_backward_kernel
 from .weights_backward import weights_backward_kernel
+from .whole_backward import whole_backward_kernel
 
 # Of the third launch's programs: the convolution's jobs run beside the MLP's.
 MLP_FILL = 0.5
@@ -67,11 +71,26 @@ def scale_backward(dy, x, channel_gate, spatial_gate):
     return dz, torch.zeros_like(channel_gate) if part is None else part.sum(1)
 
 
+def _whole_samples(pr: Problem) -> Optional[Configuration]:
+    """With which a program takes a sample through the backward by itself; None where that is left to several.
+
+    A tile must cover the map, and registers all channels and hidden units: of a larger layer, each sample would
+    read more by itself than launches cost. And with few samples most of the device would be idle.
+    """
+    if configurations.map_class(pr.p) != "tiny":
+        return None
+    found, device = pr.tile("whole_backward", MC=pr.c, MH=max(1, pr.hidden))
+    extents = {"BP": pr.p, "MC": pr.c, "MH": pr.hidden}
+    covered = all(found.meta[name] >= extent for name, extent in extents.items())
+    return found if covered and pr.n >= found.fill * device.multiprocessors else None
+
+
 class _Gradients:
     """Weight gradients, their inputs for the last launch, and which samples filled them."""
 
     def __init__(self, x: Tensor, pr: Problem, mlp, conv, norm: Norm):
         self.pr, self.mlp, self.conv, self.norm = pr, mlp, conv, norm
+        self.whole = _whole_samples(pr)
 
         def like(t: Optional[Tensor], used: int) -> Optional[Tensor]:
             # A gate that is switched off may have its weights all the same, and no launch fills theirs.
@@ -90,7 +109,8 @@ class _Gradients:
         if pr.spatial:
             found, device = self.small_jobs(pr.n)
             steps = cdiv(pr.p, found.meta["BQ"])
-            self.segments, self.segment_tiles = pb.split_loop(pr.n, steps, found.fill, device)
+            fill = 0 if self.whole is not None else found.fill
+            self.segments, self.segment_tiles = pb.split_loop(pr.n, steps, fill, device)
             self.dtaps = acc(pr.n, self.segments, pr.planes * pr.taps)
             self.sums = acc(pr.n, self.segments, 2)
 
@@ -100,6 +120,10 @@ class _Gradients:
         return pr.configuration(
             "sample_backward", MC=pr.c, HB=max(1, pr.hidden), GB=group, TB=pr.taps, BQ=pr.p
         )
+
+    def chunks(self, x: Tensor) -> List[slice]:
+        """Samples that launches share; none where each has a program."""
+        return [] if self.whole is not None else given.chunks(self.pr, x, 3)
 
     def zero(self) -> None:
         for t in (self.dw1, self.db1, self.dw2, self.db2, *self.dconv, *self.dnorm):
@@ -135,6 +159,30 @@ class _Gradients:
     def outputs(self, x: Tensor, count: int) -> Tuple[Tensor, ...]:
         found = (self.dw1, self.db1, self.dw2, self.db2, *self.dconv, *self.dnorm)[:count]
         return tuple(x.new_empty(0) if t is None else t for t in found)
+
+
+def _whole_backward_launch(
+    dy: Tensor, x: Tensor, dx: Tensor, grads: _Gradients, found: Configuration, saved, spatial_gate: Optional[Tensor],
+    dz: Optional[Tensor], dgate: Optional[Tensor], residual: bool,
+) -> None:  # fmt: skip
+    """All but the weights' launch, of the whole batch; dz and dgate are given, or both None and found here."""
+    pr, u = grads.pr, grads.pr.units
+    pooled, pool_index, gate, spatial_pool, spatial_index, hidden = saved
+    w1, _, w2, _ = grads.mlp
+    *bn, eps = grads.norm
+    known = dz is not None or dgate is not None
+    if pr.spatial and not known:
+        dz = torch.empty_like(spatial_gate)
+    pb.launch(
+        whole_backward_kernel,
+        pr.n,
+        (dy, x, dx, gate, spatial_gate, pooled, pool_index, spatial_pool, spatial_index, hidden, dz, dgate, w1, w2,
+         *grads.conv, *bn, grads.dlogits, grads.dhidden, grads.dtaps, grads.sums, u["c_units"], u["p_units"], pr.hidden,
+         pr.d, pr.h, pr.w),
+        dict(BN_EPS=eps, POOLS=pr.pools, SPATIAL=pr.spatial, SPLIT=pr.split(), RESIDUAL=residual, GIVEN=known,
+             FLAT=pr.flat(found), **pr.taps_meta(), **pr.layout(), **found.meta),
+        found.warps,
+    )  # fmt: skip
 
 
 def _attention_backward_chunk(
@@ -234,7 +282,9 @@ def cbam_backward(
         grads.zero()
         return (dx, *grads.outputs(x, 8))
     with pb.on_device(x):
-        for rows in given.chunks(pr, x, 3):
+        if grads.whole is not None:
+            _whole_backward_launch(dy, x, dx, grads, grads.whole, saved, gate, None, None, residual)
+        for rows in grads.chunks(x):
             own = [part_of(t, rows) for t in saved]
             dz = ds = part = None
             if pools or spatial:
@@ -261,9 +311,11 @@ def attention_backward(
     if not x.numel():
         grads.zero()
         return (dx, *grads.outputs(x, 6))
-    dgate = None if dgate is None else dgate.unsqueeze(1)  # (N, 1, C): a single, complete part
     with pb.on_device(x):
-        for rows in given.chunks(pr, x, 3):
+        if grads.whole is not None:
+            _whole_backward_launch(dy, x, dx, grads, grads.whole, saved, gate, dz, dgate, residual)
+        dgate = None if dgate is None else dgate.unsqueeze(1)  # (N, 1, C): a single, complete part
+        for rows in grads.chunks(x):
             _attention_backward_chunk(
                 dy[rows], x[rows], dx[rows], grads, [part_of(t, rows) for t in saved], part_of(gate, rows),
                 part_of(dz, rows), None, part_of(dgate, rows), rows, residual,

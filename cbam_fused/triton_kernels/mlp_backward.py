@@ -1,4 +1,4 @@
-"""The MLP's backward from its hidden layer on, for the third launch and the fourth.
+"""The MLP's backward from its hidden layer on, for the third launch and the fourth, or the one that takes their place.
 
 The third does it where one of its jobs has all channels of a sample; else the fourth does, each of its
 programs for the channels that it owns, and nothing of the pools' size goes through memory.
@@ -35,14 +35,15 @@ def hidden_backward(
 
 @triton.jit
 def through_layer(
-    w, dout, samples, outs, C, rc, cmask,
+    w, dout, before, samples, outs, C, rc, cmask,
     SHARED: tl.constexpr, RUNS: tl.constexpr, KP: tl.constexpr, GB: tl.constexpr,
     HB: tl.constexpr, B: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """w^T dout at channels rc -> [GB * KP, B], row g * KP + k for run k of the g-th of `samples` samples.
 
     w [outs, C] is the layer that read the pools, and dout its output's gradient: [samples, RUNS, outs], or
-    [samples, outs] with SHARED, for a gate of one layer. A tile of w serves all samples.
+    [samples, outs] with SHARED, where all runs have the same. before [samples, RUNS, outs], or None: what the ReLU
+    behind the layer saw, where dout is the gradient behind it. A tile of w serves all samples.
     """
     row = tl.arange(0, GB * KP)
     rows = (row < samples * KP) & (row % KP < RUNS)
@@ -55,6 +56,10 @@ def through_layer(
         tile = tl.load(w + at, mask=imask[:, None] & cmask[None, :], other=0.0).to(ACC)  # [HB, B]
         at = start[:, None] + ri[None, :]
         d = tl.load(dout + at, mask=rows[:, None] & imask[None, :], other=0.0)  # [GB * KP, HB]
+        if before is not None:
+            at = ((row // KP * RUNS + row % KP) * outs)[:, None] + ri[None, :]
+            seen = tl.load(before + at, mask=rows[:, None] & imask[None, :], other=0.0)  # [GB * KP, HB]
+            d = tl.where(seen <= 0.0, 0.0, d)
         du += tl.sum(tile[None, :, :] * d[:, :, None], 1)
     return du
 

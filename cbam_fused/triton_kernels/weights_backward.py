@@ -1,7 +1,7 @@
-"""Fifth launch of the backward: every weight gradient, summed over the batch in a fixed order.
+"""Last launch of the backward: every weight gradient, summed over the batch in a fixed order.
 
 Two roles by program: a tile of dW1 or dW2, as a sum of outer products; or the small sums over samples
-that `sample_backward` prepared for the convolution and the norm.
+that a launch before prepared for the convolution and the norm.
 """
 
 from __future__ import annotations
