@@ -186,19 +186,27 @@ def _refusal(b: Backend, x: Tensor, c: Config) -> Optional[str]:
     return reason
 
 
+# Neither has a public name; where a later PyTorch has others, its own errors say what it cannot do.
+_in_functorch = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+def _in_forward_mode() -> bool:
+    return getattr(forward_ad, "_current_level", -1) >= 0
+
+
 def _plain_only() -> Optional[str]:
     """Who takes this call for its operations and not for its result, and so can do nothing with a kernel.
 
     torch.compile and torch.export are not among them: they know the ops by their schemas.
     """
-    if torch._C._are_functorch_transforms_active():
+    if _in_functorch():
         return "the transforms of torch.func have rules for plain PyTorch operations alone"
     if torch.compiler.is_compiling():
         if not torch.compiler.is_dynamo_compiling() and torch.onnx.is_in_onnx_export():
             return "ONNX has plain operations alone"
-    elif torch._C._is_tracing():
+    elif torch.jit.is_tracing():
         return "torch.jit.trace, and ONNX export by way of it, record plain PyTorch operations alone"
-    elif forward_ad._current_level >= 0:
+    elif _in_forward_mode():
         return "forward-mode AD has rules for plain PyTorch operations alone"
     return None
 

@@ -43,10 +43,11 @@ def _readable(layer: nn.Module, name: str) -> nn.Module:
     Pruning and the older weight and spectral norms recompute `weight` in such a hook.
     """
     kind = type(layer)
-    if kind.forward not in _FORWARDS and not kind.__module__.startswith(_DYNAMICALLY_QUANTIZED):
+    own = "forward" in layer.__dict__ or kind.forward not in _FORWARDS
+    if own and not kind.__module__.startswith(_DYNAMICALLY_QUANTIZED):
         raise TypeError(
             f"{name} must have the forward of nn.Linear or of a convolution, got a {kind.__module__}."
-            f"{kind.__name__}: its weights are read and its forward is not called, so what that adds would be "
+            f"{kind.__name__} with its own: its weights are read and its forward is not called, so what that adds would be "
             "lost. Leave this layer out of what replaces layers (adapters, quantizers), or `unfuse` the model first"
         )
     for hook in layer._forward_pre_hooks.values():

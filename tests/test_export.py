@@ -159,10 +159,20 @@ def test_a_layer_that_does_more_is_refused(path):
     with pytest.raises(TypeError) as error:
         module(torch.randn(INPUT))
     assert str(error.value) == (
-        f"{path.split('.')[1]} must have the forward of nn.Linear or of a convolution, got a {__name__}.Adapter: "
-        "its weights are read and its forward is not called, so what that adds would be lost. Leave this layer "
+        f"{path.split('.')[1]} must have the forward of nn.Linear or of a convolution, got a {__name__}.Adapter "
+        "with its own: its weights are read and its forward is not called, so what that adds would be lost. Leave this layer "
         "out of what replaces layers (adapters, quantizers), or `unfuse` the model first"
     )
+
+
+def test_a_layer_whose_forward_was_replaced_is_refused():
+    module = FusedCBAM(16, 4)
+    layer = module.channel_gate.fc1
+    layer.forward = lambda x: 2 * nn.functional.linear(x, layer.weight, layer.bias)
+    with pytest.raises(
+        TypeError, match=r"^fc1 must have .*, got a torch\.nn\.modules\.linear\.Linear with its own"
+    ):
+        module(torch.randn(INPUT))
 
 
 def test_a_layer_that_does_more_is_refused_in_a_dialect():
