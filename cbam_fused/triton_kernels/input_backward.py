@@ -121,25 +121,8 @@ def input_backward_kernel(
         for g in range(samples):
             n = n0 + g
             at, mask, upstream, v = read_gradient(
-                dy,
-                x,
-                n,
-                t,
-                rp,
-                pmask,
-                lane,
-                spread,
-                C,
-                P,
-                POOLS,
-                SPATIAL,
-                SPLIT,
-                FLAT,
-                CHANNELS_LAST,
-                BC,
-                BP,
-                ACC,
-            )
+                dy, x, n, t, rp, pmask, lane, spread, C, P, POOLS, SPATIAL, SPLIT, FLAT, CHANNELS_LAST, BC, BP, ACC
+            )  # fmt: skip
             if SPATIAL:
                 if GB > 1:
                     s, dmean, dboth, key = _position_terms(
