@@ -49,7 +49,7 @@ def poisoned():
 def each_backward(request, monkeypatch):
     """Tiny maps have a backward of their own, where there are samples enough; one multiprocessor always has."""
     if request.param != "a program a sample":
-        monkeypatch.setattr(launch_backward, "_whole_samples", lambda pr: None)
+        monkeypatch.setattr(launch_backward, "_whole_samples", lambda pr, x: None)
 
 
 def layout_of(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
@@ -263,6 +263,19 @@ def test_which_samples_have_a_program_each(shape):
         run_ops(x, weights, bn, Config())
     assert (launches[3].name == "whole_backward_kernel") == whole
     assert len(launches) == (5 if whole else 8)
+
+
+@pytest.mark.parametrize(
+    "generation,dtype,whole",
+    [("sm_120", torch.bfloat16, True), ("sm_120", torch.float32, False), ("sm_90", torch.float32, True)],
+    ids=str,
+)
+def test_samples_in_flight_fit_l2_where_batches_are_cut(generation, dtype, whole):
+    """170 samples of 2 x 200 KB are less than 0.8 x 96 MB, of 2 x 400 KB more; sm_90 never cuts a batch."""
+    x, weights, bn = make_inputs((200, 2048, 7, 7), dtype, hidden=128)
+    with recording(DEVICES[generation]) as launches:
+        run_ops(x, weights, bn, Config())
+    assert ("whole_backward_kernel" in {launch.name for launch in launches}) == whole
 
 
 @pytest.mark.usefixtures("each_backward")

@@ -26,6 +26,8 @@ from .whole_backward import whole_backward_kernel
 
 # Of the third launch's programs: the convolution's jobs run beside the MLP's.
 MLP_FILL = 0.5
+# Of L2, what the samples take that are in flight where each has a program.
+L2_FILL = 0.8
 # Rows of a group's tiles, one for each pass of each of its samples: registers hold no more.
 GROUP_ROWS = 8
 
@@ -71,18 +73,23 @@ def scale_backward(dy, x, channel_gate, spatial_gate):
     return dz, torch.zeros_like(channel_gate) if part is None else part.sum(1)
 
 
-def _whole_samples(pr: Problem) -> Optional[Configuration]:
+def _whole_samples(pr: Problem, x: Tensor) -> Optional[Configuration]:
     """With which a program takes a sample through the backward by itself; None where that is left to several.
 
     A tile must cover the map, and registers all channels and hidden units: of a larger layer, each sample would
-    read more by itself than launches cost. And with few samples most of the device would be idle.
+    read more by itself than launches cost. And with few samples most of the device would be idle. Where a batch is
+    cut into chunks for L2's sake, L2 must also hold x and dy of as many samples as there are programs at a time.
     """
     if configurations.map_class(pr.p) != "tiny":
         return None
     found, device = pr.tile("whole_backward", MC=pr.c, MH=max(1, pr.hidden))
     extents = {"BP": pr.p, "MC": pr.c, "MH": pr.hidden}
     covered = all(found.meta[name] >= extent for name, extent in extents.items())
-    return found if covered and pr.n >= found.fill * device.multiprocessors else None
+    if not covered or pr.n < found.fill * device.multiprocessors:
+        return None
+    at_once = min(pr.n, device.multiprocessors) * 2 * x[0].numel() * x.element_size()
+    cut = len(given.chunks(pr, x, 3)) > 1
+    return None if cut and at_once > L2_FILL * device.l2_bytes else found
 
 
 class _Gradients:
@@ -90,7 +97,7 @@ class _Gradients:
 
     def __init__(self, x: Tensor, pr: Problem, mlp, conv, norm: Norm):
         self.pr, self.mlp, self.conv, self.norm = pr, mlp, conv, norm
-        self.whole = _whole_samples(pr)
+        self.whole = _whole_samples(pr, x)
 
         def like(t: Optional[Tensor], used: int) -> Optional[Tensor]:
             # A gate that is switched off may have its weights all the same, and no launch fills theirs.
