@@ -227,13 +227,13 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
       else
         b.order({kConvGrad, kLogitGrad, kCross, kHiddenGrad, kGateGrad, kPoolGrad, kInputGrad});
       if (!gate && !spatial) break;
-      const auto tile = [](int64_t rows, int64_t columns) {
-        return ceil_div(rows, kWeightTile) * ceil_div(columns, kWeightTile);
+      const auto tiles = [](MatrixTile t, int64_t rows, int64_t columns) {
+        return ceil_div(rows, t.rows) * ceil_div(columns, t.columns);
       };
       int64_t items = 0;
       if (gate) {
-        if (p.w1.data) items += tile(p.hidden, p.channels);
-        items += tile(p.channels, p.hidden);
+        if (p.w1.data) items += tiles(kTileW1, p.hidden, p.channels);
+        items += tiles(kTileW2, p.channels, p.hidden);
       }
       if (spatial) items += ceil_div(2 * taps(p) + 2, kConvColumns);
       s.weight_items = static_cast<uint32_t>(items);

@@ -11,11 +11,17 @@ constexpr int kMlpSamples = 4;                       // samples an item of the M
 constexpr int kBatch = 4;                            // vectors that one read of the MLP's weights serves
 constexpr int kMlpStage = 1024;                      // elements of each that are in shared memory at a time
 constexpr int kLogitTile = 32;                       // channels an item of kLogitGrad
-constexpr int kWeightTile = 64;                      // rows and columns an item of a matrix' gradient
-constexpr int kWeightStage = 16;                     // samples of it that are in shared memory at a time
+constexpr int kWeightStage = 16;                     // samples of a matrix' gradient in shared memory at a time
 constexpr int kWeightRows = 8, kWeightColumns = 32;  // the resident tier's tile of such a gradient
 constexpr int kConvColumns = 32;                     // entries an item of the convolution's gradient
-static_assert(kWeightTile % 32 == 0 && kWeightTile % (kThreads / 32) == 0 && kWeightTile <= kThreads);
+
+// Rows and columns an item of a matrix' gradient. Each tile reads the vectors of its rows and of its columns, of
+// every sample: for an edge of a layer's hidden units, tiles are as tall and as wide as registers allow.
+struct MatrixTile {
+  int rows, columns;
+};
+constexpr MatrixTile kTileW1{64, 256}, kTileW2{128, 128};
+
 constexpr int kStaticShared = 2 << 10;  // most that a kernel declares beside its dynamic shared memory
 
 // The kinds of work. A stage's items wait for all items of the stage before it, of the same unit.

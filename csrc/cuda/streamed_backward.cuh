@@ -9,58 +9,73 @@ namespace cbam {
 
 // ---- Weight gradients: sums over the batch in the order of the samples, a stage of them at a time.
 
+// N values of shared memory, read together.
+template <class A, int N>
+struct alignas(N * sizeof(A)) Several {
+  A of[N];
+};
+
 // One tile of sum_i left(i, r) right(i, c) for i < count, rows below `rows` and columns below `columns`.
 // Tiles of the first columns also hand sum_i left(i, r) to `row_out`: the gradient of a bias.
-template <class A, class Left, class Right, class Out, class RowOut>
-__device__ __forceinline__ void outer_sum(int64_t tile, int64_t rows, int64_t columns, int64_t count,
-                                          Shared shared, Left left, Right right, Out out, RowOut row_out) {
-  constexpr int kWarps = kThreads / 32, kMine = kWeightTile / kWarps, kTurns = kWeightTile / 32;
-  const int64_t across = (columns + kWeightTile - 1) / kWeightTile;
-  const int64_t r0 = tile / across * kWeightTile, c0 = tile % across * kWeightTile;
-  const int height = static_cast<int>(min(int64_t{kWeightTile}, rows - r0));
-  const int width = static_cast<int>(min(int64_t{kWeightTile}, columns - c0));
-  A* of_left = shared.take<A>(kWeightStage * kWeightTile);
-  A* of_right = shared.take<A>(kWeightStage * kWeightTile);
+template <class A, int kRows, int kColumns, class Left, class Right, class Out, class RowOut>
+__device__ __forceinline__ void outer_sum(int tile, int rows, int columns, int count, Shared shared,
+                                          Left left, Right right, Out out, RowOut row_out) {
+  // A lane has every 32nd column; a warp two groups of rows, so that few rows still are all warps' work.
+  constexpr int kWarps = kThreads / 32, kTurns = kColumns / 32, kGroup = 4, kGroups = kRows / kWarps / kGroup;
+  static_assert(kTurns * 32 == kColumns && kGroups * kGroup * kWarps == kRows && kRows <= kThreads);
+  const int across = (columns + kColumns - 1) / kColumns;
+  const int r0 = tile / across * kRows, c0 = tile % across * kColumns;
+  const int height = min(kRows, rows - r0), width = min(kColumns, columns - c0);
+  A* of_left = shared.take<A>(kWeightStage * kRows);
+  A* of_right = shared.take<A>(kWeightStage * kColumns);
   const int thread = thread_index();
   const int lane = thread % 32, warp = thread / 32;
-  A total[kMine][kTurns] = {}, row_total = 0;
-  for (int64_t first = 0; first < count; first += kWeightStage) {
-    const int size = static_cast<int>(min(int64_t{kWeightStage}, count - first));
+  A total[kGroups][kGroup][kTurns] = {}, row_total = 0;
+  for (int first = 0; first < count; first += kWeightStage) {
+    const int size = min(kWeightStage, count - first);
     if (first) __syncthreads();
-#pragma unroll
-    for (int i = thread; i < kWeightStage * kWeightTile; i += kThreads) {
-      const int of = i / kWeightTile, at = i % kWeightTile;
-      of_left[i] = of < size && at < height ? left(first + of, r0 + at) : A(0);   // [1]
+#pragma unroll 2
+    for (int i = thread; i < kWeightStage * kRows; i += kThreads) {
+      const int of = i / kRows, at = i % kRows;
+      of_left[i] = of < size && at < height ? left(first + of, r0 + at) : A(0);  // [1]
+    }
+#pragma unroll 2
+    for (int i = thread; i < kWeightStage * kColumns; i += kThreads) {
+      const int of = i / kColumns, at = i % kColumns;
       of_right[i] = of < size && at < width ? right(first + of, c0 + at) : A(0);  // [1]
     }
     __syncthreads();
-    A sum[kMine][kTurns] = {}, row_sum = 0;
+#pragma unroll 1
     for (int i = 0; i < size; ++i) {
-      A v[kTurns];
+      Several<A, kGroup> u[kGroups];
 #pragma unroll
-      for (int j = 0; j < kTurns; ++j) v[j] = of_right[i * kWeightTile + j * 32 + lane];
+      for (int g = 0; g < kGroups; ++g)
+        u[g] = *reinterpret_cast<const Several<A, kGroup>*>(of_left + i * kRows + (g * kWarps + warp) * kGroup);
 #pragma unroll
-      for (int r = 0; r < kMine; ++r) {
-        const A u = of_left[i * kWeightTile + r * kWarps + warp];
+      for (int j = 0; j < kTurns; ++j) {
+        if (j * 32 >= width) break;
+        const A v = of_right[i * kColumns + j * 32 + lane];
 #pragma unroll
-        for (int j = 0; j < kTurns; ++j) sum[r][j] += u * v[j];
+        for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+          for (int r = 0; r < kGroup; ++r) total[g][r][j] += u[g].of[r] * v;
+        }
       }
-      if (thread < kWeightTile) row_sum += of_left[i * kWeightTile + thread];
+      if (thread < kRows) row_total += of_left[i * kRows + thread];
     }
-    // A stage's sum by itself, so that rounding grows with the number of stages, not of samples.
-#pragma unroll
-    for (int r = 0; r < kMine; ++r) {
-#pragma unroll
-      for (int j = 0; j < kTurns; ++j) total[r][j] += sum[r][j];
-    }
-    row_total += row_sum;
   }
 #pragma unroll
-  for (int r = 0; r < kMine; ++r) {
+  for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
-    for (int j = 0; j < kTurns; ++j) {
-      const int at = r * kWarps + warp, c = j * 32 + lane;
-      if (at < height && c < width) out(r0 + at, c0 + c, total[r][j]);
+    for (int r = 0; r < kGroup; ++r) {
+      const int at = ptx::opaque((g * kWarps + warp) * kGroup + r);
+      if (at >= height) break;
+#pragma unroll
+      for (int j = 0; j < kTurns; ++j) {
+        const int c = ptx::opaque(j * 32) + lane;
+        if (c >= width) break;
+        out(r0 + at, c0 + c, total[g][r][j]);
+      }
     }
   }
   if (c0 == 0 && thread < height) row_out(r0 + thread, row_total);
@@ -87,8 +102,8 @@ __device__ __forceinline__ void column_sum(int64_t tile, int64_t columns, int64_
   }
 }
 
-__device__ __forceinline__ int64_t weight_tiles(int64_t rows, int64_t columns) {
-  return (rows + kWeightTile - 1) / kWeightTile * ((columns + kWeightTile - 1) / kWeightTile);
+__device__ __forceinline__ int matrix_tiles(MatrixTile t, int rows, int columns) {
+  return (rows + t.rows - 1) / t.rows * ((columns + t.columns - 1) / t.columns);
 }
 
 // Entry e of a row of conv_parts, summed over the batch: where it goes.
@@ -148,36 +163,37 @@ __device__ __forceinline__ void conv_weight_item(const Streamed& k, int64_t tile
 }
 
 template <class T>
-__device__ __forceinline__ void weight_item(const Streamed& k, int64_t index, Shared shared) {
+__device__ __forceinline__ void weight_item(const Streamed& k, int index, Shared shared) {
   using A = Accumulate<T>;
   const Problem& p = k.p;
-  const int64_t vectors = k.s.pool_vectors;
-  const auto logit = [&](int64_t n, int64_t c) { return fresh<A>(k.w.logit_grad, n * p.channels + c); };
-  const auto hidden = [&](int64_t i, int64_t j) { return fresh<A>(k.w.hidden_grad, i * p.hidden + j); };
+  const int vectors = k.s.pool_vectors, samples = static_cast<int>(p.samples);
+  const int channels = static_cast<int>(p.channels), hidden = static_cast<int>(p.hidden);
   if (p.pools) {
-    const int64_t of_w2 = weight_tiles(p.channels, p.hidden);
+    const int of_w2 = matrix_tiles(kTileW2, channels, hidden);
     if (index < of_w2) {
-      outer_sum<A>(
-          index, p.channels, p.hidden, p.samples, shared, logit,
-          [&](int64_t n, int64_t j) { return fresh<A>(k.w.hidden, n * p.hidden + j); },
-          [&](int64_t c, int64_t j, A sum) {
+      outer_sum<A, kTileW2.rows, kTileW2.columns>(
+          index, channels, hidden, samples, shared,
+          [&](int n, int c) { return fresh<A>(k.w.logit_grad, n * p.channels + c); },
+          [&](int n, int j) { return fresh<A>(k.w.hidden, n * p.hidden + j); },
+          [&](int c, int j, A sum) {
             if (p.dw2.data) store_weight<T>(p.dw2, c * p.hidden + j, sum);
           },
-          [&](int64_t c, A sum) {
+          [&](int c, A sum) {
             if (p.db2.data) store_weight<T>(p.db2, c, A(vectors) * sum);
           });
       return;
     }
     index -= of_w2;
-    const int64_t of_w1 = p.w1.data ? weight_tiles(p.hidden, p.channels) : 0;
+    const int of_w1 = p.w1.data ? matrix_tiles(kTileW1, hidden, channels) : 0;
     if (index < of_w1) {
-      outer_sum<A>(
-          index, p.hidden, p.channels, p.samples * vectors, shared, hidden,
-          [&](int64_t i, int64_t c) { return mlp_input<A>(p, i / vectors, i % vectors, c); },
-          [&](int64_t j, int64_t c, A sum) {
+      outer_sum<A, kTileW1.rows, kTileW1.columns>(
+          index, hidden, channels, samples * vectors, shared,
+          [&](int i, int j) { return fresh<A>(k.w.hidden_grad, i * p.hidden + j); },
+          [&](int i, int c) { return mlp_input<A>(p, i / vectors, i % vectors, c); },
+          [&](int j, int c, A sum) {
             if (p.dw1.data) store_weight<T>(p.dw1, j * p.channels + c, sum);
           },
-          [&](int64_t j, A sum) {
+          [&](int j, A sum) {
             if (p.db1.data) store_weight<T>(p.db1, j, sum);
           });
       return;

@@ -56,7 +56,7 @@ __device__ __forceinline__ void cross_rows(const Streamed& k, const Item& item, 
   for (int top = me.first; top < me.end; top += pass) {
     const int bottom = min(me.end, top + pass);
     for (int r = top; r < bottom; r += kAhead * me.lanes) {
-      Packed<T, V> packed_x[kAhead], packed_dy[kAhead];
+      Packed<T, V> packed_x[kAhead] = {}, packed_dy[kAhead] = {};
       A here[kAhead], after[kAhead];
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
@@ -146,7 +146,7 @@ __device__ __forceinline__ void cross_columns(const Streamed& k, const Item& ite
       acc[j].sum = A(0);
     }
     for (int base = 0; base < count; base += kAhead * rows) {
-      Packed<T, V> packed_x[kAhead], packed_dy[kAhead];
+      Packed<T, V> packed_x[kAhead] = {}, packed_dy[kAhead] = {};
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
         const int at = base + row + u * rows;
@@ -270,7 +270,7 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
   for (int start = me.first; start < me.end; start += pass) {
     const int bottom = min(me.end, start + pass);
     for (int r = start; r < bottom; r += kAhead * me.lanes) {
-      Packed<T, V> packed[kAhead];
+      Packed<T, V> packed[kAhead] = {};
       A here[kAhead], after[kAhead];
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
@@ -349,7 +349,7 @@ __device__ __forceinline__ void gate_grad_columns(const Streamed& k, const Item&
       if (kSplit && p.channel_gate)
         fresh_vector<V>(p.channel_gate, item.n * p.channels + int64_t{i} * V, gate);  // [V]
       for (int base = row; base < count; base += kAhead * rows) {
-        Packed<T, V> packed[kAhead];
+        Packed<T, V> packed[kAhead] = {};
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) {
           if (base + u * rows < count)

@@ -134,7 +134,7 @@ __device__ __forceinline__ void input_grad_rows(const Streamed& k, const Item& i
   for (int r = me.first + me.row; r < me.end; r += kAhead * me.lanes) {
     if constexpr (!kKeepTerms) ptx::forget_registers();
     if constexpr (Tr::kFold) me.split = ptx::opaque(me.split);
-    Packed<T, V> packed_dy[kAhead], packed_x[kAhead];
+    Packed<T, V> packed_dy[kAhead] = {}, packed_x[kAhead] = {};
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
       const int at = r + u * me.lanes;
@@ -210,7 +210,7 @@ __device__ __forceinline__ void input_grad_columns(const Streamed& k, const Item
       }
       for (int base = row; base < count; base += kAhead * rows) {
         if constexpr (kNeedsX) ptx::forget_registers();
-        Packed<T, V> packed_dy[kAhead], packed_x[kAhead];
+        Packed<T, V> packed_dy[kAhead] = {}, packed_x[kAhead] = {};
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) {
           if (base + u * rows < count) {

@@ -48,6 +48,9 @@ inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
   const auto pass = [&](int64_t own) {
     return s.gather_tiles ? std::max(own, conv_grad) + bytes({2 * s.conv_positions * a}) : own;
   };
+  const auto matrix_tile = [&](MatrixTile t) {
+    return bytes({kWeightStage * t.rows * a, kWeightStage * t.columns * a});
+  };
   const int64_t fields = s.gather_tiles ? 0 : s.map.positions * a;
   switch (stage) {
     case kPool:
@@ -82,7 +85,7 @@ inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
       return pass(bytes(
           {terms, terms, s.map.positions * a, fields, fields, s.map.positions * a, s.map.positions * 4}));
     default:
-      return bytes({kWeightStage * kWeightTile * a, kWeightStage * kWeightTile * a});
+      return std::max(matrix_tile(kTileW1), matrix_tile(kTileW2));
   }
 }
 
