@@ -7,16 +7,16 @@
 namespace cbam {
 
 constexpr int kThreads = 256;
-constexpr int kMlpSamples = 4;                       // samples an item of the MLP, where it is cut into items
-constexpr int kBatch = 4;                            // vectors that one read of the MLP's weights serves
-constexpr int kMlpStage = 1024;                      // elements of each that are in shared memory at a time
-constexpr int kLogitTile = 32;                       // channels an item of kLogitGrad
-constexpr int kWeightStage = 16;                     // samples of a matrix' gradient in shared memory at a time
+constexpr int kMlpSamples = 4;    // samples an item of the MLP, where it is cut into items
+constexpr int kBatch = 4;         // vectors that one read of the MLP's weights serves
+constexpr int kMlpStage = 1024;   // elements of each that are in shared memory at a time
+constexpr int kLogitTile = 32;    // channels an item of kLogitGrad
+constexpr int kWeightStage = 16;  // samples of a matrix' gradient in shared memory at a time
 constexpr int kWeightRows = 8, kWeightColumns = 32;  // the resident tier's tile of such a gradient
 constexpr int kConvColumns = 32;                     // entries an item of the convolution's gradient
 
-// Rows and columns an item of a matrix' gradient. Each tile reads the vectors of its rows and of its columns, of
-// every sample: for an edge of a layer's hidden units, tiles are as tall and as wide as registers allow.
+// Rows and columns an item of a matrix' gradient. Each tile reads the vectors of its rows and of its columns,
+// of every sample: for an edge of a layer's hidden units, tiles are as tall and as wide as registers allow.
 struct MatrixTile {
   int rows, columns;
 };

@@ -50,7 +50,8 @@ __device__ __forceinline__ void outer_sum(int tile, int rows, int columns, int c
       Several<A, kGroup> u[kGroups];
 #pragma unroll
       for (int g = 0; g < kGroups; ++g)
-        u[g] = *reinterpret_cast<const Several<A, kGroup>*>(of_left + i * kRows + (g * kWarps + warp) * kGroup);
+        u[g] =
+            *reinterpret_cast<const Several<A, kGroup>*>(of_left + i * kRows + (g * kWarps + warp) * kGroup);
 #pragma unroll
       for (int j = 0; j < kTurns; ++j) {
         if (j * 32 >= width) break;

@@ -42,7 +42,9 @@ inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
   const int64_t window = s.conv_staged ? conv_window(p, s) * a : 0;
   const int64_t fold_sums = s.fold > 1 ? std::max<int64_t>(16 << 10, pairs) : 0;
   const int64_t terms = 4 * a * (last ? int64_t{s.map.columns} * vector : channels(s.map));
-  const int64_t mlp = kBatch * (int64_t{kThreads} + kMlpStage) * a;  // column_dot's vectors and partial sums
+  // column_dot's vectors, and its partial sums for one of them.
+  const int64_t mlp = bytes(
+      {kBatch * kMlpStage * a, std::max(kThreads * (16 / element_bytes(p.dtype)), kThreads) * a + 32 * a});
   const int64_t conv_grad = bytes({kernel, window, window, window, kThreads / 32 * 2 * a});
   // A pass over x: if it gathers dq, that is at the end, behind what it took to do so.
   const auto pass = [&](int64_t own) {

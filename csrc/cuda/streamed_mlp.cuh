@@ -57,53 +57,108 @@ __device__ __forceinline__ void row_dot(const Weight& m, int r0, int r1, int64_t
   }
 }
 
-// sum_r m[r][c] * vector(v, r) over rows [r0, r1) for columns [c0, c1) of a matrix of rows of `stride`;
-// out(c, v, sum).
-template <class T, class Vector, class Out>
-__device__ __forceinline__ void column_dot(const Weight& m, int64_t c0, int64_t c1, int64_t r0, int64_t r1,
-                                           int64_t stride, int64_t count, Shared shared, Vector vector,
-                                           Out out) {
+// V elements of a learnt matrix from element i on: a vector of W, or one of either dtype.
+template <class T, class W, int V>
+struct MatrixVector {
+  Packed<W, V> packed;
+  __device__ __forceinline__ void load(const Weight& m, int64_t i) {
+    load_packed<Cache::kReadOnly>(static_cast<const W*>(m.data) + i, packed);  // [V]
+  }
+  __device__ __forceinline__ void unpack(Accumulate<T> (&v)[V]) const { packed.unpack(v); }
+};
+template <class T>
+struct MatrixVector<T, void, 1> {
+  Accumulate<T> value;
+  __device__ __forceinline__ void load(const Weight& m, int64_t i) { value = load_weight<T>(m, i); }  // [1]
+  __device__ __forceinline__ void unpack(Accumulate<T> (&v)[1]) const { v[0] = value; }
+};
+
+// A range of rows and of columns of a learnt matrix.
+struct MatrixRange {
+  int64_t r0, r1, c0, c1;
+  int64_t stride;  // columns of the whole matrix
+};
+
+// sum_r m[r][c] * vector(v, r) over the range's rows for its columns; out(c, v, sum). A thread has V columns,
+// one vector W of memory; without W, V is 1, and m's elements are of either dtype.
+template <class T, class W, int V, class Vector, class Out>
+__device__ __forceinline__ void column_dot_by(const Weight& m, const MatrixRange& range, int64_t count,
+                                              Shared shared, Vector vector, Out out) {
   using A = Accumulate<T>;
+  constexpr int kAhead = 4,
+                kPitch = kThreads + 32 / V;  // parts are read in the order of columns: no conflicts
   A* staged = shared.take<A>(kBatch * kMlpStage);
-  A* parts = shared.take<A>(kBatch * kThreads);
+  A* parts = shared.take<A>(V * kPitch);
   int lanes = 1;
-  while (lanes < kThreads && lanes < c1 - c0) lanes *= 2;
+  while (lanes < kThreads && lanes * V < range.c1 - range.c0) lanes *= 2;
   const int lane = thread_index() & (lanes - 1), group = thread_index() / lanes, groups = kThreads / lanes;
   for (int64_t v = 0; v < count; v += kBatch) {
     const int valid = static_cast<int>(min(int64_t{kBatch}, count - v));
-    for (int64_t base = c0; base < c1; base += lanes) {
-      const int64_t c = base + lane;
-      A acc[kBatch] = {};
-      for (int64_t first = r0; first < r1; first += kMlpStage) {
-        const int size = static_cast<int>(min(int64_t{kMlpStage}, r1 - first));
-        if (base == c0 || r1 - r0 > kMlpStage) {
+    for (int64_t base = range.c0; base < range.c1; base += lanes * V) {
+      const int64_t c = base + lane * V;
+      A acc[kBatch][V] = {};
+      for (int64_t first = range.r0; first < range.r1; first += kMlpStage) {
+        const int size = static_cast<int>(min(int64_t{kMlpStage}, range.r1 - first));
+        if (base == range.c0 || range.r1 - range.r0 > kMlpStage) {
           __syncthreads();
           stage_vectors(staged, v, valid, first, size, vector);
           __syncthreads();
         }
-        if (c < c1) {
-#pragma unroll 2  // with four, some element types spill on some architectures
-          for (int r = group; r < size; r += groups) {
-            const A w = load_weight<T>(m, (first + r) * stride + c);  // [1]
+        if (c >= range.c1) continue;
+        for (int r = group; r < size; r += kAhead * groups) {
+          MatrixVector<T, W, V> ahead[kAhead] = {};
 #pragma unroll
-            for (int u = 0; u < kBatch; ++u) {
-              if (u < valid) acc[u] += w * staged[u * kMlpStage + r];
+          for (int u = 0; u < kAhead; ++u) {
+            const int at = r + u * groups;
+            if (at < size) ahead[u].load(m, (first + at) * range.stride + c);  // [V]
+          }
+#pragma unroll
+          for (int u = 0; u < kAhead; ++u) {
+            const int at = r + u * groups;
+            if (at >= size) break;
+            A w[V];
+            ahead[u].unpack(w);
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) {
+              if (i >= valid) break;
+              const A factor = staged[i * kMlpStage + at];
+#pragma unroll
+              for (int j = 0; j < V; ++j) acc[i][j] += w[j] * factor;
             }
           }
         }
       }
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) parts[u * kThreads + thread_index()] = acc[u];
-      __syncthreads();
-      if (group == 0 && c < c1) {
-        for (int u = 0; u < valid; ++u) {
-          A total = parts[u * kThreads + lane];
-          for (int g = 1; g < groups; ++g) total += parts[u * kThreads + g * lanes + lane];
-          out(c, v + u, total);
+      for (int i = 0; i < kBatch; ++i) {
+        if (i >= valid) break;
+#pragma unroll
+        for (int j = 0; j < V; ++j) parts[j * kPitch + thread_index()] = acc[i][j];
+        __syncthreads();
+        for (int at = thread_index(); at < lanes * V && base + at < range.c1; at += kThreads) {
+          const A* mine = parts + at % V * kPitch + at / V;
+          A total = mine[0];
+          for (int g = 1; g < groups; ++g) total += mine[g * lanes];
+          out(base + at, v + i, total);
         }
+        __syncthreads();
       }
-      __syncthreads();
     }
+  }
+}
+
+// column_dot_by by 16 bytes where all rows of the range are aligned to them, else by elements.
+template <class T, class Vector, class Out>
+__device__ __forceinline__ void column_dot(const Weight& m, const MatrixRange& range, int64_t count,
+                                           Shared shared, Vector vector, Out out) {
+  constexpr int kNarrow = kVector<T>, kWide = kVector<float>;
+  const bool wide = sizeof(T) == 2 && m.wide;
+  const int64_t all = range.c0 | range.c1 | range.stride;
+  if (reinterpret_cast<uintptr_t>(m.data) % 16 || all % (wide ? kWide : kNarrow)) {
+    column_dot_by<T, void, 1>(m, range, count, shared, vector, out);
+  } else if (!wide) {
+    column_dot_by<T, T, kNarrow>(m, range, count, shared, vector, out);
+  } else if constexpr (sizeof(T) == 2) {
+    column_dot_by<T, float, kWide>(m, range, count, shared, vector, out);
   }
 }
 
@@ -206,7 +261,7 @@ __device__ __forceinline__ void hidden_parts_stage(const Streamed& k, MlpRange r
   const Problem& p = k.p;
   const int64_t blocks = max(1, k.s.hidden_blocks);
   column_dot<T>(
-      p.w2, 0, p.hidden, r.begin, r.end, p.hidden, r.samples, shared,
+      p.w2, {r.begin, r.end, 0, p.hidden, p.hidden}, r.samples, shared,
       [&](int64_t v, int64_t c) {
         if (near) return near[v * (r.end - r.begin) + c - r.begin];
         return fresh<A>(k.w.logit_grad, (r.sample + v) * p.channels + c);
@@ -266,7 +321,7 @@ __device__ __forceinline__ void pool_grad_stage(const Streamed& k, MlpRange r, S
   if (!p.w1.data) {
     put_summed_inputs<A>(k, r);
     column_dot<T>(
-        p.w2, r.begin, r.end, 0, p.channels, p.channels, r.samples, shared,
+        p.w2, {0, p.channels, r.begin, r.end, p.channels}, r.samples, shared,
         [&](int64_t v, int64_t c) { return fresh<A>(k.w.logit_grad, (r.sample + v) * p.channels + c); },
         [&](int64_t c, int64_t v, A sum) {
           for (int j = 0; j < vectors; ++j) put_pool_grads<A>(k, r.sample + v, j, c, sum);
@@ -274,7 +329,7 @@ __device__ __forceinline__ void pool_grad_stage(const Streamed& k, MlpRange r, S
     return;
   }
   column_dot<T>(
-      p.w1, r.begin, r.end, 0, p.hidden, p.channels, r.samples * vectors, shared,
+      p.w1, {0, p.hidden, r.begin, r.end, p.channels}, r.samples * vectors, shared,
       [&](int64_t v, int64_t j) {
         return fresh<A>(k.w.hidden_grad, (r.sample * vectors + v) * p.hidden + j);
       },
