@@ -60,12 +60,13 @@ SHAPES = {
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_shapes(monkeypatch, shape, dtype, layout):
-    _check(
-        monkeypatch,
-        make_problem(
-            shape, Options(kernel=3, norm="eval"), dtype, layout=layout, wide=dtype != torch.float32
-        ),
+    problem = make_problem(
+        shape, Options(kernel=3, norm="eval"), dtype, layout=layout, wide=dtype != torch.float32
     )
+    if _check(monkeypatch, problem).reports["cbam_backward"]["chained"]:
+        # With more multiprocessors than twice the samples, blocks share them.
+        ops = _check(monkeypatch, problem, multiprocessors=9)
+        assert not ops.reports["cbam_backward"]["chained"]
 
 
 # In fp64 nothing says how far off the reference is where four pools drive the gate to 1 - 1e-5, whose
@@ -92,9 +93,9 @@ def test_an_address_that_is_not_aligned(monkeypatch, layout):
 # layer is a tail's work in the backward; no map, no hidden layer.
 # Blocks of channels in the backward; stages forward and backward.
 LARGE_MLPS = (
-    ((11, 160, 4, 4), Options(hidden=130, kernel=3), 2, (6, 6)),
+    ((35, 160, 4, 4), Options(hidden=130, kernel=3), 2, (6, 6)),
     ((3, 160, 16, 20), Options(hidden=210, kernel=3), 2, (6, 5)),
-    ((11, 160, 4, 4), Options(hidden=130, kernel=3, pools=("avg", "max", "lp")), 2, (6, 6)),
+    ((35, 160, 4, 4), Options(hidden=130, kernel=3, pools=("avg", "max", "lp")), 2, (6, 6)),
     ((5, 160, 4, 4), Options(hidden=220, spatial=False), 2, (4, 5)),
     ((3, 400, 4, 4), Options(hidden=0, kernel=3), 0, (6, 4)),
 )
@@ -113,7 +114,7 @@ def test_large_mlp_is_cut_into_items(monkeypatch, shape, options, blocks, stages
 @pytest.mark.parametrize("name", ("plain", "norm-train", "all-pools-split"))
 def test_passes_that_gather_the_maps_gradients(monkeypatch, name, layout):
     """Few channels: items of several tiles that convolve for themselves, the last ones short; folded rows too."""
-    for shape, tiles in (((2, 56, 24, 25), 3), ((4, 56, 7, 7), 1)):
+    for shape, tiles in (((2, 56, 24, 25), 3), ((4, 56, 9, 9), 1)):
         problem = make_problem(shape, OPTIONS[name], layout=layout)
         ops = _check(monkeypatch, problem)
         results = run_problem(problem, "cuda")
@@ -121,6 +122,33 @@ def test_passes_that_gather_the_maps_gradients(monkeypatch, name, layout):
             assert report["gather_tiles"] == tiles and (report["conv_items"] > 1) == (tiles > 1), report
         cs.HostOps(cs.Machine(seed=1, resident=1)).installed(monkeypatch)
         assert all(torch.equal(a, b) for a, b in zip(results, run_problem(problem, "cuda")))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_chained_samples(monkeypatch, name, layout):
+    """A block a sample, through every option; folded rows, and rows of one tile. Bitwise under other schedules."""
+    options = OPTIONS[name]
+    for shape in ((3, 24, 7, 7), (2, 24, 8, 8)):
+        problem = make_problem(shape, options, layout=layout)
+        ops = _check(monkeypatch, problem)
+        for op in ("cbam_backward", "attention_backward"):
+            if op in ops.reports:
+                both = options.pools is not None and options.hidden > 0 and options.spatial
+                assert ops.reports[op]["chained"] == both, op
+        results = run_problem(problem, "cuda")
+        cs.HostOps(cs.Machine(seed=1, resident=1, launches=2)).installed(monkeypatch)
+        assert all(torch.equal(a, b) for a, b in zip(results, run_problem(problem, "cuda")))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", cs.ELEMENTS, ids=str)
+def test_chained_samples_of_many_channels(monkeypatch, dtype, layout):
+    """Terms of the channels in two turns, and a hidden layer of several tiles in the weights' gradients."""
+    problem = make_problem((2, 1032, 4, 8), Options(hidden=136, kernel=3, norm="eval"), dtype, layout=layout, wide=dtype.itemsize == 2)
+    ops = _check(monkeypatch, problem)
+    report = ops.reports["cbam_backward"]
+    assert report["chained"] and report["gather_tiles"] == (2 if layout == "contiguous" else 1)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -65,6 +65,18 @@ def test_outputs_and_every_gradient(monkeypatch):
     check(problem, "cuda")
 
 
+def test_chained_samples(monkeypatch):
+    """A block takes a sample through the whole backward, and keeps scratch in shared memory."""
+    problem = make_problem((4, 16, 8, 8), Options(norm="eval", residual=True), DTYPE, wide=True)
+    results = []
+    for seed in (1, 2):
+        ops = cs.HostOps(Watched(seed=seed, launches=2)).installed(monkeypatch)
+        results.append(run_problem(problem, "cuda"))
+        assert ops.reports["cbam_backward"]["chained"]
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    check(problem, "cuda")
+
+
 def test_a_store_beyond_an_output_is_reported():
     """That the checks are on: y is eight elements too short."""
 

@@ -32,13 +32,14 @@ template <class T>
 constexpr int kVector = 16 / static_cast<int>(sizeof(T));
 
 // How a load treats the caches; see the functions of ptx.cuh.
-enum class Cache { kReadOnly, kLastUse, kCoherent };
+enum class Cache { kReadOnly, kLastUse, kCoherent, kGeneric };
 
 template <Cache kCache, class W>
 __device__ __forceinline__ W load_word(const W* p) {
   if constexpr (kCache == Cache::kReadOnly) return ptx::load_read_only(p);
   if constexpr (kCache == Cache::kLastUse) return ptx::load_last_use(p);
   if constexpr (kCache == Cache::kCoherent) return ptx::load_coherent(p);
+  if constexpr (kCache == Cache::kGeneric) return ptx::load_generic(p);
 }
 template <bool kStreaming, class W>
 __device__ __forceinline__ void store_word(W* p, W v) {

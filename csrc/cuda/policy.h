@@ -63,6 +63,17 @@ struct Builder {
   }
 };
 
+inline uint32_t weight_items(const Problem& p) {
+  const auto tiles = [](MatrixTile t, int64_t rows, int64_t columns) {
+    return ceil_div(rows, t.rows) * ceil_div(columns, t.columns);
+  };
+  int64_t items = 0;
+  if (p.pools && p.w1.data) items += tiles(kTileW1, p.hidden, p.channels);
+  if (p.pools) items += tiles(kTileW2, p.channels, p.hidden);
+  if (p.spatial != kSpatialNone) items += ceil_div(2 * taps(p) + 2, kConvColumns);
+  return static_cast<uint32_t>(items);
+}
+
 }  // namespace policy
 
 // How many units are in flight: the depth of the pipeline, and the samples a unit. `close`: the backward's
@@ -95,9 +106,8 @@ inline Depth choose_depth(const Problem& p, int operation, int64_t items, const 
   return {1, unit, 1, 4 * flow > device.l2_bytes && flow * 5 / 2 <= device.l2_bytes};
 }
 
-// Fills in k.s and the launch shape for k.p and k.operation. False where the shape is out of reach:
-// an item would need more shared memory than the device gives a block.
-inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
+// As plan_streamed; `chain`: with samples chained, and false where they are not to be.
+inline bool plan_order(Streamed& k, Variant variant, const Device& device, bool chain) {
   using namespace policy;
   const Problem& p = k.p;
   Schedule& s = k.s;
@@ -122,11 +132,17 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
   if (spatial) plan_conv(p, s, backward);
   s.pool_vectors = mlp_passes(p.pools);
 
-  if (large && gate && spatial && k.operation != kScaleBackward) plan_gather(p, s, device.multiprocessors);
+  if (backward && gate && spatial && k.operation != kScaleBackward) {
+    if (chain ? !plan_chain(p, s, vector, device) : large) plan_gather(p, s, device.multiprocessors);
+    if (chain && !s.chained) return false;
+  } else if (chain) {
+    return false;
+  }
 
   const int64_t reduce_items = int64_t{s.reduce.tiles} * s.reduce.chunks;
   const int64_t map_items = s.gather_tiles ? s.conv_items : int64_t{s.map.tiles} * s.map.chunks;
-  const Depth depth = choose_depth(p, k.operation, std::max(reduce_items, map_items), device);
+  const Depth depth = chain ? Depth{1, 1, kBlocks, false}
+                            : choose_depth(p, k.operation, std::max(reduce_items, map_items), device);
   s.unit_samples = depth.unit_samples;
   s.units = static_cast<int32_t>(ceil_div(p.samples, s.unit_samples));
   const int lag = depth.lag;
@@ -184,6 +200,15 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
     default: {
       const bool whole = k.operation == kCbamBackward;
       const bool close = depth.close && whole && spatial && gate;
+      if (chain) {
+        b.add(whole ? kCross : kGateGrad, 0, 1, false);
+        if (whole) b.tail({kGateGrad});
+        b.tail({kHiddenGrad, kPoolGrad, kInputGrad});
+        b.order({kCross, kGateGrad});
+        s.plan[0].feeds_weights = s.direct_logits = 1;
+        s.weight_items = weight_items(p);
+        break;
+      }
       int at = 0;  // lag of the stage to come
       if (whole && (spatial || gate)) {
         b.add(kCross, 0, reduce_items, false);
@@ -226,17 +251,7 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
         b.order({kConvGrad, kGateGrad, kCross, kLogitGrad, kHiddenGrad, kPoolGrad, kInputGrad});
       else
         b.order({kConvGrad, kLogitGrad, kCross, kHiddenGrad, kGateGrad, kPoolGrad, kInputGrad});
-      if (!gate && !spatial) break;
-      const auto tiles = [](MatrixTile t, int64_t rows, int64_t columns) {
-        return ceil_div(rows, t.rows) * ceil_div(columns, t.columns);
-      };
-      int64_t items = 0;
-      if (gate) {
-        if (p.w1.data) items += tiles(kTileW1, p.hidden, p.channels);
-        items += tiles(kTileW2, p.channels, p.hidden);
-      }
-      if (spatial) items += ceil_div(2 * taps(p) + 2, kConvColumns);
-      s.weight_items = static_cast<uint32_t>(items);
+      s.weight_items = weight_items(p);
     }
   }
 
@@ -253,6 +268,7 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
     // A unit takes over the scratch of the unit `ring` before it, which has long finished by then.
     s.ring = std::min(deepest + 2, std::max(s.units, 1));
     if (s.ring == s.units) s.ring = 0;
+    if (chain) s.ring = 1;  // a slot for each block
     s.ring_counter = b.last_stage;
   }
   const int64_t main = int64_t{s.step_items} * (s.units + deepest);
@@ -266,12 +282,26 @@ inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
       if (stage >= 0) shared = std::max(shared, stage_shared(k, stage, vector));
     }
   }
+  int blocks = depth.blocks;
+  if (chain) {
+    s.slot_bytes = static_cast<int32_t>(slot_bytes(p));
+    shared += s.slot_bytes;
+    // Each block also takes a KiB for CUDA, which a multiprocessor has on top of the most that one may ask
+    // for.
+    if (2 * (shared + kStaticShared + 1024) > device.shared_bytes + 1024) blocks = 1;
+  }
   k.shared_bytes = static_cast<int32_t>(std::min<int64_t>(shared, INT32_MAX));
-  k.blocks_per_multiprocessor = depth.blocks;
+  k.blocks_per_multiprocessor = blocks;
   k.grid = static_cast<int32_t>(
-      std::min<int64_t>(main + s.weight_items, int64_t{depth.blocks} * device.multiprocessors));
+      std::min<int64_t>(main + s.weight_items, int64_t{blocks} * device.multiprocessors));
   k.shared_limit = device.shared_bytes - kStaticShared;
   return shared <= k.shared_limit;
+}
+
+// Fills in k.s and the launch shape for k.p and k.operation. False where the shape is out of reach:
+// an item would need more shared memory than the device gives a block.
+inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
+  return plan_order(k, variant, device, true) || plan_order(k, variant, device, false);
 }
 
 }  // namespace cbam

@@ -32,7 +32,11 @@ constexpr int64_t kStagedBytes = 40 << 10;  // most shared memory for the maps o
 constexpr int64_t kKernelBytes = 8 << 10;   // most shared memory for the convolution's weights
 constexpr int64_t kGatherBytes = 96 << 10;  // what an item reads of x that convolves dz for its positions
 constexpr int64_t kFoldPoolBytes = 32 << 10;
-constexpr int kBlocks = 2;  // a multiprocessor, where L2 holds what they have in flight
+constexpr int64_t kChainPositions = 64;  // most of a map whose samples are chained
+constexpr int64_t kChainWeights =
+    1 << 19;                           // most of the MLP's weights, which each sample then reads by itself
+constexpr int64_t kChainTerms = 1024;  // channels whose terms an item of a chained sample keeps at a time
+constexpr int kBlocks = 2;             // a multiprocessor, where L2 holds what they have in flight
 
 inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -214,6 +218,45 @@ inline void plan_gather(const Problem& p, Schedule& s, int sms) {
   s.conv_staged = 1;
   s.conv_items = static_cast<int32_t>(items);
   s.conv_positions = static_cast<int32_t>(positions);
+}
+
+// Tiny maps of many channels: a position brings little to share between blocks, and what blocks hand each
+// other for each channel weighs as much as a quarter of x. One block takes the sample through all stages and
+// keeps that in shared memory. Where samples keep half of the multiprocessors busy, and L2 holds x, dy and dx
+// of all of them. True where it has been planned.
+inline bool plan_chain(const Problem& p, Schedule& s, int vector, const Device& device) {
+  const int64_t sample = p.channels * p.positions * int64_t{element_bytes(p.dtype)};
+  if (p.positions > kChainPositions || !p.w1.data || 2 * p.hidden * p.channels > kChainWeights) return false;
+  if (2 * p.samples < device.multiprocessors || 3 * p.samples * sample > device.l2_bytes) return false;
+  const auto whole = [&](Tiling& t, int64_t most) {
+    if (p.layout == kChannelsLast) {
+      t.positions = static_cast<int32_t>(p.positions);
+    } else if (s.fold == 1) {
+      t.columns = std::min(32, ceil_power(s.row_vectors));
+      t.columns_log2 = log2_of(t.columns);
+      t.positions = t.columns * vector;
+      if (t.columns < s.row_vectors) return false;
+    }
+    t.tiles = 1;
+    t.chunks = static_cast<int32_t>(ceil_div(p.channels, most));
+    const int64_t lines = p.layout == kChannelsLast ? s.row_vectors : s.rows;
+    t.chunk_rows = static_cast<int32_t>(ceil_div(lines, t.chunks));
+    if (p.layout == kChannelsLast && t.chunks > 1)
+      t.chunk_rows = static_cast<int32_t>(round_up(t.chunk_rows, t.columns));
+    t.chunks = static_cast<int32_t>(ceil_div(lines, t.chunk_rows));
+    return true;
+  };
+  Tiling reduce = s.reduce, map = s.map;
+  if (!whole(reduce, p.channels) || !whole(map, p.layout == kChannelsLast ? p.channels : kChainTerms))
+    return false;
+  s.reduce = reduce;
+  s.map = map;
+  s.chained = 1;
+  s.gather_tiles = map.chunks;
+  s.conv_staged = 1;
+  s.conv_items = 1;
+  s.conv_positions = static_cast<int32_t>(p.positions);
+  return true;
 }
 
 }  // namespace policy

@@ -36,6 +36,17 @@ template <class W>
 __device__ __forceinline__ W load_coherent(const W* p) {
   return __ldcg(p);
 }
+// The same, or this block's own shared memory.
+__device__ __forceinline__ unsigned load_generic(const unsigned* p) {
+  unsigned v;
+  asm volatile("ld.relaxed.gpu.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ unsigned long long load_generic(const unsigned long long* p) {
+  unsigned long long v;
+  asm volatile("ld.relaxed.gpu.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  return v;
+}
 template <class W>
 __device__ __forceinline__ void store(W* p, W v) {
   *p = v;

@@ -55,10 +55,11 @@ enum Operation : int32_t {
 
 // Counters in the workspace: a ticket, finished blocks, finished weight-gradient inputs, then a row of
 // kCounters a unit, indexed by stage; kTailDone is raised when a stage's tail has run. A stage's tail are the
-// small stages that the block which finishes a unit's last item does at once, for the whole unit.
+// stages that the block which finishes a unit's last item does at once, for the whole unit: small ones or,
+// where a sample is chained, all that are left.
 constexpr int kTicket = 0, kBlocksDone = 1, kReadyForWeights = 2, kUnitCounters = 32;
 constexpr int kTailDone = kStageCount, kCounters = 16;
-constexpr int kTails = 3;
+constexpr int kTails = 4;
 static_assert(kTailDone < kCounters);
 
 // A number that depends on how many samples the unit has (the last one may have fewer).
@@ -111,8 +112,10 @@ struct Schedule {
 
   int32_t conv_positions, conv_items;
   int32_t gather_tiles;  // map tiles an item of the passes over x, which then convolve dz themselves; or 0
-  int32_t conv_halo;     // positions before and after a range that its convolution reads
-  int32_t conv_staged;   // maps in shared memory, else read where they are
+  int32_t chained;  // a block takes a sample through the whole backward: an item a sample, the rest its tail
+  int32_t slot_bytes;   // what it keeps of scratch at the end of its shared memory
+  int32_t conv_halo;    // positions before and after a range that its convolution reads
+  int32_t conv_staged;  // maps in shared memory, else read where they are
   int32_t kernel_staged;
 
   int32_t pool_vectors;            // pools after blending
@@ -122,7 +125,9 @@ struct Schedule {
   int32_t logits_grad_items;       // scale_backward: items that sum ds over chunks, after those of kLogitGrad
 };
 
-// Scratch memory, of the accumulation type unless said otherwise; null where an operation needs none.
+// Scratch memory, of the accumulation type unless said otherwise; null where an operation needs none. Where
+// samples are chained, a block's one slot is in its shared memory: of cross_parts (which then hands dl on,
+// too), pool_grad, spatial_grad and hidden_parts.
 struct Scratch {
   uint32_t* counters;      // zero at the start and again at the end of every launch
   void* pool_parts;        // (5, N, pool_chunks, C): sum, maximum, squares, and log-sum's peak and sum

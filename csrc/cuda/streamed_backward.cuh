@@ -213,16 +213,18 @@ __device__ __forceinline__ void backward_item(const Streamed& k, const Item& ite
     conv_grad_stage<T>(k, item, shared);
     __syncthreads();
   }
-  // dl w2: of a block of channels, or in the tail of a unit that is not cut into them, of all.
+  // dl w2, of a block of channels, or in the tail of a unit that is not cut into them, of all; or the pools'
+  // gradients.
   const bool blocks = item.stage == kLogitGrad && k.s.hidden_blocks;
-  if (blocks || (item.stage == kHiddenGrad && !k.s.hidden_blocks)) {
+  const bool to_hidden = blocks || (item.stage == kHiddenGrad && !k.s.hidden_blocks);
+  if (to_hidden || item.stage == kPoolGrad) {
     const MlpRange r = mlp_range(item, k.p.channels, k.s.gate_tile);
     typename Tr::A* near = nullptr;
     if (blocks) {
       near = shared.take<typename Tr::A>(kMlpSamples * k.s.gate_tile);
       logit_grad_block(k, r, near);
     }
-    hidden_parts_stage<T>(k, r, r.begin / k.s.gate_tile, near, shared);
+    mlp_backward_stage<T>(k, r, to_hidden, near, shared);
   }
   switch (item.stage) {
     case kCross:
@@ -253,7 +255,6 @@ __device__ __forceinline__ void backward_item(const Streamed& k, const Item& ite
       hidden_grad_stage<typename Tr::A>(k, mlp_range(item, k.p.hidden, k.s.hidden_tile));
       break;
     case kPoolGrad:
-      pool_grad_stage<T>(k, mlp_range(item, k.p.channels, k.s.gate_tile), shared);
       break;
     default:
       input_grad_stage<Tr>(k, item, shared);
@@ -266,6 +267,7 @@ __global__ void __launch_bounds__(kThreads, Tr::kBlocks) streamed_backward_kerne
   CBAM_SHARED(k, Streamed);
   const Shared shared{memory, memory};
   share_parameters(launch, &k);
+  take_slot<typename Tr::A>(&k, memory);
   run_items(
       k, [&](const Item& item) { backward_item<Tr>(k, item, shared); },
       [&](int index) { weight_item<typename Tr::T>(k, index, shared); });

@@ -186,10 +186,10 @@ __device__ __forceinline__ void conv_grad_stage(const Streamed& k, const Item& i
   const bool again = item.stage == kInputGrad;
   const auto read_dz = [&](int i) -> A {
     if (k.operation == kAttentionBackward) return constant<A>(p.dz, map + i);
-    A ds = fresh<A>(k.w.spatial_grad, slot * s.reduce.chunks * p.positions + i);
+    A ds = from_slot<A>(k.w.spatial_grad, slot * s.reduce.chunks * p.positions + i);
     if (s.reduce.chunks == 1) return ds;
     for (int chunk = 1; chunk < s.reduce.chunks; ++chunk) {
-      ds += fresh<A>(k.w.spatial_grad, (slot * s.reduce.chunks + chunk) * p.positions + i);
+      ds += from_slot<A>(k.w.spatial_grad, (slot * s.reduce.chunks + chunk) * p.positions + i);
     }
     const A gate = constant<A>(p.spatial_gate, map + i);
     return ds * gate * (A(1) - gate);

@@ -46,6 +46,19 @@ __device__ __forceinline__ void share_parameters(const Streamed& launch, Streame
   __syncthreads();
 }
 
+// Of chained samples: points the scratch that has slots to the end of this block's shared memory.
+template <class A>
+__device__ __forceinline__ void take_slot(Streamed* k, unsigned char* memory) {
+  if (k->s.chained && threadIdx.x == 0) {
+    Shared slot{memory + k->shared_bytes - k->s.slot_bytes, memory};
+    k->w.cross_parts = slot.take<A>(k->p.channels);
+    k->w.pool_grad = slot.take<A>(pool_count(k->p.pools) * k->p.channels);
+    k->w.spatial_grad = slot.take<A>(k->p.positions);
+    k->w.hidden_parts = slot.take<A>(k->p.hidden);
+  }
+  __syncthreads();
+}
+
 // One item: sample n of a per-sample stage; `index` counts within the sample, or within the unit.
 struct Item {
   int stage, index;
@@ -148,7 +161,7 @@ struct Work {
     again = 0;
     if (gathers(k.s, item)) {
       const int next = map_tile(k.s, item) + 1;
-      if (++item.part < k.s.gather_tiles && next < k.s.map.tiles) {
+      if (++item.part < k.s.gather_tiles && next < k.s.map.tiles * k.s.map.chunks) {
         again = 1;
         return;
       }
@@ -159,6 +172,7 @@ struct Work {
     }
     if (turn < kTails && d.tail[turn] >= 0) {
       item.stage = d.tail[turn++];
+      item.part = 0;
       item.whole = again = 1;
       return;
     }
@@ -175,7 +189,7 @@ __device__ __forceinline__ void wait_for_inputs(const Streamed& k, const StagePl
   const uint32_t* unit = unit_counters(k, item.unit);
   if (plan.wait_counter >= 0) {
     wait_for(unit + plan.wait_counter, expected(plan.wait_for, item.count));
-  } else if (s.ring && item.unit >= s.ring) {
+  } else if (s.ring && !s.chained && item.unit >= s.ring) {
     const Count all = s.plan[s.stage_plan[s.ring_counter]].total;
     wait_for(unit - s.ring * kCounters + s.ring_counter, expected(all, s.unit_samples));
   }
@@ -252,6 +266,11 @@ __device__ __forceinline__ const A* as(const void* p) {
 template <class A>
 __device__ __forceinline__ A fresh(const void* p, int64_t i) {
   return load_one<Cache::kCoherent>(as<A>(p) + i);
+}
+// Of scratch that has slots.
+template <class A>
+__device__ __forceinline__ A from_slot(const void* p, int64_t i) {
+  return load_one<Cache::kGeneric>(as<A>(p) + i);
 }
 template <class A>
 __device__ __forceinline__ A constant(const void* p, int64_t i) {

@@ -30,9 +30,9 @@ __device__ __forceinline__ ChannelTerms<A> channel_terms(const Streamed& k, int6
   const int64_t grads = slot_of(k, n) * pool_count(p.pools);
   terms.gate = constant<A>(p.channel_gate, n * p.channels + c);
   if (p.pools & kAvg)
-    terms.average = fresh<A>(k.w.pool_grad, (grads + pool_row(p.pools, kAvg)) * p.channels + c);
+    terms.average = from_slot<A>(k.w.pool_grad, (grads + pool_row(p.pools, kAvg)) * p.channels + c);
   if (p.pools & kMax) {
-    terms.maximum = fresh<A>(k.w.pool_grad, (grads + pool_row(p.pools, kMax)) * p.channels + c);
+    terms.maximum = from_slot<A>(k.w.pool_grad, (grads + pool_row(p.pools, kMax)) * p.channels + c);
     terms.mark = load_index<Cache::kReadOnly>(p.pool_index, n * p.channels + c, is_short_extent(p.positions));
   }
   return terms;
@@ -44,9 +44,9 @@ __device__ __forceinline__ RareTerms<A> rare_terms(const Streamed& k, int64_t n,
   const int64_t pools = pool_count(p.pools), grads = slot_of(k, n) * pools;
   const auto row = [&](int64_t first, int bit) { return (first + pool_row(p.pools, bit)) * p.channels + c; };
   if (p.pools & kMax) terms.top = constant<A>(p.pooled, row(n * pools, kMax));
-  if (p.pools & kLp) terms.norm = fresh<A>(k.w.pool_grad, row(grads, kLp));
+  if (p.pools & kLp) terms.norm = from_slot<A>(k.w.pool_grad, row(grads, kLp));
   if (p.pools & kLse) {
-    terms.log_sum = fresh<A>(k.w.pool_grad, row(grads, kLse));
+    terms.log_sum = from_slot<A>(k.w.pool_grad, row(grads, kLse));
     terms.level = constant<A>(p.pooled, row(n * pools, kLse));
   }
   return terms;

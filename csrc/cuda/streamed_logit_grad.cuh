@@ -31,13 +31,16 @@ __device__ __forceinline__ A logit_grad(const Streamed& k, int64_t at, A dg) {
   return dg * g * (A(1) - g);
 }
 
-// kGateGrad's sum of one tile: a part of dg or, where the tile has all positions, the last one.
+// kGateGrad's sum of one tile: a part of dg or, where the tile has all positions, the last one. A chained
+// sample's dl takes the place of its first part, for the stages to come.
 template <class A>
 __device__ __forceinline__ void put_gate_grad(const Streamed& k, int64_t n, int tile, int64_t c, A sum) {
   const int64_t channels = k.p.channels, slot = slot_of(k, n), at = n * channels + c;
   if (k.s.direct_logits) {
-    if (k.w.cross_parts) sum += fresh<A>(k.w.cross_parts, slot * channels + c);
-    put(k.w.logit_grad, at, logit_grad(k, at, sum));
+    if (k.operation == kCbamBackward) sum += from_slot<A>(k.w.cross_parts, slot * channels + c);
+    const A dl = logit_grad(k, at, sum);
+    put(k.w.logit_grad, at, dl);
+    if (k.s.chained) put(k.w.cross_parts, c, dl);
   } else {
     put(k.w.gate_parts, (slot * k.s.map.tiles + tile) * channels + c, sum);
   }

@@ -91,6 +91,14 @@ inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
   }
 }
 
+// A chained sample's slot, in the order of take_slot in streamed_engine.cuh; dq, which a pass gathers, is
+// behind it.
+inline int64_t slot_bytes(const Problem& p) {
+  const int64_t a = accumulate_bytes(p.dtype);
+  return round_up(p.channels * a, 16) + round_up(pool_count(p.pools) * p.channels * a, 16) +
+         round_up(p.positions * a, 16) + round_up(p.hidden * a, 16) + round_up(2 * p.positions * a, 16);
+}
+
 }  // namespace policy
 
 inline int64_t counter_words(const Streamed& k) {
@@ -121,12 +129,13 @@ void visit_scratch(Streamed& k, Visit visit) {
   take(w.hidden, p.pools && !scale, n * p.hidden * a);
   take(w.spatial_parts, chunks, 2 * n * s.reduce.chunks * p.positions * a);
   take(w.spatial_marks, chunks, n * s.reduce.chunks * p.positions * 4);
-  take(w.spatial_grad, runs(kCross), slots * s.reduce.chunks * p.positions * a);
+  take(w.spatial_grad, runs(kCross) && !s.chained, slots * s.reduce.chunks * p.positions * a);
   take(w.pooled_grad, runs(kConvGrad), slots * 2 * p.positions * a);
-  take(w.cross_parts, runs(kCross), slots * s.reduce.tiles * p.channels * a);
+  take(w.cross_parts, runs(kCross) && !s.chained, slots * s.reduce.tiles * p.channels * a);
   take(w.gate_parts, runs(kGateGrad) && !s.direct_logits, slots * s.map.tiles * p.channels * a);
   take(w.logit_grad, mlp_grad, n * p.channels * a);
-  take(w.hidden_parts, mlp_grad && p.w1.data, slots * std::max(1, s.hidden_blocks) * p.hidden * a);
+  take(w.hidden_parts, mlp_grad && p.w1.data && !s.chained,
+       slots * std::max(1, s.hidden_blocks) * p.hidden * a);
   take(w.hidden_grad, mlp_grad && p.w1.data, n * s.pool_vectors * p.hidden * a);
   take(w.pool_grad, runs(kInputGrad) && p.pools, slots * pool_count(p.pools) * p.channels * a);
   take(w.conv_parts, runs(kConvGrad) || s.gather_tiles, n * s.conv_items * (2 * taps(p) + 2) * a);

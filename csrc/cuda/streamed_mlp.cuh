@@ -10,9 +10,9 @@ namespace cbam {
 template <class A, class Vector>
 __device__ __forceinline__ void stage_vectors(A* staged, int64_t v, int valid, int64_t first, int count,
                                               Vector vector) {
-#pragma unroll
-  for (int u = 0; u < kBatch; ++u) {
-    for (int i = thread_index(); u < valid && i < count; i += kThreads)
+#pragma unroll 1
+  for (int u = 0; u < valid; ++u) {
+    for (int i = thread_index(); i < count; i += kThreads)
       staged[u * kMlpStage + i] = vector(v + u, first + i);
   }
 }
@@ -75,42 +75,43 @@ struct MatrixVector<T, void, 1> {
 
 // A range of rows and of columns of a learnt matrix.
 struct MatrixRange {
-  int64_t r0, r1, c0, c1;
-  int64_t stride;  // columns of the whole matrix
+  int r0, r1, c0, c1;
+  int stride;  // columns of the whole matrix
 };
 
 // sum_r m[r][c] * vector(v, r) over the range's rows for its columns; out(c, v, sum). A thread has V columns,
 // one vector W of memory; without W, V is 1, and m's elements are of either dtype.
 template <class T, class W, int V, class Vector, class Out>
-__device__ __forceinline__ void column_dot_by(const Weight& m, const MatrixRange& range, int64_t count,
+__device__ __forceinline__ void column_dot_by(const Weight& m, const MatrixRange& range, int count,
                                               Shared shared, Vector vector, Out out) {
   using A = Accumulate<T>;
-  constexpr int kAhead = 4,
-                kPitch = kThreads + 32 / V;  // parts are read in the order of columns: no conflicts
+  constexpr int kAhead = 4;
+  constexpr int kPitch = kThreads + 32 / V;  // parts are read in the order of columns: no conflicts
   A* staged = shared.take<A>(kBatch * kMlpStage);
   A* parts = shared.take<A>(V * kPitch);
   int lanes = 1;
   while (lanes < kThreads && lanes * V < range.c1 - range.c0) lanes *= 2;
   const int lane = thread_index() & (lanes - 1), group = thread_index() / lanes, groups = kThreads / lanes;
-  for (int64_t v = 0; v < count; v += kBatch) {
-    const int valid = static_cast<int>(min(int64_t{kBatch}, count - v));
-    for (int64_t base = range.c0; base < range.c1; base += lanes * V) {
-      const int64_t c = base + lane * V;
+  for (int v = 0; v < count; v += kBatch) {
+    const int valid = min(kBatch, count - v);
+    for (int base = range.c0; base < range.c1; base += lanes * V) {
+      const int c = base + lane * V;
       A acc[kBatch][V] = {};
-      for (int64_t first = range.r0; first < range.r1; first += kMlpStage) {
-        const int size = static_cast<int>(min(int64_t{kMlpStage}, range.r1 - first));
+      for (int first = range.r0; first < range.r1; first += kMlpStage) {
+        const int size = min(kMlpStage, range.r1 - first);
         if (base == range.c0 || range.r1 - range.r0 > kMlpStage) {
           __syncthreads();
           stage_vectors(staged, v, valid, first, size, vector);
           __syncthreads();
         }
         if (c >= range.c1) continue;
+#pragma unroll 1
         for (int r = group; r < size; r += kAhead * groups) {
           MatrixVector<T, W, V> ahead[kAhead] = {};
 #pragma unroll
           for (int u = 0; u < kAhead; ++u) {
             const int at = r + u * groups;
-            if (at < size) ahead[u].load(m, (first + at) * range.stride + c);  // [V]
+            if (at < size) ahead[u].load(m, int64_t{first + at} * range.stride + c);  // [V]
           }
 #pragma unroll
           for (int u = 0; u < kAhead; ++u) {
@@ -128,17 +129,20 @@ __device__ __forceinline__ void column_dot_by(const Weight& m, const MatrixRange
           }
         }
       }
+#pragma unroll 1
+      for (int turn = 0; turn < valid; ++turn) {
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (i >= valid) break;
+        for (int i = 0; i < kBatch; ++i) {
+          if (i != turn) continue;
 #pragma unroll
-        for (int j = 0; j < V; ++j) parts[j * kPitch + thread_index()] = acc[i][j];
+          for (int j = 0; j < V; ++j) parts[j * kPitch + thread_index()] = acc[i][j];
+        }
         __syncthreads();
         for (int at = thread_index(); at < lanes * V && base + at < range.c1; at += kThreads) {
           const A* mine = parts + at % V * kPitch + at / V;
           A total = mine[0];
           for (int g = 1; g < groups; ++g) total += mine[g * lanes];
-          out(base + at, v + i, total);
+          out(base + at, v + turn, total);
         }
         __syncthreads();
       }
@@ -148,11 +152,11 @@ __device__ __forceinline__ void column_dot_by(const Weight& m, const MatrixRange
 
 // column_dot_by by 16 bytes where all rows of the range are aligned to them, else by elements.
 template <class T, class Vector, class Out>
-__device__ __forceinline__ void column_dot(const Weight& m, const MatrixRange& range, int64_t count,
+__device__ __forceinline__ void column_dot(const Weight& m, const MatrixRange& range, int count,
                                            Shared shared, Vector vector, Out out) {
   constexpr int kNarrow = kVector<T>, kWide = kVector<float>;
   const bool wide = sizeof(T) == 2 && m.wide;
-  const int64_t all = range.c0 | range.c1 | range.stride;
+  const int all = range.c0 | range.c1 | range.stride;
   if (reinterpret_cast<uintptr_t>(m.data) % 16 || all % (wide ? kWide : kNarrow)) {
     column_dot_by<T, void, 1>(m, range, count, shared, vector, out);
   } else if (!wide) {
@@ -253,24 +257,6 @@ __device__ __forceinline__ void gate_stage(const Streamed& k, MlpRange r, Shared
       });
 }
 
-// Part `block` of dl w2: its sum over channels [r.begin, r.end). `near`: dl of the range, if it is there.
-template <class T>
-__device__ __forceinline__ void hidden_parts_stage(const Streamed& k, MlpRange r, int64_t block,
-                                                   const Accumulate<T>* near, Shared shared) {
-  using A = Accumulate<T>;
-  const Problem& p = k.p;
-  const int64_t blocks = max(1, k.s.hidden_blocks);
-  column_dot<T>(
-      p.w2, {r.begin, r.end, 0, p.hidden, p.hidden}, r.samples, shared,
-      [&](int64_t v, int64_t c) {
-        if (near) return near[v * (r.end - r.begin) + c - r.begin];
-        return fresh<A>(k.w.logit_grad, (r.sample + v) * p.channels + c);
-      },
-      [&](int64_t j, int64_t v, A sum) {
-        put(k.w.hidden_parts, (slot_of(k, r.sample + v) * blocks + block) * p.hidden + j, sum);
-      });
-}
-
 // hidden_grad[n][input][j], behind the ReLU, and hidden[n][j] for the gradient of w2.
 template <class A>
 __device__ __forceinline__ void hidden_grad_stage(const Streamed& k, const MlpRange& r) {
@@ -281,7 +267,8 @@ __device__ __forceinline__ void hidden_grad_stage(const Streamed& k, const MlpRa
     const int64_t n = r.sample + i / width, j = r.begin + i % width, parts = slot_of(k, n) * blocks;
     A grad = 0, sum = 0;
 #pragma unroll 8
-    for (int b = 0; b < blocks; ++b) grad += fresh<A>(k.w.hidden_parts, (parts + b) * p.hidden + j);  // [1]
+    for (int b = 0; b < blocks; ++b)
+      grad += from_slot<A>(k.w.hidden_parts, (parts + b) * p.hidden + j);  // [1]
     for (int64_t v = n * vectors; v < (n + 1) * vectors; ++v) {
       const A before = constant<A>(p.hidden_layer, v * p.hidden + j);  // [1]
       sum += relu(before);
@@ -313,28 +300,38 @@ __device__ __forceinline__ void put_pool_grads(const Streamed& k, int64_t n, int
   }
 }
 
+// Products with the columns of a matrix, one piece of code for all, as it is large. With `to_hidden` a part
+// of dl w2: its sum over channels [r.begin, r.end); `near` is their dl, where it is in shared memory. Else
+// the gradients of the pools of these channels: the hidden layer's gradient by w1, or dl by the single layer.
 template <class T>
-__device__ __forceinline__ void pool_grad_stage(const Streamed& k, MlpRange r, Shared shared) {
+__device__ __forceinline__ void mlp_backward_stage(const Streamed& k, const MlpRange& r, bool to_hidden,
+                                                   const Accumulate<T>* near, Shared shared) {
   using A = Accumulate<T>;
   const Problem& p = k.p;
-  const int vectors = k.s.pool_vectors;
-  if (!p.w1.data) {
-    put_summed_inputs<A>(k, r);
-    column_dot<T>(
-        p.w2, {0, p.channels, r.begin, r.end, p.channels}, r.samples, shared,
-        [&](int64_t v, int64_t c) { return fresh<A>(k.w.logit_grad, (r.sample + v) * p.channels + c); },
-        [&](int64_t c, int64_t v, A sum) {
-          for (int j = 0; j < vectors; ++j) put_pool_grads<A>(k, r.sample + v, j, c, sum);
-        });
-    return;
-  }
+  const int vectors = k.s.pool_vectors, channels = static_cast<int>(p.channels),
+            hidden = static_cast<int>(p.hidden);
+  const bool logits = to_hidden || !p.w1.data;
+  if (logits && !to_hidden) put_summed_inputs<A>(k, r);
   column_dot<T>(
-      p.w1, {0, p.hidden, r.begin, r.end, p.channels}, r.samples * vectors, shared,
-      [&](int64_t v, int64_t j) {
-        return fresh<A>(k.w.hidden_grad, (r.sample * vectors + v) * p.hidden + j);
+      logits ? p.w2 : p.w1,
+      to_hidden ? MatrixRange{r.begin, r.end, 0, hidden, hidden}
+                : MatrixRange{0, hidden, r.begin, r.end, channels},
+      r.samples * (logits ? 1 : vectors), shared,
+      [&](int v, int i) {
+        if (!logits) return fresh<A>(k.w.hidden_grad, (r.sample * vectors + v) * p.hidden + i);
+        if (near) return near[v * (r.end - r.begin) + i - r.begin];
+        if (k.s.chained) return from_slot<A>(k.w.cross_parts, i);
+        return fresh<A>(k.w.logit_grad, (r.sample + v) * p.channels + i);
       },
-      [&](int64_t c, int64_t v, A sum) {
-        put_pool_grads<A>(k, r.sample + v / vectors, static_cast<int>(v % vectors), c, sum);
+      [&](int i, int v, A sum) {
+        if (to_hidden) {
+          const int blocks = max(1, k.s.hidden_blocks), block = r.begin / k.s.gate_tile;
+          put(k.w.hidden_parts, (slot_of(k, r.sample + v) * blocks + block) * p.hidden + i, sum);
+        } else if (logits) {
+          for (int j = 0; j < vectors; ++j) put_pool_grads<A>(k, r.sample + v, j, i, sum);
+        } else {
+          put_pool_grads<A>(k, r.sample + v / vectors, v % vectors, i, sum);
+        }
       });
 }
 

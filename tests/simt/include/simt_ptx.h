@@ -42,6 +42,10 @@ inline W load_coherent(const W* p, SIMT_WHERE) {
   return simt::read(p, where);
 }
 template <class W>
+inline W load_generic(const W* p, SIMT_WHERE) {
+  return simt::read(p, where);
+}
+template <class W>
 inline void store(W* p, std::type_identity_t<W> v, SIMT_WHERE) {
   simt::write(p, v, where);
 }
