@@ -92,6 +92,20 @@ inline Variant choose_variant(const Problem& p, bool aligned) {
 
 namespace policy {
 
+// Positions of the backward's tiles of kMaxItemBytes. The wider a tile, the fewer sums are left for each
+// channel, and the fewer channels it has, so that more are left for each position: twice the width where that
+// makes fewer, and keeps all multiprocessors busy.
+inline int64_t grad_positions(const Problem& p, int sms) {
+  const int64_t narrow = kGradTileBytes / element_bytes(p.dtype);
+  const auto tiles = [&](int64_t width) { return ceil_div(p.positions, width); };
+  const auto chunks = [&](int64_t width) {
+    return ceil_div(p.channels * width * element_bytes(p.dtype), kMaxItemBytes);
+  };
+  const auto sums = [&](int64_t width) { return tiles(width) * p.channels + chunks(width) * p.positions; };
+  const bool busy = p.samples * tiles(2 * narrow) * chunks(2 * narrow) >= 2 * sms;
+  return busy && sums(2 * narrow) < sums(narrow) ? 2 * narrow : narrow;
+}
+
 inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector, bool reduces, bool large,
                                 int sms) {
   Tiling t{};
@@ -112,8 +126,9 @@ inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector,
     t.chunks = static_cast<int32_t>(ceil_div(s.rows, t.chunk_rows));
     return t;
   }
-  const bool wide = large && (!reduces || s.rows * int64_t{kTileBytes} >= kItemBytes);
-  int width = wide ? kGradTileBytes : kTileBytes;
+  const bool wide = large && (!reduces || s.rows * int64_t{kTileBytes} >= kItemBytes / 2);
+  int width = kTileBytes;
+  if (wide) width = static_cast<int>(grad_positions(p, sms) * element_bytes(p.dtype));
   if (!wide && s.rows * int64_t{width} > kMaxItemBytes) width = kMinTileBytes;
   while (s.rows * int64_t{width} * 2 <= (large ? kItemBytes : kItemBytes / 2)) width *= 2;
   t.columns = static_cast<int32_t>(std::min<int64_t>(32, ceil_power(ceil_div(width, vector_bytes))));
@@ -138,23 +153,26 @@ inline Tiling channels_last_tiling(const Problem& p, int vector, bool reduces, b
   t.columns = std::min(32, ceil_power(row_vectors));
   t.columns_log2 = log2_of(t.columns);
   int64_t positions = kTileBytes / element_bytes(p.dtype);
-  const bool wide = large && (!reduces || positions * row_bytes >= kItemBytes);
+  const bool wide = large && (!reduces || positions * row_bytes >= kItemBytes / 2);
   if (wide)
-    positions = kGradTileBytes / element_bytes(p.dtype);
+    positions = grad_positions(p, sms);
   else if (positions * row_bytes > kMaxItemBytes)
     positions /= 2;
   const int64_t least = large ? kItemBytes : kItemBytes / 2;
   positions = std::max(positions, std::min<int64_t>(least / row_bytes, kThreads));
   // One tile leaves no partial sums of channels; two would halve what an item has to do.
-  if (wide && 2 * p.samples * ceil_div(row_vectors, t.columns) >= sms && p.positions <= 2 * positions)
+  if (wide && 2 * p.samples * ceil_div(row_vectors, t.columns) >= sms &&
+      p.positions <= 2 * kGradTileBytes / element_bytes(p.dtype))
     positions = p.positions;
   t.tiles = static_cast<int32_t>(ceil_div(p.positions, std::min(positions, p.positions)));
   t.positions = static_cast<int32_t>(ceil_div(p.positions, t.tiles));
   t.tiles = static_cast<int32_t>(ceil_div(p.positions, t.positions));
   t.chunk_rows = static_cast<int32_t>(row_vectors);
   if (wide) {
-    const int64_t slice_bytes = int64_t{t.positions} * t.columns * vector * element_bytes(p.dtype);
-    const int64_t slices = std::max<int64_t>(1, kMaxItemBytes / slice_bytes);
+    const int64_t column_bytes = int64_t{t.positions} * vector * element_bytes(p.dtype);
+    if (t.positions < p.positions && t.columns * column_bytes > kMaxItemBytes) --t.columns_log2;
+    t.columns = 1 << t.columns_log2;
+    const int64_t slices = std::max<int64_t>(1, kMaxItemBytes / (t.columns * column_bytes));
     t.chunk_rows = static_cast<int32_t>(std::min(row_vectors, slices * t.columns));
   }
   t.chunks = static_cast<int32_t>(ceil_div(row_vectors, t.chunk_rows));
@@ -208,9 +226,15 @@ inline void plan_gather(const Problem& p, Schedule& s, int sms) {
   if (s.map.chunks > 1 || s.reduce.chunks > 1 || taps(p) > p.channels) return;
   if (p.samples * s.map.tiles <= sms) return;
   const int64_t tile_bytes = s.map.positions * p.channels * element_bytes(p.dtype);
-  const int64_t most = ceil_div(s.map.tiles, std::max<int64_t>(1, kGatherBytes / tile_bytes));
-  const int64_t tiles = ceil_div(s.map.tiles, most), items = ceil_div(s.map.tiles, tiles);
-  const int64_t positions = tiles * s.map.positions, halo = 2 * int64_t{s.conv_halo};
+  const int64_t halo = 2 * int64_t{s.conv_halo};
+  // So many positions that a halo adds less than half of them, where shared memory holds them and enough
+  // items are left.
+  const int64_t room = (kStagedBytes / (3 * accumulate_bytes(p.dtype)) - halo) / s.map.positions;
+  const int64_t busy = p.samples * s.map.tiles / (2 * sms);
+  int64_t tiles = std::min({ceil_div(5 * halo / 2, s.map.positions), room, busy});
+  tiles = std::max({tiles, kGatherBytes / tile_bytes, int64_t{1}});
+  tiles = ceil_div(s.map.tiles, ceil_div(s.map.tiles, tiles));
+  const int64_t items = ceil_div(s.map.tiles, tiles), positions = tiles * s.map.positions;
   const int64_t window = std::min(p.positions, positions + halo);
   if ((items - 1) * halo > p.positions) return;
   if (3 * window * accumulate_bytes(p.dtype) > kStagedBytes) return;
