@@ -1,10 +1,12 @@
 """Bytes that the CUDA kernels of both tiers move: counted on the host, and modelled behind the caches.
 
-    python benchmarks/cuda_bytes.py [--tier streamed resident] [--shapes 256,56,56 ...] [--samples 1]
+    python benchmarks/cuda_bytes.py [--tier streamed resident] [--shapes 256,56,56 ...] [--samples 8]
                                     [--dtype bfloat16] [--layout contiguous] [--modelled] [--l2 50]
 
 Nothing here runs on a GPU. Counted bytes are what the kernels ask of global memory when tests/simt executes
-their sources, a caches' hit as much as a miss; S is the size of x. Modelled DRAM traffic is what compiled PTX
+their sources, a caches' hit as much as a miss; S is the size of x. The streamed tier's plan depends on how many
+samples there are for how many multiprocessors: it is counted with one each, 8. With fewer, several blocks share a
+sample and hand each other more: with one for eight, up to 0.1 S more, on tiny maps 0.5 S. Modelled DRAM traffic is what compiled PTX
 makes of it in the cache model of the optional ../shared/ptxcpu (H100: 132 multiprocessors, 50 MB of L2), over the
 floor of 2 S or 3 S (3 S and 5 S with BatchNorm in training): as it is, and without the weights, their gradients
 and the saved tensors, each of which moves once. The time over a copy's is the resident tier's for a batch of 16:
@@ -28,7 +30,13 @@ import cuda_streamed as cs  # noqa: E402
 
 from cbam_fused._config import Config, Parameters  # noqa: E402
 
-SHAPES = ("256,56,56", "512,28,28", "256,28,28", "256,40,40", "64,56,56", "1024,14,14", "2048,7,7")
+# What ResNet-18 and -50, MobileNet and YOLOv8s have at the places where CBAM is put.
+SHAPES = (
+    "64,56,56", "128,28,28", "256,14,14", "512,7,7", "256,56,56", "512,28,28", "1024,14,14", "2048,7,7",
+    "64,112,112", "128,56,56", "256,28,28", "512,14,14", "1024,7,7",
+    "32,320,320", "64,160,160", "128,80,80", "256,40,40", "512,20,20",
+)  # fmt: skip
+MULTIPROCESSORS = 8  # of the device that counted plans are for
 WEIGHTS = (
     "w1",
     "b1",
@@ -103,7 +111,7 @@ def problem(samples, shape, dtype, last):
 def counted(tier, samples, shape, dtype, last, by_tensor=False) -> None:
     x, dy, p = problem(samples, shape, dtype, last)
     size = x.numel() * x.element_size()
-    streamed = cs.Machine(multiprocessors=8, resident=8)
+    streamed = cs.Machine(multiprocessors=MULTIPROCESSORS, resident=MULTIPROCESSORS)
     saved = cs.cbam_forward(x, p, Config(), cs.NO_NORM, streamed)
     for name in ("forward", "backward"):
         if tier == "resident" and not (dtype != torch.float64 and resident_fits(x, p, f"cbam_{name}")):
@@ -193,7 +201,7 @@ def main(arguments=None) -> None:
         "--tier", nargs="+", default=["streamed", "resident"], choices=["streamed", "resident"]
     )
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
-    parser.add_argument("--samples", type=int, help="1; with --modelled 4")
+    parser.add_argument("--samples", type=int, help="streamed 8, resident 1; with --modelled 4")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=[str(d)[6:] for d in cs.ELEMENTS])
     parser.add_argument(
         "--layout",
@@ -209,11 +217,11 @@ def main(arguments=None) -> None:
     a = parser.parse_args(arguments)
     if a.modelled and cuda_ptx.unavailable():
         parser.error(cuda_ptx.unavailable())
-    samples = a.samples or (4 if a.modelled else 1)
     for shape in (tuple(map(int, s.split(","))) for s in a.shapes):
         for dtype in (getattr(torch, d) for d in a.dtype):
             for last in (layout == "channels_last" for layout in a.layout):
                 for tier in a.tier:
+                    samples = a.samples or (4 if a.modelled else MULTIPROCESSORS if tier == "streamed" else 1)
                     run = modelled_streamed if tier == "streamed" else modelled_resident
                     if not a.modelled:
                         counted(tier, samples, shape, dtype, last, a.by_tensor)

@@ -50,6 +50,17 @@ def test_scratch_memory_by_tensor(capsys):
         assert abs(sum(moved) - float(re.search(r"scratch +(\S+) S", row)[1])) <= 1e-3 * len(moved)
 
 
+@pytest.mark.skipif(build.default_flavor() != "checked", reason="only the checked flavour counts bytes")
+@pytest.mark.parametrize("shape", ("512,7,7", "128,28,28"))
+def test_counted_rows_of_the_streamed_tier(capsys, shape):
+    """A tiny map, whose samples are chained, and what gathers: the bars hold, and x-sized tensors move 4 S and 5 S."""
+    cuda_bytes.main(["--tier", "streamed", "--shapes", shape, "--layout", "contiguous"])
+    forward, backward = capsys.readouterr().out.splitlines()
+    assert forward.split()[2] == backward.split()[2] == f"8,{shape}"
+    assert re.search(r"x-sized 4\.000 S .* pass \(bar 4\.1\)$", forward)
+    assert re.search(r"x-sized 5\.000 S .* pass \(bar 5\.2\)$", backward)
+
+
 @pytest.mark.skipif(cuda_ptx.unavailable() is not None, reason=str(cuda_ptx.unavailable()))
 def test_modelled_rows_of_the_resident_tier(capsys):
     """The traffic of a tiny map: all of it once, and small tensors counted apart; no bar for its time."""
