@@ -51,7 +51,8 @@ inline Problem sizes_of(const int64_t* v) {
   p.residual = int32_t(v[kResidualAt]);
   p.dtype = int32_t(v[kDTypeAt]);
   p.layout = int32_t(v[kLayoutAt]);
-  if (v[kHasW1At]) p.w1.data = v;  // planning only asks whether it is there
+  if (v[kHasW1At])
+    p.w1 = {v, int32_t(v[kWideAt] & 1)};  // planning only asks whether it is there, and its size
   return p;
 }
 

@@ -93,9 +93,9 @@ def test_an_address_that_is_not_aligned(monkeypatch, layout):
 # layer is a tail's work in the backward; no map, no hidden layer.
 # Blocks of channels in the backward; stages forward and backward.
 LARGE_MLPS = (
-    ((35, 160, 4, 4), Options(hidden=130, kernel=3), 2, (6, 6)),
+    ((11, 160, 4, 4), Options(hidden=130, kernel=3), 2, (6, 6)),
     ((3, 160, 16, 20), Options(hidden=210, kernel=3), 2, (6, 5)),
-    ((35, 160, 4, 4), Options(hidden=130, kernel=3, pools=("avg", "max", "lp")), 2, (6, 6)),
+    ((11, 160, 4, 4), Options(hidden=130, kernel=3, pools=("avg", "max", "lp")), 2, (6, 6)),
     ((5, 160, 4, 4), Options(hidden=220, spatial=False), 2, (4, 5)),
     ((3, 400, 4, 4), Options(hidden=0, kernel=3), 0, (6, 4)),
 )
@@ -149,15 +149,15 @@ def test_chained_samples(monkeypatch, name, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", cs.ELEMENTS, ids=str)
 def test_chained_samples_of_many_channels(monkeypatch, dtype, layout):
-    """Terms of the channels in two turns, and a hidden layer of several tiles in the weights' gradients."""
+    """Terms of the channels in two turns."""
     problem = make_problem(
         (2, 1032, 4, 8),
-        Options(hidden=136, kernel=3, norm="eval"),
+        Options(hidden=5, kernel=3, norm="eval"),
         dtype,
         layout=layout,
         wide=dtype.itemsize == 2,
     )
-    ops = _check(monkeypatch, problem)
+    ops = _check(monkeypatch, problem, multiprocessors=2)
     report = ops.reports["cbam_backward"]
     assert report["chained"] and report["gather_tiles"] == (2 if layout == "contiguous" else 1)
 
@@ -234,6 +234,29 @@ def test_plans(gpu):
             assert plan["blocks"] * (plan["shared"] + plan["static_shared"] + 1024) <= gpu.shared << 10, case
             plans += 1
     assert plans == 4 * 6 * 2 * len(SEEN) * 4
+
+
+# Positions, channels, hidden units, samples, bytes of weights: what a table of an H100 (132 multiprocessors) chains.
+CHAINS = {
+    (49, 512, 32, 66, 4): True, (49, 512, 32, 65, 4): False, (64, 256, 16, 66, 4): True, (65, 256, 16, 66, 4): False,
+    (49, 1024, 64, 132, 2): True, (49, 1024, 64, 131, 2): False, (49, 1024, 64, 132, 4): False,
+    (49, 2048, 128, 66, 2): False, (49, 512, 32, 348, 2): True, (49, 512, 32, 349, 2): False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", CHAINS, ids=str)
+def test_which_samples_are_chained(call):
+    """Enough of them for the device, no more than L2 holds, and weights of at most three times a sample."""
+    positions, channels, hidden, samples, weight = call
+    gpu = GPUS["H100 sm_90"]
+    small = make_problem((1, 8, 2, 2), Options(hidden=5), torch.bfloat16, wide=weight == 4)
+    machine = cs.Machine(multiprocessors=gpu.multiprocessors, l2=gpu.l2 << 20, shared=gpu.block << 10)
+    for operation in ("cbam_backward", "attention_backward"):
+        sizes = cs._Call(operation, small.x, small.p, small.c, cs.NO_NORM, machine).sizes
+        sizes[3:8], sizes[11] = (samples, channels, 1, 1, positions), hidden
+        report = np.zeros(len(cs.REPORT), np.int64)
+        cs.library(torch.float32).run("plan", sizes, report)
+        assert dict(zip(cs.REPORT, report.tolist()))["chained"] == CHAINS[call]
 
 
 @pytest.mark.parametrize("n, share", ((16, 16), (256, 10)))
@@ -380,7 +403,9 @@ BYTES = (
     ((1, 512, 28, 28), torch.float32, 5.2), ((1, 512, 28, 28), torch.bfloat16, 5.2),
     ((1, 256, 28, 28), torch.bfloat16, 5.2), ((1, 256, 40, 40), torch.bfloat16, 5.2),
     ((1, 1024, 14, 14), torch.float32, 5.2), ((1, 64, 56, 56), torch.bfloat16, 5.2),
-    ((1, 1024, 14, 14), torch.bfloat16, 5.2), ((1, 2048, 7, 7), torch.bfloat16, 5.88),
+    ((1, 1024, 14, 14), torch.bfloat16, 5.2), ((1, 2048, 7, 7), torch.bfloat16, 5.67),
+    ((3, 1024, 7, 7), torch.bfloat16, 5.2), ((3, 128, 28, 28), torch.bfloat16, 5.2),
+    ((3, 512, 20, 20), torch.bfloat16, 5.2), ((3, 64, 80, 80), torch.bfloat16, 5.2),
 )  # fmt: skip
 
 
