@@ -47,7 +47,7 @@ __device__ __forceinline__ void cross_rows(const Streamed& k, const Item& item, 
     ds[j].sum = 0;
     gate_s[j] = me.inside ? spatial[me.in_tile(j, positions)] : A(0);
   }
-  const int64_t start = item.n * s.rows * s.row_elements + int64_t{me.vector} * V;
+  const int64_t stride = s.row_elements, start = item.n * s.rows * stride + int64_t{me.vector} * V;
   const T* x = as<T>(p.x) + start;
   const T* dy = as<T>(p.dy) + start;
   const int64_t parts = (slot_of(k, item.n) * t.tiles + me.tile) * p.channels;
@@ -62,8 +62,8 @@ __device__ __forceinline__ void cross_rows(const Streamed& k, const Item& item, 
       for (int u = 0; u < kAhead; ++u) {
         const int at = r + me.row + u * me.lanes;
         if (me.inside && at < bottom) {
-          load_packed<Cache::kReadOnly>(x + int64_t{at} * s.row_elements, packed_x[u]);    // [V]
-          load_packed<Cache::kReadOnly>(dy + int64_t{at} * s.row_elements, packed_dy[u]);  // [V]
+          load_packed<Cache::kReadOnly>(x + at * stride, packed_x[u]);    // [V]
+          load_packed<Cache::kReadOnly>(dy + at * stride, packed_dy[u]);  // [V]
         }
       }
 #pragma unroll
@@ -264,7 +264,9 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
     top[j] = kSplit ? fields.top[at] : A(0);
     mark[j] = fields.mark[at];
   }
-  const T* x = as<T>(p.x) + item.n * s.rows * s.row_elements + int64_t{me.vector} * V;
+  const int64_t stride = s.row_elements;
+  const T* x = as<T>(p.x) + item.n * s.rows * stride + int64_t{me.vector} * V;
+  const GateGradPlace place(k, item.n, me.tile);
   FoldSums<Tr> sums(shared.take<A>(0), t);
   const int pass = Tr::kFold ? sums.capacity : me.end - me.first;
   for (int start = me.first; start < me.end; start += pass) {
@@ -275,8 +277,7 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
         const int at = r + me.row + u * me.lanes;
-        if (me.inside && at < bottom)
-          load_packed<Cache::kLastUse>(x + int64_t{at} * s.row_elements, packed[u]);  // [V]
+        if (me.inside && at < bottom) load_packed<Cache::kLastUse>(x + at * stride, packed[u]);  // [V]
       }
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
@@ -307,13 +308,12 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
         for (int u = 0; u < kAhead; ++u) {
           const int at = r + me.row + u * me.lanes;
           here[u] = lanes_sum(here[u], t.columns);
-          if (me.column == 0 && at < bottom) put_gate_grad(k, item.n, me.tile, at, here[u]);
+          if (me.column == 0 && at < bottom) put_gate_grad(k, place, at, here[u]);
         }
       }
     }
     if constexpr (Tr::kFold) {
-      sums.finish(k, bottom - start,
-                  [&](int c, A sum) { put_gate_grad(k, item.n, me.tile, start * s.fold + c, sum); });
+      sums.finish(k, bottom - start, [&](int c, A sum) { put_gate_grad(k, place, start * s.fold + c, sum); });
     }
   }
 }
@@ -332,6 +332,7 @@ __device__ __forceinline__ void gate_grad_columns(const Streamed& k, const Item&
   const ColumnTile me(s, t, map_tile(s, item));
   const int first = me.first, count = me.count;
   const PositionFields<A> fields = stage_positions<A>(k, item.n, first, count, t.positions, shared);
+  const GateGradPlace place(k, item.n, me.tile);
   Sum<A>* merged = shared.take<Sum<A>>(0);
   __syncthreads();
   const int64_t start = (item.n * p.positions + first) * p.channels;
@@ -379,7 +380,7 @@ __device__ __forceinline__ void gate_grad_columns(const Streamed& k, const Item&
     for (int c = thread_index(); c < width; c += kThreads) {
       if (int64_t{slice} * V + c >= p.channels) continue;
       const Sum<A> total = merged_sum<V>(merged, groups, t.columns, c);
-      put_gate_grad(k, item.n, me.tile, int64_t{slice} * V + c, total.sum);
+      put_gate_grad(k, place, slice * V + c, total.sum);
     }
     __syncthreads();
   }

@@ -31,18 +31,27 @@ __device__ __forceinline__ A logit_grad(const Streamed& k, int64_t at, A dg) {
   return dg * g * (A(1) - g);
 }
 
-// kGateGrad's sum of one tile: a part of dg or, where the tile has all positions, the last one. A chained
-// sample's dl takes the place of its first part, for the stages to come.
+// Where kGateGrad's sums of one tile go, derived once an item: a slot's index takes a division.
+struct GateGradPlace {
+  int64_t logits, parts;  // of channel 0
+  __device__ __forceinline__ GateGradPlace(const Streamed& k, int64_t n, int tile) {
+    const int64_t slot = slot_of(k, n), channels = k.p.channels;
+    logits = n * channels;
+    parts = (k.s.direct_logits ? slot : slot * k.s.map.tiles + tile) * channels;
+  }
+};
+
+// A part of dg or, where the tile has all positions, the last one. A chained sample's dl takes the place of
+// its first part, for the stages to come.
 template <class A>
-__device__ __forceinline__ void put_gate_grad(const Streamed& k, int64_t n, int tile, int64_t c, A sum) {
-  const int64_t channels = k.p.channels, slot = slot_of(k, n), at = n * channels + c;
+__device__ __forceinline__ void put_gate_grad(const Streamed& k, const GateGradPlace& to, int c, A sum) {
   if (k.s.direct_logits) {
-    if (k.operation == kCbamBackward) sum += from_slot<A>(k.w.cross_parts, slot * channels + c);
-    const A dl = logit_grad(k, at, sum);
-    put(k.w.logit_grad, at, dl);
+    if (k.operation == kCbamBackward) sum += from_slot<A>(k.w.cross_parts, to.parts + c);
+    const A dl = logit_grad(k, to.logits + c, sum);
+    put(k.w.logit_grad, to.logits + c, dl);
     if (k.s.chained) put(k.w.cross_parts, c, dl);
   } else {
-    put(k.w.gate_parts, (slot * k.s.map.tiles + tile) * channels + c, sum);
+    put(k.w.gate_parts, to.parts + c, sum);
   }
 }
 
