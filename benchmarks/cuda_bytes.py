@@ -4,13 +4,21 @@
                                     [--dtype bfloat16] [--layout contiguous] [--modelled] [--l2 50]
 
 Nothing here runs on a GPU. Counted bytes are what the kernels ask of global memory when tests/simt executes
-their sources, a caches' hit as much as a miss; S is the size of x. The streamed tier's plan depends on how many
-samples there are for how many multiprocessors: it is counted with one each, 8. With fewer, several blocks share a
-sample and hand each other more: with one for eight, up to 0.1 S more, on tiny maps 0.5 S. Modelled DRAM traffic is what compiled PTX
-makes of it in the cache model of the optional ../shared/ptxcpu (H100: 132 multiprocessors, 50 MB of L2), over the
-floor of 2 S or 3 S (3 S and 5 S with BatchNorm in training): as it is, and without the weights, their gradients
-and the saved tensors, each of which moves once. The time over a copy's is the resident tier's for a batch of 16:
-ptxcpu's estimate, which counts PTX instructions and traffic and knows no latency.
+their sources, a caches' hit as much as a miss; S is the size of x, weights are float32. The streamed tier's plan
+depends on how many samples there are for how many multiprocessors: it is counted with one each, 8. With fewer,
+several blocks share a sample and hand each other more: with one for eight, up to 0.16 S, on tiny maps 0.5 S.
+
+Modelled DRAM traffic is what compiled PTX makes of it in the cache model of the optional ../shared/ptxcpu (H100:
+132 multiprocessors, 50 MB of L2), over the floor of 2 S or 3 S (3 S and 5 S with BatchNorm in training): as it is,
+and without the weights, their gradients and the saved tensors, each of which moves once. The time over a copy's is
+the resident tier's for a batch of 16: ptxcpu's estimate, which counts PTX instructions and traffic and knows no
+latency.
+
+What misses the backward's 5.2 S: (2048, 7, 7) and (1024, 7, 7), where a float32 vector of a sample's channels is
+0.041 S in 16 bits, and blocks hand each other a dozen. A block a sample, as for smaller layers, moves 5.18 S at
+(2048, 7, 7), but then samples do not share the MLP's weights: 6.5 S more of them, 3.3 S in 16 bits. And (32, 320,
+320), where a float32 map is 0.0625 S: the gradient of the spatial logits, written once and read with a halo by two
+passes, is more than 0.2 S.
 """
 
 from __future__ import annotations
