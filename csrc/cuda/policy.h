@@ -106,7 +106,7 @@ inline Depth choose_depth(const Problem& p, int operation, int64_t items, const 
   return {1, unit, 1, 4 * flow > device.l2_bytes && flow * 5 / 2 <= device.l2_bytes};
 }
 
-// As plan_streamed; `chain`: with samples chained, and false where they are not to be.
+// As plan_streamed, with samples chained or not.
 inline bool plan_order(Streamed& k, Variant variant, const Device& device, bool chain) {
   using namespace policy;
   const Problem& p = k.p;
@@ -132,11 +132,10 @@ inline bool plan_order(Streamed& k, Variant variant, const Device& device, bool 
   if (spatial) plan_conv(p, s, backward);
   s.pool_vectors = mlp_passes(p.pools);
 
-  if (backward && gate && spatial && k.operation != kScaleBackward) {
-    if (chain ? !plan_chain(p, s, vector, device) : large) plan_gather(p, s, device.multiprocessors);
-    if (chain && !s.chained) return false;
-  } else if (chain) {
-    return false;
+  if (chain) {
+    if (!plan_chain(p, s, vector)) return false;
+  } else if (large && gate && spatial && k.operation != kScaleBackward) {
+    plan_gather(p, s, device.multiprocessors);
   }
 
   const int64_t reduce_items = int64_t{s.reduce.tiles} * s.reduce.chunks;
@@ -286,8 +285,7 @@ inline bool plan_order(Streamed& k, Variant variant, const Device& device, bool 
   if (chain) {
     s.slot_bytes = static_cast<int32_t>(slot_bytes(p));
     shared += s.slot_bytes;
-    // Each block also takes a KiB for CUDA, which a multiprocessor has on top of the most that one may ask
-    // for.
+    // Of each block CUDA takes a KiB, which a multiprocessor has beyond the most that one may ask for.
     if (2 * (shared + kStaticShared + 1024) > device.shared_bytes + 1024) blocks = 1;
   }
   k.shared_bytes = static_cast<int32_t>(std::min<int64_t>(shared, INT32_MAX));
@@ -301,7 +299,8 @@ inline bool plan_order(Streamed& k, Variant variant, const Device& device, bool 
 // Fills in k.s and the launch shape for k.p and k.operation. False where the shape is out of reach:
 // an item would need more shared memory than the device gives a block.
 inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
-  return plan_order(k, variant, device, true) || plan_order(k, variant, device, false);
+  const bool chain = policy::wants_chain(k.p, k.operation, device);
+  return (chain && plan_order(k, variant, device, true)) || plan_order(k, variant, device, false);
 }
 
 }  // namespace cbam

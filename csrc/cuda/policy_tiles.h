@@ -244,18 +244,23 @@ inline void plan_gather(const Problem& p, Schedule& s, int sms) {
   s.conv_positions = static_cast<int32_t>(positions);
 }
 
-// Tiny maps: what blocks hand each other for each channel weighs up to half of x, and waiting for each other
-// as much as the work. One block takes a sample through all stages and keeps that in shared memory. Where
-// samples keep half of the multiprocessors busy, or all if they are large, and L2 holds x, dy and dx of all
-// of them; and not with a large MLP, whose weights samples would no longer share: (2048, 7, 7) would ask L2
-// for 0.49 S less of scratch and, with float weights, for 6.5 S more of them. True where it has been planned.
-inline bool plan_chain(const Problem& p, Schedule& s, int vector, const Device& device) {
+// Whether a block takes a sample through all stages of the backward, and keeps in shared memory what blocks
+// would hand each other: on tiny maps that weighs up to half of x, and waiting for each other as much as the
+// work. Where samples keep half of the multiprocessors busy, or all if they are large, and L2 holds x, dy and
+// dx of all of them; and not with a large MLP, whose weights samples would no longer share: (2048, 7, 7)
+// would ask L2 for 0.49 S less of scratch and, with float weights, for 6.5 S more of them.
+inline bool wants_chain(const Problem& p, int operation, const Device& device) {
+  if (operation != kCbamBackward && operation != kAttentionBackward) return false;
+  if (!p.pools || p.spatial == kSpatialNone || !p.w1.data || p.positions > kChainPositions) return false;
   const int64_t sample = p.channels * p.positions * int64_t{element_bytes(p.dtype)};
   const int64_t weight = p.w1.wide ? std::max(4, element_bytes(p.dtype)) : element_bytes(p.dtype);
-  if (p.positions > kChainPositions || !p.w1.data) return false;
   if (2 * p.hidden * p.channels * weight > kChainWeights * sample) return false;
   const int64_t enough = device.multiprocessors / (sample > kChainBytes ? 1 : 2);
-  if (p.samples < enough || 3 * p.samples * sample > device.l2_bytes) return false;
+  return p.samples >= enough && 3 * p.samples * sample <= device.l2_bytes;
+}
+
+// Tiles of all positions, for such a sample. False where rows have too many vectors for one.
+inline bool plan_chain(const Problem& p, Schedule& s, int vector) {
   const auto whole = [&](Tiling& t, int64_t most) {
     if (p.layout == kChannelsLast) {
       t.positions = static_cast<int32_t>(p.positions);
