@@ -236,6 +236,11 @@ def test_plans(gpu):
     assert plans == 4 * 6 * 2 * len(SEEN) * 4
 
 
+def test_weight_gradients_of_many_samples(monkeypatch):
+    """Sums of 2048 terms stay within the budget of the other tests: they are taken a stage of samples at a time."""
+    _check(monkeypatch, make_problem((1024, 8, 1, 2), Options(kernel=1)))
+
+
 # Positions, channels, hidden units, samples, bytes of weights: what a table of an H100 (132 multiprocessors) chains.
 CHAINS = {
     (49, 512, 32, 66, 4): True, (49, 512, 32, 65, 4): False, (64, 256, 16, 66, 4): True, (65, 256, 16, 66, 4): False,

@@ -23,9 +23,11 @@ struct alignas(N * sizeof(A)) Several {
 template <class A, int kRows, int kColumns, class Left, class Right, class Out, class RowOut>
 __device__ __forceinline__ void outer_sum(int tile, int rows, int columns, int count, Shared shared,
                                           Left left, Right right, Out out, RowOut row_out) {
-  // A lane has every 32nd column; a warp two groups of rows, so that few rows still are all warps' work.
-  constexpr int kWarps = kThreads / 32, kTurns = kColumns / 32, kGroup = 4, kGroups = kRows / kWarps / kGroup;
-  static_assert(kTurns * 32 == kColumns && kGroups * kGroup * kWarps == kRows && kRows <= kThreads);
+  // A lane has every 32nd column; a warp `kGroup` rows at a time, groups apart: few rows still are all warps'
+  // work.
+  constexpr int kWarps = kThreads / 32, kTurns = kColumns / 32, kGroup = 16 / kTurns;
+  constexpr int kGroups = kRows / kWarps / kGroup;
+  static_assert(kTurns * kGroup == 16 && kGroups * kGroup * kWarps == kRows && kRows <= kThreads);
   const int across = (columns + kColumns - 1) / kColumns;
   const int r0 = tile / across * kRows, c0 = tile % across * kColumns;
   const int height = min(kRows, rows - r0), width = min(kColumns, columns - c0);
@@ -48,24 +50,33 @@ __device__ __forceinline__ void outer_sum(int tile, int rows, int columns, int c
       of_right[i] = of < size && at < width ? right(first + of, c0 + at) : A(0);  // [1]
     }
     __syncthreads();
+    // A stage's sum by itself, so that rounding grows with the number of stages, not of samples.
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const int top = (g * kWarps + warp) * kGroup;
+      if (top >= height) break;
+      A sum[kGroup][kTurns] = {};
 #pragma unroll 1
-    for (int i = 0; i < size; ++i) {
-      Several<A, kGroup> u[kGroups];
+      for (int i = 0; i < size; ++i) {
+        const auto u = *reinterpret_cast<const Several<A, kGroup>*>(of_left + i * kRows + top);
 #pragma unroll
-      for (int g = 0; g < kGroups; ++g)
-        u[g] =
-            *reinterpret_cast<const Several<A, kGroup>*>(of_left + i * kRows + (g * kWarps + warp) * kGroup);
+        for (int j = 0; j < kTurns; ++j) {
+          if (j * 32 >= width) break;
+          const A v = of_right[i * kColumns + j * 32 + lane];
 #pragma unroll
-      for (int j = 0; j < kTurns; ++j) {
-        if (j * 32 >= width) break;
-        const A v = of_right[i * kColumns + j * 32 + lane];
-#pragma unroll
-        for (int g = 0; g < kGroups; ++g) {
-#pragma unroll
-          for (int r = 0; r < kGroup; ++r) total[g][r][j] += u[g].of[r] * v;
+          for (int r = 0; r < kGroup; ++r) sum[r][j] += u.of[r] * v;
         }
       }
-      if (thread < kRows) row_total += of_left[i * kRows + thread];
+#pragma unroll
+      for (int r = 0; r < kGroup; ++r) {
+#pragma unroll
+        for (int j = 0; j < kTurns; ++j) total[g][r][j] += sum[r][j];
+      }
+    }
+    if (c0 == 0 && thread < kRows) {
+      A sum = 0;
+      for (int i = 0; i < size; ++i) sum += of_left[i * kRows + thread];
+      row_total += sum;
     }
   }
 #pragma unroll
