@@ -85,9 +85,9 @@ def _whole_samples(pr: Problem, x: Tensor) -> Optional[Configuration]:
     found, device = pr.tile("whole_backward", MC=pr.c, MH=max(1, pr.hidden))
     extents = {"BP": pr.p, "MC": pr.c, "MH": pr.hidden}
     covered = all(found.meta[name] >= extent for name, extent in extents.items())
-    if not covered or pr.n < found.fill * device.multiprocessors:
+    if not covered or pr.n < max(1, found.fill * device.multiprocessors):
         return None
-    at_once = min(pr.n, device.multiprocessors) * 2 * x[0].numel() * x.element_size()
+    at_once = min(pr.n, device.multiprocessors) * 2 * pr.c * pr.p * x.element_size()
     cut = len(given.chunks(pr, x, 3)) > 1
     return None if cut and at_once > L2_FILL * device.l2_bytes else found
 

@@ -284,11 +284,7 @@ __device__ __forceinline__ void put(void* p, int64_t i, A v) {
 // A sum over the lanes of a row, `lanes` being a power of two up to 32; every lane gets it.
 template <class A>
 __device__ __forceinline__ A lanes_sum(A v, int lanes) {
-#pragma unroll
-  for (int bit = 16; bit; bit /= 2) {
-    const A other = __shfl_xor_sync(kAllLanes, v, bit);
-    if (bit < lanes) v += other;
-  }
+  for (int bit = lanes / 2; bit; bit /= 2) v += __shfl_xor_sync(kAllLanes, v, bit);
   return v;
 }
 
