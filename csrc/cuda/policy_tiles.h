@@ -132,7 +132,7 @@ inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector,
   if (!wide && s.rows * int64_t{width} > kMaxItemBytes) width = kMinTileBytes;
   while (s.rows * int64_t{width} * 2 <= (large ? kItemBytes : kItemBytes / 2)) width *= 2;
   t.columns = static_cast<int32_t>(std::min<int64_t>(32, ceil_power(ceil_div(width, vector_bytes))));
-  t.columns = std::min(t.columns, ceil_power(s.row_vectors));
+  t.columns = std::max(kRowSums, std::min(t.columns, ceil_power(s.row_vectors)));
   t.columns_log2 = log2_of(t.columns);
   t.positions = t.columns * vector;
   t.tiles = static_cast<int32_t>(ceil_div(s.row_vectors, t.columns));
@@ -265,7 +265,7 @@ inline bool plan_chain(const Problem& p, Schedule& s, int vector) {
     if (p.layout == kChannelsLast) {
       t.positions = static_cast<int32_t>(p.positions);
     } else if (s.fold == 1) {
-      t.columns = std::min(32, ceil_power(s.row_vectors));
+      t.columns = std::max(kRowSums, std::min(32, ceil_power(s.row_vectors)));
       t.columns_log2 = log2_of(t.columns);
       t.positions = t.columns * vector;
       if (t.columns < s.row_vectors) return false;

@@ -14,6 +14,7 @@ constexpr int kLogitTile = 32;    // channels an item of kLogitGrad
 constexpr int kWeightStage = 16;  // samples of a matrix' gradient in shared memory at a time
 constexpr int kWeightRows = 8, kWeightColumns = 32;  // the resident tier's tile of such a gradient
 constexpr int kConvColumns = 32;                     // entries an item of the convolution's gradient
+constexpr int kRowSums = 4;                          // rows whose sums over lanes are added up together
 
 // Rows and columns an item of a matrix' gradient. Each tile reads the vectors of its rows and of its columns,
 // of every sample: for an edge of a layer's hidden units, tiles are as tall and as wide as registers allow.
@@ -80,7 +81,7 @@ struct StagePlan {
 };
 
 // How a sample's matrix of channels and positions is cut into items.
-// Contiguous: a tile is `columns` vectors wide (a power of two up to 32), over `chunk_rows` rows. With
+// Contiguous: a tile is `columns` vectors wide (a power of two from 4 to 32), over `chunk_rows` rows. With
 // fold > 1, `fold` channels make one row, so that rows are aligned to vectors, and a tile spans the row.
 // Channels-last: a tile is `positions` positions; `columns` lanes share one, over `chunk_rows` vectors of
 // channels, a multiple of `columns` where there is more than one chunk.

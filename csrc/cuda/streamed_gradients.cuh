@@ -27,7 +27,7 @@ __device__ __forceinline__ void cross_rows(const Streamed& k, const Item& item, 
   using T = typename Tr::T;
   using A = typename Tr::A;
   constexpr int V = Tr::V;
-  constexpr int kAhead = V > 1 ? 2 : kUnroll;  // two streams of 16 bytes a load: 128 registers hold two
+  constexpr int kAhead = Tr::kFold ? 2 : kRowSums;
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.reduce;
@@ -36,7 +36,7 @@ __device__ __forceinline__ void cross_rows(const Streamed& k, const Item& item, 
   const int left = me.tile * t.positions, width = min(t.positions, positions - left);
   A* gates = shared.take<A>(int64_t{t.chunk_rows} * s.fold);
   A* spatial = shared.take<A>(t.positions);
-  shared.take<A>(t.positions);
+  A* row_sum = shared.take<A>(t.chunk_rows);
   stage_values<A>(gates, p.channel_gate, item.n * p.channels + base, (me.end - me.first) * s.fold, A(1));
   stage_values<A>(spatial, p.spatial_gate, item.n * p.positions + left, width, A(1));
   __syncthreads();
@@ -47,54 +47,41 @@ __device__ __forceinline__ void cross_rows(const Streamed& k, const Item& item, 
     ds[j].sum = 0;
     gate_s[j] = me.inside ? spatial[me.in_tile(j, positions)] : A(0);
   }
-  const int64_t stride = s.row_elements, start = item.n * s.rows * stride + int64_t{me.vector} * V;
-  const T* x = as<T>(p.x) + start;
-  const T* dy = as<T>(p.dy) + start;
+  const int64_t step = me.lanes * int64_t{s.row_elements};
   const int64_t parts = (slot_of(k, item.n) * t.tiles + me.tile) * p.channels;
   FoldSums<Tr> sums(shared.take<A>(0), t);
   const int pass = Tr::kFold ? sums.capacity : me.end - me.first;
   for (int top = me.first; top < me.end; top += pass) {
     const int bottom = min(me.end, top + pass);
-    for (int r = top; r < bottom; r += kAhead * me.lanes) {
-      Packed<T, V> packed_x[kAhead] = {}, packed_dy[kAhead] = {};
+    const int64_t start = me.start(k, item.n, top + me.row);
+    const T* x = as<T>(p.x) + start;
+    const T* dy = as<T>(p.dy) + start;
+    for (int r = top; r < bottom; r += kAhead * me.lanes, x += kAhead * step, dy += kAhead * step) {
+      Packed<T, V> packed_x[kAhead], packed_dy[kAhead];
+      load_rows<Cache::kReadOnly>(me, x, step, r + me.row, bottom, packed_x);
+      load_rows<Cache::kReadOnly>(me, dy, step, r + me.row, bottom, packed_dy);
       A here[kAhead], after[kAhead];
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
         const int at = r + me.row + u * me.lanes;
-        if (me.inside && at < bottom) {
-          load_packed<Cache::kReadOnly>(x + at * stride, packed_x[u]);    // [V]
-          load_packed<Cache::kReadOnly>(dy + at * stride, packed_dy[u]);  // [V]
-        }
-      }
-#pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
-        const int at = r + me.row + u * me.lanes;
+        const bool valid = me.inside && at < bottom;
         here[u] = after[u] = A(0);
-        if (me.inside && at < bottom) {
-          const PerChannel<Tr, A> gate(gates, me.channel(s, at) - base, me);
-          A vx[V], vd[V];
-          packed_x[u].unpack(vx);
-          packed_dy[u].unpack(vd);
+        const PerChannel<Tr, A> gate(gates, me.channel(s, at) - base, me, valid);
+        A vx[V], vd[V];
+        packed_x[u].unpack(vx);
+        packed_dy[u].unpack(vd);
 #pragma unroll
-          for (int j = 0; j < V; ++j) {
-            const A product = vx[j] * vd[j];
-            ds[j].sum += gate(me, j) * product;
-            if (me.next(j))
-              after[u] += product * gate_s[j];
-            else
-              here[u] += product * gate_s[j];
-          }
-          if constexpr (Tr::kFold) sums.leave(me, at - top, here[u], after[u]);
+        for (int j = 0; j < V; ++j) {
+          const A product = vx[j] * vd[j];
+          ds[j].sum += gate(me, j) * product;
+          if (me.next(j))
+            after[u] += product * gate_s[j];
+          else
+            here[u] += product * gate_s[j];
         }
+        if (Tr::kFold && valid) sums.leave(me, at - top, here[u], after[u]);
       }
-      if constexpr (!Tr::kFold) {
-#pragma unroll
-        for (int u = 0; u < kAhead; ++u) {
-          const int at = r + me.row + u * me.lanes;
-          here[u] = lanes_sum(here[u], t.columns);
-          if (me.column == 0 && at < bottom && p.pools) put(k.w.cross_parts, parts + at, here[u]);
-        }
-      }
+      if constexpr (!Tr::kFold) me.leave_sums(here, r, bottom, t.columns, row_sum);
     }
     if constexpr (Tr::kFold) {
       sums.finish(k, bottom - top, [&](int c, A sum) {
@@ -102,8 +89,12 @@ __device__ __forceinline__ void cross_rows(const Streamed& k, const Item& item, 
       });
     }
   }
-  if (!p.spatial) return;
   __syncthreads();
+  if (!Tr::kFold && p.pools) {
+    for (int r = me.first + thread_index(); r < me.end; r += kThreads)
+      put(k.w.cross_parts, parts + r, row_sum[r - me.first]);
+  }
+  if (!p.spatial) return;
   merge_tile<Tr>(k, t, me, ds, reinterpret_cast<Sum<A>*>(sums.pairs), [&](int position, const Sum<A>& total) {
     put_spatial_grad(k, item.n, me.chunk, position, total.sum);
   });
@@ -242,7 +233,7 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
   using T = typename Tr::T;
   using A = typename Tr::A;
   constexpr int V = Tr::V;
-  constexpr int kAhead = kSplit && (Tr::kFold || V > 4) ? 1 : V > 1 ? 2 : kUnroll;
+  constexpr int kAhead = kSplit && (Tr::kFold || V > 4) ? 1 : Tr::kFold ? 2 : kRowSums;
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.map;
@@ -253,68 +244,64 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
   if (kSplit)
     stage_values<A>(gates, p.channel_gate, item.n * p.channels + base, (me.end - me.first) * s.fold, A(1));
   const PositionFields<A> fields = stage_positions<A>(k, item.n, left, width, t.positions, shared);
+  A* row_sum = shared.take<A>(0);
   __syncthreads();
+  // What an element is weighted by, and a maximum; with ties shared, what a maximum shares.
   A mean[V], maximum[V], top[V];
   int mark[V];
 #pragma unroll
   for (int j = 0; j < V; ++j) {
     const int at = me.inside ? me.in_tile(j, positions) : 0;
-    mean[j] = fields.mean[at];
-    maximum[j] = fields.maximum[at];
+    mean[j] = me.inside ? fields.mean[at] : A(0);
+    maximum[j] = me.inside ? fields.maximum[at] + (kSplit ? A(0) : mean[j]) : A(0);
     top[j] = kSplit ? fields.top[at] : A(0);
     mark[j] = fields.mark[at];
   }
-  const int64_t stride = s.row_elements;
-  const T* x = as<T>(p.x) + item.n * s.rows * stride + int64_t{me.vector} * V;
+  const int64_t step = me.lanes * int64_t{s.row_elements};
   const GateGradPlace place(k, item.n, me.tile);
-  FoldSums<Tr> sums(shared.take<A>(0), t);
+  FoldSums<Tr> sums(row_sum, t);
   const int pass = Tr::kFold ? sums.capacity : me.end - me.first;
   for (int start = me.first; start < me.end; start += pass) {
     const int bottom = min(me.end, start + pass);
-    for (int r = start; r < bottom; r += kAhead * me.lanes) {
-      Packed<T, V> packed[kAhead] = {};
+    const T* x = as<T>(p.x) + me.start(k, item.n, start + me.row);
+    for (int r = start; r < bottom; r += kAhead * me.lanes, x += kAhead * step) {
+      Packed<T, V> packed[kAhead];
+      load_rows<Cache::kLastUse>(me, x, step, r + me.row, bottom, packed);
       A here[kAhead], after[kAhead];
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
         const int at = r + me.row + u * me.lanes;
-        if (me.inside && at < bottom) load_packed<Cache::kLastUse>(x + at * stride, packed[u]);  // [V]
-      }
-#pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
-        const int at = r + me.row + u * me.lanes;
+        const bool valid = me.inside && at < bottom;
+        const int c = me.channel(s, at);
         here[u] = after[u] = A(0);
-        if (me.inside && at < bottom) {
-          const int c = me.channel(s, at);
-          A v[V];
-          packed[u].unpack(v);
+        A v[V];
+        packed[u].unpack(v);
 #pragma unroll
-          for (int j = 0; j < V; ++j) {
-            A weight = mean[j];
-            if constexpr (kSplit) {
-              weight += even_share(maximum[j], gates[c - base + me.next(j)] * v[j] == top[j], mark[j]);
-            } else {
-              weight += first_share(maximum[j], mark[j] == c + me.next(j));
-            }
-            if (me.next(j))
-              after[u] += v[j] * weight;
-            else
-              here[u] += v[j] * weight;
+        for (int j = 0; j < V; ++j) {
+          A weight = mean[j];
+          if constexpr (kSplit) {
+            const A gate = valid ? gates[c - base + me.next(j)] : A(0);
+            weight += even_share(maximum[j], gate * v[j] == top[j], mark[j]);
+          } else {
+            weight = mark[j] == c + me.next(j) ? maximum[j] : weight;
           }
-          if constexpr (Tr::kFold) sums.leave(me, at - start, here[u], after[u]);
+          if (me.next(j))
+            after[u] += v[j] * weight;
+          else
+            here[u] += v[j] * weight;
         }
+        if (Tr::kFold && valid) sums.leave(me, at - start, here[u], after[u]);
       }
-      if constexpr (!Tr::kFold) {
-#pragma unroll
-        for (int u = 0; u < kAhead; ++u) {
-          const int at = r + me.row + u * me.lanes;
-          here[u] = lanes_sum(here[u], t.columns);
-          if (me.column == 0 && at < bottom) put_gate_grad(k, place, at, here[u]);
-        }
-      }
+      if constexpr (!Tr::kFold) me.leave_sums(here, r, bottom, t.columns, row_sum);
     }
     if constexpr (Tr::kFold) {
       sums.finish(k, bottom - start, [&](int c, A sum) { put_gate_grad(k, place, start * s.fold + c, sum); });
     }
+  }
+  if constexpr (!Tr::kFold) {
+    __syncthreads();
+    for (int r = me.first + thread_index(); r < me.end; r += kThreads)
+      put_gate_grad(k, place, r, row_sum[r - me.first]);
   }
 }
 

@@ -89,14 +89,88 @@ __device__ __forceinline__ A input_grad_of_x(const Problem& p, const ChannelTerm
   return p.residual ? dx + dy : dx;
 }
 
-template <class Tr, bool kNeedsX>
+// v[i] += value, where the vector has an element i.
+template <int V, class A>
+__device__ __forceinline__ void add_at(A (&v)[V], int i, A value) {
+  if (i < 0 || i >= V) return;
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    if (j == i) v[j] += value;
+  }
+}
+
+// dx without x. What a position brings is in registers, what a channel brings is read once a row; a channel's
+// maximum is in one of many vectors.
+template <class Tr>
 __device__ __forceinline__ void input_grad_rows(const Streamed& k, const Item& item, Shared shared) {
   using T = typename Tr::T;
   using A = typename Tr::A;
   constexpr int V = Tr::V;
-  // With x as well, or with a position of its own for every element, the terms stay in shared memory.
-  constexpr bool kKeepTerms = !kNeedsX && !Tr::kFold;
-  constexpr int kAhead = !kKeepTerms ? 1 : V > 1 ? 2 : kUnroll;
+  constexpr int kAhead = kUnroll;
+  const Problem& p = k.p;
+  const Schedule& s = k.s;
+  const Tiling& t = s.map;
+  const RowTile<Tr> me(k, t, map_tile(k.s, item));
+  const int base = me.first * s.fold, positions = static_cast<int>(p.positions);
+  const int left = me.tile * t.positions, width = min(t.positions, positions - left);
+  ChannelTerms<A>* channels = shared.take<ChannelTerms<A>>(int64_t{t.chunk_rows} * s.fold);
+  A* spatial = shared.take<A>(t.positions);
+  const PositionFields<A> fields = stage_positions<A>(k, item.n, left, width, t.positions, shared);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < (me.end - me.first) * s.fold; i += kThreads)
+    channels[i] = channel_terms<A>(k, item.n, base + i);
+  stage_values<A>(spatial, p.spatial_gate, item.n * p.positions + left, width, A(1));
+  __syncthreads();
+  if (!me.inside) return;
+  A gate_s[V], mean[V], maximum[V];  // dx' = dy gate_s + mean, or maximum where it is
+  int mark[V];
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    const int at = me.in_tile(j, positions);
+    gate_s[j] = spatial[at];
+    mean[j] = fields.mean[at];
+    maximum[j] = fields.maximum[at] + mean[j];
+    mark[j] = fields.mark[at] - me.next(j);
+  }
+  const int64_t step = me.lanes * int64_t{s.row_elements};
+  const int64_t start = me.start(k, item.n, me.first + me.row);
+  const T* dy = as<T>(p.dy) + start;
+  T* dx = as<T>(p.dx) + start;
+  const bool residual = p.residual;
+  for (int r = me.first + me.row; r < me.end;
+       r += kAhead * me.lanes, dy += kAhead * step, dx += kAhead * step) {
+    Packed<T, V> packed[kAhead];
+    load_rows<Cache::kLastUse>(me, dy, step, r, me.end, packed);
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      const int at = r + u * me.lanes;
+      if (at >= me.end) break;
+      const int c = me.channel(s, at);
+      const PerChannel<Tr, ChannelTerms<A>> terms(channels, c - base, me);
+      A v[V], out[V];
+      packed[u].unpack(v);
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        const A inner = v[j] * gate_s[j] + (mark[j] == c ? maximum[j] : mean[j]);
+        out[j] = terms(me, j).gate * inner + terms(me, j).average;
+      }
+      add_at(out, terms.here.mark - me.position, terms.here.maximum);
+      if (Tr::kFold && me.split < V) add_at(out, terms.after.mark + me.split, terms.after.maximum);
+      if (residual) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) out[j] += v[j];
+      }
+      store_global<true>(dx + u * step, out);  // [V]
+    }
+  }
+}
+
+// dx where it depends on x. With x as well, the terms stay in shared memory.
+template <class Tr>
+__device__ __forceinline__ void input_grad_rows_of_x(const Streamed& k, const Item& item, Shared shared) {
+  using T = typename Tr::T;
+  using A = typename Tr::A;
+  constexpr int V = Tr::V;
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.map;
@@ -111,61 +185,32 @@ __device__ __forceinline__ void input_grad_rows(const Streamed& k, const Item& i
 #pragma unroll 1
   for (int i = threadIdx.x; i < (me.end - me.first) * s.fold; i += kThreads) {
     channels[i] = channel_terms<A>(k, item.n, base + i);
-    if (kNeedsX) rare[i] = rare_terms<A>(k, item.n, base + i);
+    rare[i] = rare_terms<A>(k, item.n, base + i);
   }
   stage_values<A>(spatial, p.spatial_gate, item.n * p.positions + left, width, A(1));
   __syncthreads();
   if (!me.inside) return;
-  const auto position_terms = [&](int j) -> PositionTerms<A> {
-    const int at = me.in_tile(j, positions);
-    return {spatial[at], fields.mean[at], fields.maximum[at], fields.mark[at]};
-  };
-  const int64_t start = item.n * s.rows * s.row_elements + int64_t{me.vector} * V;
-  const int64_t stride = s.row_elements;
+  const int64_t start = me.start(k, item.n, 0), stride = s.row_elements;
   const T* x = as<T>(p.x) + start;
   const T* dy = as<T>(p.dy) + start;
   T* dx = as<T>(p.dx) + start;
-  PositionTerms<A> mine[V];
-#pragma unroll
-  for (int j = 0; j < V; ++j) {
-    if constexpr (kKeepTerms) mine[j] = position_terms(j);
-  }
-  const bool residual = p.residual;
-  for (int r = me.first + me.row; r < me.end; r += kAhead * me.lanes) {
-    if constexpr (!kKeepTerms) ptx::forget_registers();
+  for (int r = me.first + me.row; r < me.end; r += me.lanes) {
+    ptx::forget_registers();
     if constexpr (Tr::kFold) me.split = ptx::opaque(me.split);
-    Packed<T, V> packed_dy[kAhead] = {}, packed_x[kAhead] = {};
+    A v[V], vx[V];
+    load_global<Cache::kLastUse>(dy + r * stride, v);  // [V]
+    load_global<Cache::kLastUse>(x + r * stride, vx);  // [V]
+    const int c = me.channel(s, r), i = c - base;
+    const PerChannel<Tr, ChannelTerms<A>> terms(channels, i, me);
 #pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      const int at = r + u * me.lanes;
-      if (at < me.end) {
-        load_packed<Cache::kLastUse>(dy + at * stride, packed_dy[u]);                       // [V]
-        if constexpr (kNeedsX) load_packed<Cache::kLastUse>(x + at * stride, packed_x[u]);  // [V]
-      }
+    for (int j = 0; j < V; ++j) {
+      const int at = me.in_tile(j, positions);
+      const PositionTerms<A> q = {spatial[at], fields.mean[at], fields.maximum[at], fields.mark[at]};
+      const A top = p.ties == kTiesSplit ? fields.top[at] : A(0);
+      v[j] = input_grad_of_x(p, terms(me, j), rare[i + me.next(j)], q, top, v[j], vx[j], c + me.next(j),
+                             me.absolute(j, positions));
     }
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      const int at = r + u * me.lanes;
-      if (at >= me.end) break;
-      const int c = me.channel(s, at), i = c - base;
-      const PerChannel<Tr, ChannelTerms<A>> terms(channels, i, me);
-      A v[V], vx[V];
-      packed_dy[u].unpack(v);
-      if constexpr (kNeedsX) packed_x[u].unpack(vx);
-#pragma unroll
-      for (int j = 0; j < V; ++j) {
-        const int position = me.absolute(j, positions);
-        if constexpr (kNeedsX) {
-          const A top = p.ties == kTiesSplit ? fields.top[me.in_tile(j, positions)] : A(0);
-          v[j] = input_grad_of_x(p, terms(me, j), rare[i + me.next(j)], position_terms(j), top, v[j], vx[j],
-                                 c + me.next(j), position);
-        } else {
-          v[j] = input_grad(terms(me, j), kKeepTerms ? mine[j] : position_terms(j), v[j], c + me.next(j),
-                            position, residual);
-        }
-      }
-      store_global<true>(dx + at * stride, v);  // [V]
-    }
+    store_global<true>(dx + r * stride, v);  // [V]
   }
 }
 
@@ -255,9 +300,9 @@ __device__ __forceinline__ void input_grad_stage(const Streamed& k, const Item& 
       input_grad_columns<Tr, false>(k, item, shared);
   } else {
     if (input_grad_needs_x(k.p))
-      input_grad_rows<Tr, true>(k, item, shared);
+      input_grad_rows_of_x<Tr>(k, item, shared);
     else
-      input_grad_rows<Tr, false>(k, item, shared);
+      input_grad_rows<Tr>(k, item, shared);
   }
 }
 

@@ -7,6 +7,26 @@ namespace cbam {
 
 constexpr int kUnroll = 4;  // loads in flight a thread
 
+// Sums of kRows values over the lanes of a row, four at once where there are four: each step halves what is
+// left to add, until lane `column` has the sum of value column % kRows. At least kRowSums lanes a row.
+template <int kRows, class A>
+__device__ __forceinline__ A row_sums(const A (&v)[kRows], int lanes) {
+  static_assert(kRows == 1 || kRows == kRowSums);
+  if constexpr (kRows == 1) {
+    return lanes_sum(v[0], lanes);
+  } else {
+    const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+    const A low = (odd ? v[1] : v[0]) + __shfl_xor_sync(kAllLanes, odd ? v[0] : v[1], 1);
+    const A high = (odd ? v[3] : v[2]) + __shfl_xor_sync(kAllLanes, odd ? v[2] : v[3], 1);
+    A sum = (upper ? high : low) + __shfl_xor_sync(kAllLanes, upper ? low : high, 2);
+#pragma unroll
+    for (int bit = 4; bit < 32; bit *= 2) {
+      if (bit < lanes) sum += __shfl_xor_sync(kAllLanes, sum, bit);
+    }
+    return sum;
+  }
+}
+
 // A contiguous tile: rows [first, end) of `columns` vectors. Thread (row, column) takes every `lanes`-th
 // row. In a folded row the vector may span two channels: its first `split` elements belong to channel
 // `offset` of the row, the others to the next, at position 0.
@@ -59,6 +79,18 @@ struct RowTile {
     return Tr::kFold ? r * s.fold + offset : r;
   }
   __device__ __forceinline__ bool next(int j) const { return Tr::kFold && j >= split; }
+  // Where this thread's vector of row r of sample n begins.
+  __device__ __forceinline__ int64_t start(const Streamed& k, int64_t n, int r) const {
+    return (n * k.s.rows + r) * k.s.row_elements + int64_t{vector} * V;
+  }
+  // sums[r - first] = the sum over lanes of value[u], for the rows r = top + row + u * lanes before `bottom`.
+  template <int kRows, class A>
+  __device__ __forceinline__ void leave_sums(const A (&value)[kRows], int top, int bottom, int columns,
+                                             A* sums) const {
+    const A sum = row_sums(value, columns);
+    const int r = top + row + column * lanes;
+    if (column < kRows && r < bottom) sums[r - first] = sum;
+  }
 };
 
 // A channels-last tile of the backward: positions [first, first + count), vectors [begin, end) of channels.
@@ -84,10 +116,32 @@ struct PerChannel {
     here = values[at];
     after = Tr::kFold && t.split < Tr::V ? values[at + 1] : here;
   }
+  // Zeros where the row is not valid, so that values of x that are zero there stay so.
+  __device__ __forceinline__ PerChannel(const X* values, int at, const RowTile<Tr>& t, bool valid) {
+    here = after = X(0);
+    if (valid) *this = PerChannel(values, at, t);
+  }
   __device__ __forceinline__ X operator()(const RowTile<Tr>& t, int j) const {
     return t.next(j) ? after : here;
   }
 };
+
+// This thread's vectors of kRows rows from row `at` on: at p, and `step` elements further each. Zeros from
+// row `end` on, which costs nothing where all rows are there.
+template <Cache kCache, int kRows, class Tr>
+__device__ __forceinline__ void load_rows(const RowTile<Tr>& t, const typename Tr::T* p, int64_t step, int at,
+                                          int end, Packed<typename Tr::T, Tr::V> (&packed)[kRows]) {
+  if (t.inside && at + (kRows - 1) * t.lanes < end) {
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) load_packed<kCache>(p + u * step, packed[u]);  // [V]
+    return;
+  }
+#pragma unroll
+  for (int u = 0; u < kRows; ++u) {
+    packed[u] = {};
+    if (t.inside && at + u * t.lanes < end) load_packed<kCache>(p + u * step, packed[u]);  // [V]
+  }
+}
 
 // V values of the accumulation type, at an index that is a multiple of V.
 template <int V, class A>
