@@ -150,7 +150,7 @@ inline Tiling channels_last_tiling(const Problem& p, int vector, bool reduces, b
   Tiling t{};
   const int64_t row_bytes = p.channels * int64_t{element_bytes(p.dtype)};
   const int64_t row_vectors = ceil_div(p.channels, vector);
-  t.columns = std::min(32, ceil_power(row_vectors));
+  t.columns = std::max(kRowSums, std::min(32, ceil_power(row_vectors)));
   t.columns_log2 = log2_of(t.columns);
   int64_t positions = kTileBytes / element_bytes(p.dtype);
   const bool wide = large && (!reduces || positions * row_bytes >= kItemBytes / 2);
@@ -170,7 +170,8 @@ inline Tiling channels_last_tiling(const Problem& p, int vector, bool reduces, b
   t.chunk_rows = static_cast<int32_t>(row_vectors);
   if (wide) {
     const int64_t column_bytes = int64_t{t.positions} * vector * element_bytes(p.dtype);
-    if (t.positions < p.positions && t.columns * column_bytes > kMaxItemBytes) --t.columns_log2;
+    if (t.positions < p.positions && t.columns > kRowSums && t.columns * column_bytes > kMaxItemBytes)
+      --t.columns_log2;
     t.columns = 1 << t.columns_log2;
     const int64_t slices = std::max<int64_t>(1, kMaxItemBytes / (t.columns * column_bytes));
     t.chunk_rows = static_cast<int32_t>(std::min(row_vectors, slices * t.columns));

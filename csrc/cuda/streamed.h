@@ -6,7 +6,7 @@
 
 namespace cbam {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kThreadsLog2 = 8;
 constexpr int kMlpSamples = 4;    // samples an item of the MLP, where it is cut into items
 constexpr int kBatch = 4;         // vectors that one read of the MLP's weights serves
 constexpr int kMlpStage = 1024;   // elements of each that are in shared memory at a time
@@ -83,8 +83,8 @@ struct StagePlan {
 // How a sample's matrix of channels and positions is cut into items.
 // Contiguous: a tile is `columns` vectors wide (a power of two from 4 to 32), over `chunk_rows` rows. With
 // fold > 1, `fold` channels make one row, so that rows are aligned to vectors, and a tile spans the row.
-// Channels-last: a tile is `positions` positions; `columns` lanes share one, over `chunk_rows` vectors of
-// channels, a multiple of `columns` where there is more than one chunk.
+// Channels-last: a tile is `positions` positions; `columns` lanes (4 to 32) share one, over `chunk_rows`
+// vectors of channels, a multiple of `columns` where there is more than one chunk.
 struct Tiling {
   int32_t columns, columns_log2;
   int32_t positions, tiles;

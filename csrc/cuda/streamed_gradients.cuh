@@ -52,19 +52,19 @@ __device__ __forceinline__ void cross_rows(const Streamed& k, const Item& item, 
   FoldSums<Tr> sums(shared.take<A>(0), t);
   const int pass = Tr::kFold ? sums.capacity : me.end - me.first;
   for (int top = me.first; top < me.end; top += pass) {
-    const int bottom = min(me.end, top + pass);
+    const int bottom = min(me.end, top + pass), last = me.inside ? bottom : 0;
     const int64_t start = me.start(k, item.n, top + me.row);
     const T* x = as<T>(p.x) + start;
     const T* dy = as<T>(p.dy) + start;
     for (int r = top; r < bottom; r += kAhead * me.lanes, x += kAhead * step, dy += kAhead * step) {
       Packed<T, V> packed_x[kAhead], packed_dy[kAhead];
-      load_rows<Cache::kReadOnly>(me, x, step, r + me.row, bottom, packed_x);
-      load_rows<Cache::kReadOnly>(me, dy, step, r + me.row, bottom, packed_dy);
+      load_rows<Cache::kReadOnly>(x, step, r + me.row, me.lanes, last, packed_x);
+      load_rows<Cache::kReadOnly>(dy, step, r + me.row, me.lanes, last, packed_dy);
       A here[kAhead], after[kAhead];
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
         const int at = r + me.row + u * me.lanes;
-        const bool valid = me.inside && at < bottom;
+        const bool valid = at < last;
         here[u] = after[u] = A(0);
         const PerChannel<Tr, A> gate(gates, me.channel(s, at) - base, me, valid);
         A vx[V], vd[V];
@@ -105,7 +105,7 @@ __device__ __forceinline__ void cross_columns(const Streamed& k, const Item& ite
   using T = typename Tr::T;
   using A = typename Tr::A;
   constexpr int V = Tr::V;
-  constexpr int kAhead = V > 1 ? 2 : kUnroll;
+  constexpr int kAhead = kRowSums;
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.reduce;
@@ -122,49 +122,42 @@ __device__ __forceinline__ void cross_columns(const Streamed& k, const Item& ite
   stage_values<A>(spatial, p.spatial_gate, item.n * p.positions + first, count, A(1));
   for (int i = thread_index(); i < count; i += kThreads) ds[i] = A(0);
   __syncthreads();
-  const int64_t start = (item.n * p.positions + first) * p.channels;
+  const int64_t start = (item.n * p.positions + first + row) * p.channels, step = rows * p.channels;
   const int64_t parts = (slot_of(k, item.n) * t.tiles + me.tile) * p.channels;
   for (int slice = me.begin; slice < me.end; slice += t.columns) {
-    const int i = slice + column;
-    const bool inside = i < me.end;
+    const int i = slice + column, last = i < me.end ? count : 0;
     const T* x = as<T>(p.x) + start + int64_t{i} * V;
     const T* dy = as<T>(p.dy) + start + int64_t{i} * V;
     A gate[V];
     Sum<A> acc[V];
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      gate[j] = inside ? gates[i * V + j - left] : A(0);
+      gate[j] = last ? gates[i * V + j - left] : A(0);
       acc[j].sum = A(0);
     }
-    for (int base = 0; base < count; base += kAhead * rows) {
-      Packed<T, V> packed_x[kAhead] = {}, packed_dy[kAhead] = {};
+    for (int base = 0; base < count; base += kAhead * rows, x += kAhead * step, dy += kAhead * step) {
+      Packed<T, V> packed_x[kAhead], packed_dy[kAhead];
+      load_rows<Cache::kReadOnly>(x, step, base + row, rows, last, packed_x);
+      load_rows<Cache::kReadOnly>(dy, step, base + row, rows, last, packed_dy);
+      A sums[kAhead];
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
         const int at = base + row + u * rows;
-        if (inside && at < count) {
-          load_packed<Cache::kReadOnly>(x + at * p.channels, packed_x[u]);    // [V]
-          load_packed<Cache::kReadOnly>(dy + at * p.channels, packed_dy[u]);  // [V]
+        const A gate_s = at < last ? spatial[at] : A(0);
+        sums[u] = A(0);
+        A vx[V], vd[V];
+        packed_x[u].unpack(vx);
+        packed_dy[u].unpack(vd);
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+          const A product = vx[j] * vd[j];
+          sums[u] += gate[j] * product;
+          acc[j].sum += product * gate_s;
         }
       }
-#pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
-        const int at = base + row + u * rows;
-        A sum = 0;
-        if (inside && at < count) {
-          const A gate_s = spatial[at];
-          A vx[V], vd[V];
-          packed_x[u].unpack(vx);
-          packed_dy[u].unpack(vd);
-#pragma unroll
-          for (int j = 0; j < V; ++j) {
-            const A product = vx[j] * vd[j];
-            sum += gate[j] * product;
-            acc[j].sum += product * gate_s;
-          }
-        }
-        sum = lanes_sum(sum, t.columns);
-        if (column == 0 && at < count) ds[at] += sum;
-      }
+      const A sum = row_sums(sums, t.columns);
+      const int at = base + row + column * rows;
+      if (column < kAhead && at < count) ds[at] += sum;
     }
     if (p.pools) {
       const int groups = merge_rows<V>(acc, t.columns, merged), width = t.columns * V;
@@ -262,16 +255,16 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
   FoldSums<Tr> sums(row_sum, t);
   const int pass = Tr::kFold ? sums.capacity : me.end - me.first;
   for (int start = me.first; start < me.end; start += pass) {
-    const int bottom = min(me.end, start + pass);
+    const int bottom = min(me.end, start + pass), last = me.inside ? bottom : 0;
     const T* x = as<T>(p.x) + me.start(k, item.n, start + me.row);
     for (int r = start; r < bottom; r += kAhead * me.lanes, x += kAhead * step) {
       Packed<T, V> packed[kAhead];
-      load_rows<Cache::kLastUse>(me, x, step, r + me.row, bottom, packed);
+      load_rows<Cache::kLastUse>(x, step, r + me.row, me.lanes, last, packed);
       A here[kAhead], after[kAhead];
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
         const int at = r + me.row + u * me.lanes;
-        const bool valid = me.inside && at < bottom;
+        const bool valid = at < last;
         const int c = me.channel(s, at);
         here[u] = after[u] = A(0);
         A v[V];
@@ -310,21 +303,21 @@ __device__ __forceinline__ void gate_grad_columns(const Streamed& k, const Item&
   using T = typename Tr::T;
   using A = typename Tr::A;
   constexpr int V = Tr::V;
-  constexpr int kAhead = V == 1 ? kUnroll : V <= 4 ? 2 : 1;
+  constexpr int kAhead = kSplit && V > 4 ? 1 : kUnroll;
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.map;
   const int column = threadIdx.x & (t.columns - 1), row = threadIdx.x >> t.columns_log2;
   const int rows = kThreads >> t.columns_log2;
-  const ColumnTile me(s, t, map_tile(s, item));
+  const ColumnTile me(s, t, map_tile(k.s, item));
   const int first = me.first, count = me.count;
   const PositionFields<A> fields = stage_positions<A>(k, item.n, first, count, t.positions, shared);
   const GateGradPlace place(k, item.n, me.tile);
   Sum<A>* merged = shared.take<Sum<A>>(0);
   __syncthreads();
-  const int64_t start = (item.n * p.positions + first) * p.channels;
+  const int64_t start = (item.n * p.positions + first + row) * p.channels, step = rows * p.channels;
   for (int slice = me.begin; slice < me.end; slice += t.columns) {
-    const int i = slice + column;
+    const int i = slice + column, last = i < me.end ? count : 0;
     const T* x = as<T>(p.x) + start + int64_t{i} * V;
     Sum<A> acc[V];
     A gate[V];
@@ -333,33 +326,28 @@ __device__ __forceinline__ void gate_grad_columns(const Streamed& k, const Item&
       acc[j].sum = A(0);
       gate[j] = A(1);
     }
-    if (i < me.end) {
-      if (kSplit && p.channel_gate)
-        fresh_vector<V>(p.channel_gate, item.n * p.channels + int64_t{i} * V, gate);  // [V]
-      for (int base = row; base < count; base += kAhead * rows) {
-        Packed<T, V> packed[kAhead] = {};
+    if (kSplit && last && p.channel_gate)
+      fresh_vector<V>(p.channel_gate, item.n * p.channels + int64_t{i} * V, gate);  // [V]
+    for (int base = row; base < last; base += kAhead * rows, x += kAhead * step) {
+      Packed<T, V> packed[kAhead];
+      load_rows<Cache::kLastUse>(x, step, base, rows, last, packed);
 #pragma unroll
-        for (int u = 0; u < kAhead; ++u) {
-          if (base + u * rows < count)
-            load_packed<Cache::kLastUse>(x + (base + u * rows) * p.channels, packed[u]);  // [V]
-        }
+      for (int u = 0; u < kAhead; ++u) {
+        const int at = base + u * rows;
+        if (at >= count) break;
+        // What an element is weighted by, and a maximum; with ties shared, what a maximum shares.
+        const A mean = fields.mean[at], maximum = fields.maximum[at] + (kSplit ? A(0) : mean);
+        const int mark = kSplit ? fields.mark[at] : fields.mark[at] - i * V;
+        A v[V];
+        packed[u].unpack(v);
 #pragma unroll
-        for (int u = 0; u < kAhead; ++u) {
-          const int at = base + u * rows;
-          if (at >= count) break;
-          const A mean = fields.mean[at], maximum = fields.maximum[at];
-          const int mark = fields.mark[at];
-          A v[V];
-          packed[u].unpack(v);
-#pragma unroll
-          for (int j = 0; j < V; ++j) {
-            A weight = mean;
-            if constexpr (kSplit)
-              weight += even_share(maximum, gate[j] * v[j] == fields.top[at], mark);
-            else
-              weight += first_share(maximum, mark == i * V + j);
-            acc[j].sum += v[j] * weight;
-          }
+        for (int j = 0; j < V; ++j) {
+          A weight = mean;
+          if constexpr (kSplit)
+            weight += even_share(maximum, gate[j] * v[j] == fields.top[at], mark);
+          else
+            weight = mark == j ? maximum : weight;
+          acc[j].sum += v[j] * weight;
         }
       }
     }

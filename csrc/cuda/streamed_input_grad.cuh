@@ -59,16 +59,7 @@ struct PositionTerms {
   int mark;
 };
 
-// One element of dx where it does not depend on x.
-template <class A>
-__device__ __forceinline__ A input_grad(const ChannelTerms<A>& c, const PositionTerms<A>& q, A dy,
-                                        int channel, int position, bool residual) {
-  const A inner = dy * q.spatial + q.mean + first_share(q.maximum, q.mark == channel);
-  const A dx = c.gate * inner + c.average + first_share(c.maximum, c.mark == position);
-  return residual ? dx + dy : dx;
-}
-
-// One element of dx where it does.
+// One element of dx where it depends on x.
 template <class A>
 __device__ __forceinline__ A input_grad_of_x(const Problem& p, const ChannelTerms<A>& c,
                                              const RareTerms<A>& rare, const PositionTerms<A>& q, A top, A dy,
@@ -140,7 +131,7 @@ __device__ __forceinline__ void input_grad_rows(const Streamed& k, const Item& i
   for (int r = me.first + me.row; r < me.end;
        r += kAhead * me.lanes, dy += kAhead * step, dx += kAhead * step) {
     Packed<T, V> packed[kAhead];
-    load_rows<Cache::kLastUse>(me, dy, step, r, me.end, packed);
+    load_rows<Cache::kLastUse>(dy, step, r, me.lanes, me.end, packed);
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
       const int at = r + u * me.lanes;
@@ -214,12 +205,83 @@ __device__ __forceinline__ void input_grad_rows_of_x(const Streamed& k, const It
   }
 }
 
-template <class Tr, bool kNeedsX>
+// dx without x. What a channel brings is in registers, what a position brings is read once a row. A channel's
+// maximum is in one of many rows: each thread keeps a bit for each of those that its channels may have it in.
+template <class Tr>
 __device__ __forceinline__ void input_grad_columns(const Streamed& k, const Item& item, Shared shared) {
   using T = typename Tr::T;
   using A = typename Tr::A;
   constexpr int V = Tr::V;
-  constexpr int kAhead = kNeedsX || V > 4 ? 1 : 2;
+  constexpr int kAhead = kUnroll;
+  const Problem& p = k.p;
+  const Schedule& s = k.s;
+  const Tiling& t = s.map;
+  const int column = threadIdx.x & (t.columns - 1), row = threadIdx.x >> t.columns_log2;
+  const int rows = kThreads >> t.columns_log2, rows_log2 = kThreadsLog2 - t.columns_log2;
+  const ColumnTile me(s, t, map_tile(s, item));
+  const int first = me.first, count = me.count;
+  ChannelTerms<A>* channels = shared.take<ChannelTerms<A>>(t.columns * V);
+  A* spatial = shared.take<A>(t.positions);
+  const PositionFields<A> fields = stage_positions<A>(k, item.n, first, count, t.positions, shared);
+  stage_values<A>(spatial, p.spatial_gate, item.n * p.positions + first, count, A(1));
+  __syncthreads();
+  const int64_t step = rows * p.channels;
+  const bool residual = p.residual;
+  for (int slice = me.begin; slice < me.end; slice += t.columns) {
+#pragma unroll 1
+    for (int c = threadIdx.x; c < t.columns * V && slice * V + c < p.channels; c += kThreads)
+      channels[c] = channel_terms<A>(k, item.n, slice * V + c);
+    __syncthreads();
+    const int i = slice + column;
+    if (i < me.end) {
+      const int64_t start = (item.n * p.positions + first + row) * p.channels + int64_t{i} * V;
+      const T* dy = as<T>(p.dy) + start;
+      T* dx = as<T>(p.dx) + start;
+      const ChannelTerms<A>* terms = channels + column * V;
+      A gate[V], average[V];
+      unsigned maxima = 0;  // bit m: among this thread's rows m, m + 32, ...
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        gate[j] = terms[j].gate;
+        average[j] = terms[j].average;
+        maxima |= 1u << ((terms[j].mark - first) >> rows_log2 & 31);
+      }
+      for (int base = row; base < count; base += kAhead * rows, dy += kAhead * step, dx += kAhead * step) {
+        Packed<T, V> packed[kAhead];
+        load_rows<Cache::kLastUse>(dy, step, base, rows, count, packed);
+#pragma unroll
+        for (int u = 0; u < kAhead; ++u) {
+          const int at = base + u * rows;
+          if (at >= count) break;
+          const A gate_s = spatial[at], mean = fields.mean[at], maximum = fields.maximum[at] + mean;
+          const int mark = fields.mark[at] - i * V;
+          A v[V], out[V];
+          packed[u].unpack(v);
+#pragma unroll
+          for (int j = 0; j < V; ++j)
+            out[j] = gate[j] * (v[j] * gate_s + (mark == j ? maximum : mean)) + average[j];
+          if (maxima >> (at >> rows_log2 & 31) & 1) {
+#pragma unroll
+            for (int j = 0; j < V; ++j) out[j] += first_share(terms[j].maximum, terms[j].mark == first + at);
+          }
+          if (residual) {
+#pragma unroll
+            for (int j = 0; j < V; ++j) out[j] += v[j];
+          }
+          store_global<true>(dx + u * step, out);  // [V]
+        }
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// dx where it depends on x.
+template <class Tr>
+__device__ __forceinline__ void input_grad_columns_of_x(const Streamed& k, const Item& item, Shared shared) {
+  using T = typename Tr::T;
+  using A = typename Tr::A;
+  constexpr int V = Tr::V;
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.map;
@@ -234,12 +296,11 @@ __device__ __forceinline__ void input_grad_columns(const Streamed& k, const Item
   stage_values<A>(spatial, p.spatial_gate, item.n * p.positions + first, count, A(1));
   __syncthreads();
   const int64_t stride = p.channels;
-  const bool residual = p.residual;
   for (int slice = me.begin; slice < me.end; slice += t.columns) {
 #pragma unroll 1
     for (int c = threadIdx.x; c < t.columns * V && slice * V + c < p.channels; c += kThreads) {
       channels[c] = channel_terms<A>(k, item.n, slice * V + c);
-      if (kNeedsX) rare[c] = rare_terms<A>(k, item.n, slice * V + c);
+      rare[c] = rare_terms<A>(k, item.n, slice * V + c);
     }
     __syncthreads();
     const int i = slice + column;
@@ -248,43 +309,19 @@ __device__ __forceinline__ void input_grad_columns(const Streamed& k, const Item
       const T* x = as<T>(p.x) + start;
       const T* dy = as<T>(p.dy) + start;
       T* dx = as<T>(p.dx) + start;
-      ChannelTerms<A> terms[V];
+      for (int at = row; at < count; at += rows) {
+        ptx::forget_registers();
+        const PositionTerms<A> q = {spatial[at], fields.mean[at], fields.maximum[at], fields.mark[at]};
+        const A top = p.ties == kTiesSplit ? fields.top[at] : A(0);
+        A v[V], vx[V];
+        load_global<Cache::kLastUse>(dy + at * stride, v);  // [V]
+        load_global<Cache::kLastUse>(x + at * stride, vx);  // [V]
 #pragma unroll
-      for (int j = 0; j < V; ++j) {
-        if constexpr (!kNeedsX) terms[j] = channels[column * V + j];
-      }
-      for (int base = row; base < count; base += kAhead * rows) {
-        if constexpr (kNeedsX) ptx::forget_registers();
-        Packed<T, V> packed_dy[kAhead] = {}, packed_x[kAhead] = {};
-#pragma unroll
-        for (int u = 0; u < kAhead; ++u) {
-          if (base + u * rows < count) {
-            load_packed<Cache::kLastUse>(dy + (base + u * rows) * stride, packed_dy[u]);  // [V]
-            if constexpr (kNeedsX)
-              load_packed<Cache::kLastUse>(x + (base + u * rows) * stride, packed_x[u]);  // [V]
-          }
+        for (int j = 0; j < V; ++j) {
+          v[j] = input_grad_of_x(p, channels[column * V + j], rare[column * V + j], q, top, v[j], vx[j],
+                                 i * V + j, first + at);
         }
-#pragma unroll
-        for (int u = 0; u < kAhead; ++u) {
-          const int at = base + u * rows;
-          if (at >= count) break;
-          const PositionTerms<A> q = {spatial[at], fields.mean[at], fields.maximum[at], fields.mark[at]};
-          A v[V], vx[V];
-          packed_dy[u].unpack(v);
-          if constexpr (kNeedsX) packed_x[u].unpack(vx);
-#pragma unroll
-          for (int j = 0; j < V; ++j) {
-            const int c = i * V + j;
-            if constexpr (kNeedsX) {
-              const A top = p.ties == kTiesSplit ? fields.top[at] : A(0);
-              v[j] = input_grad_of_x(p, channels[column * V + j], rare[column * V + j], q, top, v[j], vx[j],
-                                     c, first + at);
-            } else {
-              v[j] = input_grad(terms[j], q, v[j], c, first + at, residual);
-            }
-          }
-          store_global<true>(dx + (base + u * rows) * stride, v);  // [V]
-        }
+        store_global<true>(dx + at * stride, v);  // [V]
       }
     }
     __syncthreads();
@@ -295,9 +332,9 @@ template <class Tr>
 __device__ __forceinline__ void input_grad_stage(const Streamed& k, const Item& item, Shared shared) {
   if constexpr (Tr::kLayout == kChannelsLast) {
     if (input_grad_needs_x(k.p))
-      input_grad_columns<Tr, true>(k, item, shared);
+      input_grad_columns_of_x<Tr>(k, item, shared);
     else
-      input_grad_columns<Tr, false>(k, item, shared);
+      input_grad_columns<Tr>(k, item, shared);
   } else {
     if (input_grad_needs_x(k.p))
       input_grad_rows_of_x<Tr>(k, item, shared);

@@ -7,6 +7,23 @@ namespace cbam {
 
 constexpr int kUnroll = 4;  // loads in flight a thread
 
+// Vectors of kRows rows at, at + lanes, ...: from p on, `step` elements apart. Zeros from row `end` on, which
+// costs nothing where all rows are there.
+template <Cache kCache, int kRows, class T, int V>
+__device__ __forceinline__ void load_rows(const T* p, int64_t step, int at, int lanes, int end,
+                                          Packed<T, V> (&packed)[kRows]) {
+  if (at + (kRows - 1) * lanes < end) {
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) load_packed<kCache>(p + u * step, packed[u]);  // [V]
+    return;
+  }
+#pragma unroll
+  for (int u = 0; u < kRows; ++u) {
+    packed[u] = {};
+    if (at + u * lanes < end) load_packed<kCache>(p + u * step, packed[u]);  // [V]
+  }
+}
+
 // Sums of kRows values over the lanes of a row, four at once where there are four: each step halves what is
 // left to add, until lane `column` has the sum of value column % kRows. At least kRowSums lanes a row.
 template <int kRows, class A>
@@ -125,23 +142,6 @@ struct PerChannel {
     return t.next(j) ? after : here;
   }
 };
-
-// This thread's vectors of kRows rows from row `at` on: at p, and `step` elements further each. Zeros from
-// row `end` on, which costs nothing where all rows are there.
-template <Cache kCache, int kRows, class Tr>
-__device__ __forceinline__ void load_rows(const RowTile<Tr>& t, const typename Tr::T* p, int64_t step, int at,
-                                          int end, Packed<typename Tr::T, Tr::V> (&packed)[kRows]) {
-  if (t.inside && at + (kRows - 1) * t.lanes < end) {
-#pragma unroll
-    for (int u = 0; u < kRows; ++u) load_packed<kCache>(p + u * step, packed[u]);  // [V]
-    return;
-  }
-#pragma unroll
-  for (int u = 0; u < kRows; ++u) {
-    packed[u] = {};
-    if (t.inside && at + u * t.lanes < end) load_packed<kCache>(p + u * step, packed[u]);  // [V]
-  }
-}
 
 // V values of the accumulation type, at an index that is a multiple of V.
 template <int V, class A>
