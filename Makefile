@@ -12,6 +12,9 @@ export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX;9.0a
 # CBAM_FUSED_CUDA=1 does it all the same. The tests compile them, and run them on the CPU, by themselves.
 export CBAM_FUSED_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),,0)
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+# Processes that share the test files. Each has torch in memory, and the kernels under test have threads.
+TEST_JOBS ?= $(shell test $(MAX_JOBS) -lt 4 && echo $(MAX_JOBS) || echo 4)
+PYTEST = $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 SOURCES := $(shell find csrc -type f 2>/dev/null)
@@ -30,11 +33,11 @@ bench: $(VENV)/.bench  ## build, then run the quick benchmark (ARGS="..." instea
 train: $(VENV)/.bench  ## build, then train small networks on real images, plain and fused
 	$(BIN)/python benchmarks/train.py $(ARGS)
 
-test: $(VENV)/.test  ## build, then run the tests (ARGS="-k name" for some)
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.test  ## build, then run the tests (ARGS="-k name" for some, "-n 0 --pdb" for a debugger)
+	$(PYTEST) $(ARGS)
 
 sanitize: $(VENV)/.test  ## the CUDA kernels under address and undefined-behaviour sanitizers, on the CPU
-	$(BIN)/python -m pytest -q tests/test_cuda_sanitized.py tests/simt/test_simt.py $(ARGS)
+	$(PYTEST) -q tests/test_cuda_sanitized.py tests/simt/test_simt.py $(ARGS)
 
 # On a machine with a GPU and the CUDA toolkit: everything that only such a machine can show.
 gpu: export CBAM_FUSED_CUDA = 1

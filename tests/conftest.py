@@ -10,8 +10,25 @@ def runs_on_gpu(params):
     return any(getattr(v, "device", v) == "cuda" for v in params.values())
 
 
+# Files that take minutes, the longest first: `make test` deals whole files to processes in this order, and one that
+# came last would have the others wait.
+LONG = (
+    "test_triton_interpreter",
+    "test_cuda_streamed_ptxcpu",
+    "test_cuda_simt",
+    "test_cuda_resident",
+    "test_triton_compile",
+    "test_cuda_compile",
+)
+
+
 def pytest_collection_modifyitems(items):
-    """Marks what launches kernels on a GPU: `pytest -m gpu`, which benchmarks/gpu.py runs under the sanitizers."""
+    """The long files first, and a mark on what launches kernels on a GPU.
+
+    `pytest -m gpu` are the tests that benchmarks/gpu.py runs under the sanitizers.
+    """
+    rank = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
     for item in items:
         if hasattr(item, "callspec") and runs_on_gpu(item.callspec.params):
             item.add_marker("gpu")
