@@ -344,6 +344,32 @@ __device__ __forceinline__ void merge_lanes(S& s, int from, int to) {
   for (int bit = to / 2; bit >= from; bit /= 2) s.merge(s.exchange(bit));
 }
 
+// Merges each of one or four values over the lanes of a row, a power of two from kRowSums to 32: lane
+// `column` gets value column % kRows. With four, each of the first steps halves what is left to merge.
+template <int kRows, class S>
+__device__ __forceinline__ S merge_in_row(const S (&v)[kRows], int lanes) {
+  static_assert(kRows == 1 || kRows == kRowSums);
+  if constexpr (kRows == 1) {
+    S mine = v[0];
+    merge_lanes(mine, 1, lanes);
+    return mine;
+  } else {
+    const auto halve = [](const S& even, const S& odd, int bit) {
+      const bool mine_is_odd = threadIdx.x & bit;
+      S mine = even, other = odd;
+      if (mine_is_odd) mine = odd, other = even;
+      mine.merge(other.exchange(bit));
+      return mine;
+    };
+    S mine = halve(halve(v[0], v[1], 1), halve(v[2], v[3], 1), 2);
+#pragma unroll
+    for (int bit = 4; bit < 32; bit *= 2) {
+      if (bit < lanes) mine.merge(mine.exchange(bit));
+    }
+    return mine;
+  }
+}
+
 // Where merge_rows keeps element i of a tile's row, column i / V: neither its stores, a column a lane, nor
 // reads in the order of i meet in a bank.
 template <int V>

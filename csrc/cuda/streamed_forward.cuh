@@ -84,33 +84,27 @@ __device__ __forceinline__ void spatial_pool_columns(const Streamed& k, const It
   A* gates = shared.take<A>(p.channels);
   stage_values<A>(gates, p.channel_gate, item.n * p.channels, static_cast<int>(p.channels), A(1));
   __syncthreads();
-  const T* x = as<T>(p.x) + item.n * p.positions * p.channels;
-  for (int base = first; base < end; base += kUnroll * rows) {
-    S acc[kUnroll];
+  const int64_t step = rows * p.channels;
+  const T* line = as<T>(p.x) + (item.n * p.positions + first + row) * p.channels + int64_t{column} * V;
+  for (int base = first + row; base - row < end; base += kRowSums * rows, line += kRowSums * step) {
+    S acc[kRowSums];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) acc[u] = S::empty(column * V);
-    for (int i = column; i < s.row_vectors; i += t.columns) {
-      Packed<T, V> ahead[kUnroll];
+    for (int u = 0; u < kRowSums; ++u) acc[u] = S::empty(column * V);
+    const T* x = line;
+    for (int i = column; i < s.row_vectors; i += t.columns, x += t.columns * V) {
+      Packed<T, V> ahead[kRowSums];
+      load_rows<Cache::kReadOnly>(x, step, base, rows, end, ahead);
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int at = base + row + u * rows;
-        if (at < end) load_packed<Cache::kReadOnly>(x + at * p.channels + int64_t{i} * V, ahead[u]);  // [V]
-      }
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        if (base + row + u * rows >= end) break;
+      for (int u = 0; u < kRowSums; ++u) {
         A v[V];
         ahead[u].unpack(v);
 #pragma unroll
         for (int j = 0; j < V; ++j) acc[u].add(gates[i * V + j] * v[j], i * V + j);
       }
     }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      merge_lanes(acc[u], 1, t.columns);
-      const int at = base + row + u * rows;
-      if (column == 0 && at < end) put_spatial(k, item.n, 0, at, acc[u]);
-    }
+    const S pool = merge_in_row(acc, t.columns);
+    const int at = base + column * rows;
+    if (column < kRowSums && at < end) put_spatial(k, item.n, 0, at, pool);
   }
 }
 
@@ -153,17 +147,14 @@ __device__ __forceinline__ void output_rows(const Streamed& k, const Item& item,
   A gate_s[V];
 #pragma unroll
   for (int j = 0; j < V; ++j) gate_s[j] = spatial[me.in_tile(j, positions)];
-  const int64_t start = item.n * s.rows * s.row_elements + int64_t{me.vector} * V;
+  const int64_t start = me.start(k, item.n, me.first + me.row), step = me.lanes * int64_t{s.row_elements};
   const T* x = as<T>(p.x) + start;
   T* y = as<T>(p.y) + start;
   const bool residual = p.residual;
-  for (int r = me.first + me.row; r < me.end; r += kUnroll * me.lanes) {
+  for (int r = me.first + me.row; r < me.end;
+       r += kUnroll * me.lanes, x += kUnroll * step, y += kUnroll * step) {
     Packed<T, V> ahead[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int at = r + u * me.lanes;
-      if (at < me.end) load_packed<Cache::kLastUse>(x + int64_t{at} * s.row_elements, ahead[u]);  // [V]
-    }
+    load_rows<Cache::kLastUse>(x, step, r, me.lanes, me.end, ahead);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int at = r + u * me.lanes;
@@ -173,7 +164,7 @@ __device__ __forceinline__ void output_rows(const Streamed& k, const Item& item,
       ahead[u].unpack(v);
 #pragma unroll
       for (int j = 0; j < V; ++j) v[j] = gated(v[j], gate(me, j), gate_s[j], residual);
-      store_global<true>(y + int64_t{at} * s.row_elements, v);  // [V]
+      store_global<true>(y + u * step, v);  // [V]
     }
   }
 }
@@ -194,7 +185,7 @@ __device__ __forceinline__ void output_columns(const Streamed& k, const Item& it
   stage_values<A>(gates, p.channel_gate, item.n * p.channels, static_cast<int>(p.channels), A(1));
   stage_spatial_gate(k, item.n, first, end - first, true, spatial);
   __syncthreads();
-  const int64_t start = item.n * p.positions * p.channels;
+  const int64_t start = (item.n * p.positions + first + row) * p.channels, step = rows * p.channels;
   const bool residual = p.residual;
   for (int i = column; i < s.row_vectors; i += t.columns) {
     const T* x = as<T>(p.x) + start + int64_t{i} * V;
@@ -202,13 +193,9 @@ __device__ __forceinline__ void output_columns(const Streamed& k, const Item& it
     A gate[V];
 #pragma unroll
     for (int j = 0; j < V; ++j) gate[j] = gates[i * V + j];
-    for (int at = first + row; at < end; at += kUnroll * rows) {
+    for (int at = first + row; at < end; at += kUnroll * rows, x += kUnroll * step, y += kUnroll * step) {
       Packed<T, V> ahead[kUnroll];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        if (at + u * rows < end)
-          load_packed<Cache::kLastUse>(x + (at + u * rows) * p.channels, ahead[u]);  // [V]
-      }
+      load_rows<Cache::kLastUse>(x, step, at, rows, end, ahead);
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         if (at + u * rows >= end) break;
@@ -217,7 +204,7 @@ __device__ __forceinline__ void output_columns(const Streamed& k, const Item& it
         ahead[u].unpack(v);
 #pragma unroll
         for (int j = 0; j < V; ++j) v[j] = gated(v[j], gate[j], gate_s, residual);
-        store_global<true>(y + (at + u * rows) * p.channels, v);  // [V]
+        store_global<true>(y + u * step, v);  // [V]
       }
     }
   }

@@ -139,23 +139,23 @@ __device__ __forceinline__ void cross_columns(const Streamed& k, const Item& ite
       Packed<T, V> packed_x[kAhead], packed_dy[kAhead];
       load_rows<Cache::kReadOnly>(x, step, base + row, rows, last, packed_x);
       load_rows<Cache::kReadOnly>(dy, step, base + row, rows, last, packed_dy);
-      A sums[kAhead];
+      Sum<A> sums[kAhead];
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
         const int at = base + row + u * rows;
         const A gate_s = at < last ? spatial[at] : A(0);
-        sums[u] = A(0);
+        sums[u].sum = A(0);
         A vx[V], vd[V];
         packed_x[u].unpack(vx);
         packed_dy[u].unpack(vd);
 #pragma unroll
         for (int j = 0; j < V; ++j) {
           const A product = vx[j] * vd[j];
-          sums[u] += gate[j] * product;
+          sums[u].sum += gate[j] * product;
           acc[j].sum += product * gate_s;
         }
       }
-      const A sum = row_sums(sums, t.columns);
+      const A sum = merge_in_row(sums, t.columns).sum;
       const int at = base + row + column * rows;
       if (column < kAhead && at < count) ds[at] += sum;
     }

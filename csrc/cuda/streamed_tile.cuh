@@ -24,26 +24,6 @@ __device__ __forceinline__ void load_rows(const T* p, int64_t step, int at, int 
   }
 }
 
-// Sums of kRows values over the lanes of a row, four at once where there are four: each step halves what is
-// left to add, until lane `column` has the sum of value column % kRows. At least kRowSums lanes a row.
-template <int kRows, class A>
-__device__ __forceinline__ A row_sums(const A (&v)[kRows], int lanes) {
-  static_assert(kRows == 1 || kRows == kRowSums);
-  if constexpr (kRows == 1) {
-    return lanes_sum(v[0], lanes);
-  } else {
-    const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
-    const A low = (odd ? v[1] : v[0]) + __shfl_xor_sync(kAllLanes, odd ? v[0] : v[1], 1);
-    const A high = (odd ? v[3] : v[2]) + __shfl_xor_sync(kAllLanes, odd ? v[2] : v[3], 1);
-    A sum = (upper ? high : low) + __shfl_xor_sync(kAllLanes, upper ? low : high, 2);
-#pragma unroll
-    for (int bit = 4; bit < 32; bit *= 2) {
-      if (bit < lanes) sum += __shfl_xor_sync(kAllLanes, sum, bit);
-    }
-    return sum;
-  }
-}
-
 // A contiguous tile: rows [first, end) of `columns` vectors. Thread (row, column) takes every `lanes`-th
 // row. In a folded row the vector may span two channels: its first `split` elements belong to channel
 // `offset` of the row, the others to the next, at position 0.
@@ -104,7 +84,10 @@ struct RowTile {
   template <int kRows, class A>
   __device__ __forceinline__ void leave_sums(const A (&value)[kRows], int top, int bottom, int columns,
                                              A* sums) const {
-    const A sum = row_sums(value, columns);
+    Sum<A> mine[kRows];
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) mine[u].sum = value[u];
+    const A sum = merge_in_row(mine, columns).sum;
     const int r = top + row + column * lanes;
     if (column < kRows && r < bottom) sums[r - first] = sum;
   }
