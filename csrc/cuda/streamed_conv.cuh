@@ -15,6 +15,20 @@ __device__ __forceinline__ Coordinates coordinates(const Problem& p, int positio
   return {d, row - d * p.height, w};
 }
 
+// `steps` positions on, to `position`: rows that are not shorter take no division.
+__device__ __forceinline__ void advance(const Problem& p, Coordinates& at, int position, int steps) {
+  if (p.width < steps) {
+    at = coordinates(p, position);
+    return;
+  }
+  at.w += steps;
+  if (at.w < p.width) return;
+  at.w -= p.width;
+  if (++at.h < p.height) return;
+  at.h = 0;
+  ++at.d;
+}
+
 // The kernel's weight for the maximum's plane (0) or the mean's (1), whatever order it is stored in.
 template <class T>
 __device__ __forceinline__ Accumulate<T> kernel_weight(const Problem& p, int plane, int64_t tap) {
@@ -38,6 +52,12 @@ __device__ __forceinline__ Norm<Accumulate<T>> load_norm(const Problem& p) {
   return {load_weight<T>(p.bn_mean, 0), weight * inverse, offset, inverse};
 }
 
+// What belongs to the maximum's plane and to the mean's, side by side: one access reads both.
+template <class A>
+struct alignas(2 * sizeof(A)) PlanePair {
+  A maximum, mean;
+};
+
 // One item's view: its own positions [begin, end), those its convolution reads [low, high), and both
 // kernel planes; the maps' windows and the kernel are in shared memory where they fit.
 template <class T>
@@ -45,7 +65,7 @@ struct ConvItem {
   using A = Accumulate<T>;
   const Problem& p;
   int begin, end, low, high;
-  const A* kernel;
+  const PlanePair<A>* kernel;
 
   __device__ __forceinline__ ConvItem(const Streamed& k, const Item& item, Shared& shared) : p(k.p) {
     const Schedule& s = k.s;
@@ -54,19 +74,19 @@ struct ConvItem {
     end = min(positions, begin + s.conv_positions);
     low = max(0, begin - s.conv_halo);
     high = static_cast<int>(min(int64_t{positions}, int64_t{end} + s.conv_halo));
-    A* staged = shared.take<A>(s.kernel_staged ? 2 * count : 0);
+    PlanePair<A>* staged = shared.take<PlanePair<A>>(s.kernel_staged ? count : 0);
     kernel = s.kernel_staged ? staged : nullptr;
-    for (int i = thread_index(); s.kernel_staged && i < 2 * count; i += kThreads) {
-      staged[i] = kernel_weight<T>(p, i / count, i % count);  // [1]
-    }
+    for (int i = thread_index(); s.kernel_staged && i < count; i += kThreads) staged[i] = read_weights(i);
   }
-  __device__ __forceinline__ A weight(int plane, int tap) const {
-    if (kernel) return kernel[plane * static_cast<int>(taps(p)) + tap];
-    return kernel_weight<T>(p, plane, tap);
+  __device__ __forceinline__ PlanePair<A> read_weights(int tap) const {
+    return {kernel_weight<T>(p, 0, tap), kernel_weight<T>(p, 1, tap)};  // [1]
+  }
+  __device__ __forceinline__ PlanePair<A> weights(int tap) const {
+    return kernel ? PlanePair<A>(kernel[tap]) : read_weights(tap);
   }
 };
 
-// A map's window, or the map itself through `read`.
+// A window of a map, or of two, or what is read where it is.
 template <class A, class Read>
 struct MapWindow {
   const A* staged;
@@ -139,8 +159,9 @@ __device__ __forceinline__ void conv_stage(const Streamed& k, const Item& item, 
   const ConvItem<T> c(k, item, shared);
   const int64_t maps = item.n * 2 * p.positions, size = window_size(k);
   // Chunks come with small maps only, whose window is always staged: each part is read once.
-  const auto maximum = [&](int i) -> A { return fresh<A>(p.spatial_pool, maps + i); };
-  const auto mean = [&](int i) -> A { return fresh<A>(p.spatial_pool, maps + p.positions + i); };
+  const auto read_pools = [&](int i) -> PlanePair<A> {
+    return {fresh<A>(p.spatial_pool, maps + i), fresh<A>(p.spatial_pool, maps + p.positions + i)};
+  };
   if (k.s.reduce.chunks > 1) {
     for (int i = c.low + thread_index(); i < c.high; i += kThreads) {
       if (kRareOptions && p.ties == kTiesSplit)
@@ -150,16 +171,16 @@ __device__ __forceinline__ void conv_stage(const Streamed& k, const Item& item, 
     }
     __syncthreads();
   }
-  const auto q_max = map_window<A>(k.s, shared, c.low, c.high, size, maximum);
-  const auto q_mean = map_window<A>(k.s, shared, c.low, c.high, size, mean);
+  const auto pools = map_window<PlanePair<A>>(k.s, shared, c.low, c.high, size, read_pools);
   const Norm<A> norm = load_norm<T>(p);
   const A bias = p.conv_bias.data ? load_weight<T>(p.conv_bias, 0) : A(0);
   __syncthreads();
   for (int i = c.begin + thread_index(); i < c.end; i += kThreads) {
     A z = 0;
     for_taps(p, coordinates(p, i), 1, [&](int tap, int at) {
-      z += c.weight(0, tap) * q_max(at);
-      z += c.weight(1, tap) * q_mean(at);
+      const PlanePair<A> w = c.weights(tap), q = pools(at);
+      z += w.maximum * q.maximum;
+      z += w.mean * q.mean;
     });
     z += bias;
     if (k.operation == kAttentionForward) {
@@ -194,12 +215,11 @@ __device__ __forceinline__ void conv_grad_stage(const Streamed& k, const Item& i
     const A gate = constant<A>(p.spatial_gate, map + i);
     return ds * gate * (A(1) - gate);
   };
-  const auto maximum = [&](int i) -> A { return constant<A>(p.spatial_pool, 2 * map + i); };
-  const auto mean = [&](int i) -> A { return constant<A>(p.spatial_pool, 2 * map + p.positions + i); };
+  const auto read_pools = [&](int i) -> PlanePair<A> {
+    return {constant<A>(p.spatial_pool, 2 * map + i), constant<A>(p.spatial_pool, 2 * map + p.positions + i)};
+  };
   const auto dz = map_window<A>(s, shared, c.low, c.high, size, read_dz);
-  const int high = again ? c.low : c.high;
-  const auto q_max = map_window<A>(s, shared, c.low, high, size, maximum);
-  const auto q_mean = map_window<A>(s, shared, c.low, high, size, mean);
+  const auto pools = map_window<PlanePair<A>>(s, shared, c.low, again ? c.low : c.high, size, read_pools);
   A* warps = shared.take<A>(kThreads / 32 * 2);
   const A slope = load_norm<T>(p).slope;
   __syncthreads();
@@ -208,8 +228,9 @@ __device__ __forceinline__ void conv_grad_stage(const Streamed& k, const Item& i
     A max_grad = 0, mean_grad = 0;
     for_taps(p, coordinates(p, i), -1, [&](int tap, int at) {
       const A v = dz(at);
-      max_grad += c.weight(0, tap) * v;
-      mean_grad += c.weight(1, tap) * v;
+      const PlanePair<A> w = c.weights(tap);
+      max_grad += w.maximum * v;
+      mean_grad += w.mean * v;
     });
     max_grad *= slope;
     mean_grad = slope * mean_grad / A(p.channels);
@@ -231,17 +252,18 @@ __device__ __forceinline__ void conv_grad_stage(const Streamed& k, const Item& i
     const int kd = line / p.kernel_h - p.kernel_d / 2, kh = line % p.kernel_h - p.kernel_h / 2;
     for (int first = 0; first < p.kernel_w; first += kTapBlock) {
       A max_sum[kTapBlock] = {}, mean_sum[kTapBlock] = {};
-      for (int i = c.begin + lane; i < c.end; i += 32) {
-        const Coordinates at = coordinates(p, i);
+      Coordinates at = coordinates(p, c.begin + lane);
+      for (int i = c.begin + lane; i < c.end; i += 32, advance(p, at, i, 32)) {
         const int d = at.d + kd, h = at.h + kh;
         if (d < 0 || d >= p.depth || h < 0 || h >= p.height) continue;
         const A v = dz(i);
         const int w = at.w + first - p.kernel_w / 2, start = (d * p.height + h) * p.width + w;
 #pragma unroll
         for (int j = 0; j < kTapBlock; ++j) {
-          if (first + j < p.kernel_w && w + j >= 0 && w + j < p.width) {
-            max_sum[j] += v * q_max(start + j);
-            mean_sum[j] += v * q_mean(start + j);
+          if (first + j < p.kernel_w && static_cast<unsigned>(w + j) < static_cast<unsigned>(p.width)) {
+            const PlanePair<A> q = pools(start + j);
+            max_sum[j] += v * q.maximum;
+            mean_sum[j] += v * q.mean;
           }
         }
       }
@@ -253,7 +275,8 @@ __device__ __forceinline__ void conv_grad_stage(const Streamed& k, const Item& i
         if (lane == 0) {
           put(k.w.conv_parts, row + tap, of_max);
           put(k.w.conv_parts, row + count + tap, of_mean);
-          dz_conv += c.weight(0, tap) * of_max + c.weight(1, tap) * of_mean;
+          const PlanePair<A> w = c.weights(tap);
+          dz_conv += w.maximum * of_max + w.mean * of_mean;
         }
       }
     }

@@ -27,7 +27,7 @@ __device__ __forceinline__ void cross_rows(const Streamed& k, const Item& item, 
   using T = typename Tr::T;
   using A = typename Tr::A;
   constexpr int V = Tr::V;
-  constexpr int kAhead = Tr::kFold ? 2 : kRowSums;
+  constexpr int kAhead = kRowSums;
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.reduce;
@@ -226,7 +226,7 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
   using T = typename Tr::T;
   using A = typename Tr::A;
   constexpr int V = Tr::V;
-  constexpr int kAhead = kSplit && (Tr::kFold || V > 4) ? 1 : Tr::kFold ? 2 : kRowSums;
+  constexpr int kAhead = kSplit && (Tr::kFold || V > 4) ? 1 : kRowSums;
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.map;

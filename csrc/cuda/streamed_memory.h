@@ -45,7 +45,7 @@ inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
   // column_dot's vectors, and its partial sums for one of them.
   const int64_t mlp = bytes(
       {kBatch * kMlpStage * a, std::max(kThreads * (16 / element_bytes(p.dtype)), kThreads) * a + 32 * a});
-  const int64_t conv_grad = bytes({kernel, window, window, window, kThreads / 32 * 2 * a});
+  const int64_t conv_grad = bytes({kernel, window, 2 * window, kThreads / 32 * 2 * a});
   // A pass over x: if it gathers dq, that is at the end, behind what it took to do so.
   const auto pass = [&](int64_t own) {
     return s.gather_tiles ? std::max(own, conv_grad) + bytes({2 * s.conv_positions * a}) : own;
@@ -68,7 +68,7 @@ inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
     case kSpatialPool:
       return last ? bytes({p.channels * a}) : bytes({channels(s.reduce) * a, columns(s.reduce, mean_max)});
     case kConv:
-      return bytes({kernel, window, window});
+      return bytes({kernel, 2 * window});
     case kOutput:
       return bytes({channels(s.map) * a, s.map.positions * a});
     case kCross:

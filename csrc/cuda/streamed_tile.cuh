@@ -182,11 +182,11 @@ struct FoldSums {
     const int fold = k.s.fold, positions = static_cast<int>(k.p.positions);
     __syncthreads();
     for (int i = threadIdx.x; i < rows * fold; i += kThreads) {
-      const int r = i / fold, offset = i % fold;
-      const int from = offset * positions / Tr::V, to = ((offset + 1) * positions - 1) / Tr::V;
-      A sum = 0;
-      for (int c = from; c <= to; ++c)
-        sum += pairs[(r * columns + c) * 2 + (c * Tr::V / positions == offset ? 0 : 1)];
+      const int r = i / fold, first = (i - r * fold) * positions;
+      const int from = first / Tr::V, to = (first + positions - 1) / Tr::V;
+      const A* row = pairs + r * columns * 2;
+      A sum = row[from * 2 + (from * Tr::V < first)];  // the first vector may begin in the channel before
+      for (int c = from + 1; c <= to; ++c) sum += row[c * 2];
       out(i, sum);
     }
     __syncthreads();
