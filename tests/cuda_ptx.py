@@ -187,6 +187,10 @@ class PtxMachine(cs.Machine):
     def dram(self, operation: str) -> int:
         return _dram(self.results[operation])
 
+    def instructions(self, operation: str) -> int:
+        """Of PTX, executed, over all threads: a warp's count as 32 whatever its mask is."""
+        return 32 * int(self.results[operation].stats["warp_insts"])
+
 
 def _dram(result: Any) -> int:
     return int(result.stats["dram_read_bytes"] + result.stats["dram_write_bytes"])

@@ -36,7 +36,7 @@ __device__ __forceinline__ void cross_rows(const Streamed& k, const Item& item, 
   const int left = me.tile * t.positions, width = min(t.positions, positions - left);
   A* gates = shared.take<A>(int64_t{t.chunk_rows} * s.fold);
   A* spatial = shared.take<A>(t.positions);
-  A* row_sum = shared.take<A>(t.chunk_rows);
+  shared.take<A>(t.positions);
   stage_values<A>(gates, p.channel_gate, item.n * p.channels + base, (me.end - me.first) * s.fold, A(1));
   stage_values<A>(spatial, p.spatial_gate, item.n * p.positions + left, width, A(1));
   __syncthreads();
@@ -81,7 +81,8 @@ __device__ __forceinline__ void cross_rows(const Streamed& k, const Item& item, 
         }
         if (Tr::kFold && valid) sums.leave(me, at - top, here[u], after[u]);
       }
-      if constexpr (!Tr::kFold) me.leave_sums(here, r, bottom, t.columns, row_sum);
+      // In the place of the row's gate, which only these lanes have read.
+      if constexpr (!Tr::kFold) me.leave_sums(here, r, bottom, t.columns, gates);
     }
     if constexpr (Tr::kFold) {
       sums.finish(k, bottom - top, [&](int c, A sum) {
@@ -92,7 +93,7 @@ __device__ __forceinline__ void cross_rows(const Streamed& k, const Item& item, 
   __syncthreads();
   if (!Tr::kFold && p.pools) {
     for (int r = me.first + thread_index(); r < me.end; r += kThreads)
-      put(k.w.cross_parts, parts + r, row_sum[r - me.first]);
+      put(k.w.cross_parts, parts + r, gates[r - me.first]);
   }
   if (!p.spatial) return;
   merge_tile<Tr>(k, t, me, ds, reinterpret_cast<Sum<A>*>(sums.pairs), [&](int position, const Sum<A>& total) {
@@ -237,7 +238,6 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
   if (kSplit)
     stage_values<A>(gates, p.channel_gate, item.n * p.channels + base, (me.end - me.first) * s.fold, A(1));
   const PositionFields<A> fields = stage_positions<A>(k, item.n, left, width, t.positions, shared);
-  A* row_sum = shared.take<A>(0);
   __syncthreads();
   // What an element is weighted by, and a maximum; with ties shared, what a maximum shares.
   A mean[V], maximum[V], top[V];
@@ -252,7 +252,7 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
   }
   const int64_t step = me.lanes * int64_t{s.row_elements};
   const GateGradPlace place(k, item.n, me.tile);
-  FoldSums<Tr> sums(row_sum, t);
+  FoldSums<Tr> sums(shared.take<A>(0), t);
   const int pass = Tr::kFold ? sums.capacity : me.end - me.first;
   for (int start = me.first; start < me.end; start += pass) {
     const int bottom = min(me.end, start + pass), last = me.inside ? bottom : 0;
@@ -285,7 +285,7 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
         }
         if (Tr::kFold && valid) sums.leave(me, at - start, here[u], after[u]);
       }
-      if constexpr (!Tr::kFold) me.leave_sums(here, r, bottom, t.columns, row_sum);
+      if constexpr (!Tr::kFold) me.leave_sums(here, r, bottom, t.columns, gates);
     }
     if constexpr (Tr::kFold) {
       sums.finish(k, bottom - start, [&](int c, A sum) { put_gate_grad(k, place, start * s.fold + c, sum); });
@@ -294,7 +294,7 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
   if constexpr (!Tr::kFold) {
     __syncthreads();
     for (int r = me.first + thread_index(); r < me.end; r += kThreads)
-      put_gate_grad(k, place, r, row_sum[r - me.first]);
+      put_gate_grad(k, place, r, gates[r - me.first]);
   }
 }
 

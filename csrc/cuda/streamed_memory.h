@@ -72,15 +72,13 @@ inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
     case kOutput:
       return bytes({channels(s.map) * a, s.map.positions * a});
     case kCross:
-      return bytes({channels(s.reduce) * a, s.reduce.positions * a,
-                    last ? s.reduce.positions * a : s.reduce.chunk_rows * a,
+      return bytes({channels(s.reduce) * a, s.reduce.positions * a, s.reduce.positions * a,
                     std::max(columns(s.reduce, a), fold_sums)});
     case kConvGrad:
       return conv_grad;
     case kGateGrad:
-      return pass(
-          bytes({last ? 0 : channels(s.map) * a, fields, fields, s.map.positions * a, s.map.positions * 4,
-                 std::max(last ? columns(s.map, a) : s.map.chunk_rows * a, fold_sums)}));
+      return pass(bytes({last ? 0 : channels(s.map) * a, fields, fields, s.map.positions * a,
+                         s.map.positions * 4, std::max(last ? columns(s.map, a) : 0, fold_sums)}));
     case kFinishPools:
       return 0;
     case kLogitGrad:

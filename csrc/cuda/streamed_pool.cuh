@@ -5,13 +5,14 @@
 
 namespace cbam {
 
-// Adds a vector whose first element has this index. In float the vector's maximum is found first, and
-// where it is only if it beats the maximum so far, which is rare after the first few.
+// Adds a vector whose first element has this index.
 template <class S, int V>
 __device__ __forceinline__ void add_vector(S& s, const typename S::A (&v)[V], int index) {
 #pragma unroll
   for (int k = 0; k < V; ++k) s.add(v[k], index + k);
 }
+// In float only the vector's maximum is found, and its mark is the vector's index until find_in_vector has
+// looked where in the vector it is, once a channel: almost every vector beats what some lane of a warp has.
 template <int V>
 __device__ __forceinline__ void add_vector(MeanMax<float, false>& s, const float (&v)[V], int index) {
   float top = v[0];
@@ -19,15 +20,22 @@ __device__ __forceinline__ void add_vector(MeanMax<float, false>& s, const float
   for (int k = 1; k < V; ++k) top = ptx::max_nan(top, v[k]);
 #pragma unroll
   for (int k = 0; k < V; ++k) s.sum += v[k];
-  if (!(top <= s.peak.value) && s.peak.value == s.peak.value) {
-    int at = 0;
+  if (!(top <= s.peak.value) && s.peak.value == s.peak.value) s.peak = {top, index};
+}
+template <class T, int V, class S>
+__device__ __forceinline__ void find_in_vector(S&, const T*) {}
+template <class T, int V>
+__device__ __forceinline__ void find_in_vector(MeanMax<float, false>& s, const T* row) {
+  if (V == 1) return;
+  float v[V];
+  load_global<Cache::kReadOnly>(row + s.peak.mark, v);  // [V]
+  const bool nan = s.peak.value != s.peak.value;
+  int at = 0;
 #pragma unroll
-    for (int k = V - 1; k >= 0; --k) {
-      if (top == top ? v[k] == top : v[k] != v[k]) at = k;
-    }
-    s.peak.value = top;
-    s.peak.mark = index + at;
+  for (int k = V - 1; k >= 0; --k) {
+    if (nan ? v[k] != v[k] : v[k] == s.peak.value) at = k;
   }
+  s.peak.mark += at;
 }
 
 // ---- Results: a channel's pools, or a part of them where several items share a channel.
@@ -129,8 +137,8 @@ __device__ __forceinline__ void pool_rows(const Streamed& k, int64_t n, int inde
   for (int base = first; base < end; base += kThreads / lanes) {
     const bool inside = base + row < end;
     S acc = S::empty(lane * V);
+    const T* p_row = x + int64_t{base + row} * k.p.positions;
     if (inside) {
-      const T* p_row = x + int64_t{base + row} * k.p.positions;
       int i = lane;
       for (; i + 3 * lanes < s.row_vectors; i += 4 * lanes) {
         Packed<T, V> ahead[4];
@@ -158,7 +166,10 @@ __device__ __forceinline__ void pool_rows(const Streamed& k, int64_t n, int inde
       for (int w = 1; lane == 0 && w < lanes / 32; ++w) acc.merge(warps[threadIdx.x / 32 + w]);
       __syncthreads();
     }
-    if (inside && lane == 0) put_statistic<typename Tr::A>(k, {n, kAllChunks}, base + row, acc);
+    if (inside && lane == 0) {
+      find_in_vector<T, V>(acc, p_row);
+      put_statistic<typename Tr::A>(k, {n, kAllChunks}, base + row, acc);
+    }
   }
 }
 

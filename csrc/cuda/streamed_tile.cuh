@@ -89,6 +89,7 @@ struct RowTile {
     for (int u = 0; u < kRows; ++u) mine[u].sum = value[u];
     const A sum = merge_in_row(mine, columns).sum;
     const int r = top + row + column * lanes;
+    __syncwarp();
     if (column < kRows && r < bottom) sums[r - first] = sum;
   }
 };
