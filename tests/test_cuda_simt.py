@@ -417,7 +417,10 @@ BYTES = (
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape, dtype, bar", BYTES, ids=str)
 def test_bytes(monkeypatch, shape, dtype, bar, layout):
-    """x, y, dy and dx move exactly 4 S and 5 S; with scratch memory at most 4.1 S, and 5.2 S or what is above."""
+    """x, y, dy and dx move exactly 4 S and 5 S; with scratch memory at most 4.1 S, and 5.2 S or what is above.
+
+    But the plain pool of unfolded rows reads one vector a channel again, to see where in it the maximum is.
+    """
     if cs.build.default_flavor() != "checked":
         pytest.skip("only the checked flavour counts bytes")
     problem = make_problem(shape, Options(hidden=shape[1] // 16), dtype, layout=layout)
@@ -425,9 +428,12 @@ def test_bytes(monkeypatch, shape, dtype, bar, layout):
     run_problem(problem, "cuda")
     size = problem.x.numel() * problem.x.element_size()
     forward, backward = ops.traffic["cbam_forward"], ops.traffic["cbam_backward"]
-    assert forward["x"] == 3 * size and forward["y"] == size
+    report = ops.reports["cbam_forward"]
+    searched = layout == "contiguous" and report["vector"] > 1 and report["fold"] == 1
+    again = 16 * shape[0] * shape[1] if searched else 0
+    assert forward["x"] == 3 * size + again and forward["y"] == size
     assert backward["x"] == 2 * size and backward["dy"] == 2 * size and backward["dx"] == size
-    assert 4 * size + forward["scratch"] <= 4.1 * size
+    assert 4 * size + again + forward["scratch"] <= 4.1 * size
     assert 5 * size + backward["scratch"] <= bar * size
 
 
