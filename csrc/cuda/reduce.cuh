@@ -46,6 +46,16 @@ __device__ __forceinline__ void add_to_peak(Peak<A>& peak, A v, int index) {
   }
 }
 
+// The same where the caller looks for the first NaN itself, if the sum of the elements is one: a comparison
+// less.
+template <bool kSplit, class A>
+__device__ __forceinline__ void add_number_to_peak(Peak<A>& peak, A v, int index) {
+  if constexpr (kSplit)
+    add_to_peak<true>(peak, v, index);
+  else if (v > peak.value)
+    peak = {v, index};
+}
+
 // The union of two peaks over disjoint sets, in any order of their indices.
 template <bool kSplit, class A>
 __device__ __forceinline__ void merge_peak(Peak<A>& peak, Peak<A> other) {

@@ -299,6 +299,13 @@ struct MeanMax {
     sum += v;
     add_to_peak<kSplit>(peak, v, index);
   }
+  // The same where the caller then finds_nan.
+  __device__ __forceinline__ void add_number(A v, int index) {
+    sum += v;
+    add_number_to_peak<kSplit>(peak, v, index);
+  }
+  // Whether one of the elements may have been NaN, and the peak has to be the first such.
+  __device__ __forceinline__ bool may_have_nan() const { return !kSplit && sum != sum; }
   __device__ __forceinline__ void merge(const MeanMax& other) {
     sum += other.sum;
     merge_peak<kSplit>(peak, other.peak);

@@ -53,7 +53,7 @@ __device__ __forceinline__ void spatial_pool_rows(const Streamed& k, const Item&
         A v[V];
         ahead[u].unpack(v);
 #pragma unroll
-        for (int j = 0; j < V; ++j) acc[j].add(gate(me, j) * v[j], c + me.next(j));
+        for (int j = 0; j < V; ++j) acc[j].add_number(gate(me, j) * v[j], c + me.next(j));
       }
     }
     for (; r < me.end; r += me.lanes) {
@@ -62,7 +62,18 @@ __device__ __forceinline__ void spatial_pool_rows(const Streamed& k, const Item&
       const int c = me.channel(s, r);
       const PerChannel<Tr, A> gate(gates, c - base, me);
 #pragma unroll
-      for (int j = 0; j < V; ++j) acc[j].add(gate(me, j) * v[j], c + me.next(j));
+      for (int j = 0; j < V; ++j) acc[j].add_number(gate(me, j) * v[j], c + me.next(j));
+    }
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      if (!acc[j].may_have_nan()) continue;
+      for (r = me.first + me.row; r < me.end; r += me.lanes) {
+        const int c = me.channel(s, r) + me.next(j);
+        const A v = gates[c - base] * load_one<Cache::kReadOnly>(x + int64_t{r} * s.row_elements + j);
+        if (v == v) continue;
+        acc[j].peak = {v, c};
+        break;
+      }
     }
   }
   merge_tile<Tr>(k, t, me, acc, merged,
@@ -99,7 +110,17 @@ __device__ __forceinline__ void spatial_pool_columns(const Streamed& k, const It
         A v[V];
         ahead[u].unpack(v);
 #pragma unroll
-        for (int j = 0; j < V; ++j) acc[u].add(gates[i * V + j] * v[j], i * V + j);
+        for (int j = 0; j < V; ++j) acc[u].add_number(gates[i * V + j] * v[j], i * V + j);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kRowSums; ++u) {
+      if (!acc[u].may_have_nan() || base + u * rows >= end) continue;
+      for (int c = column * V; c < p.channels; c += c % V < V - 1 ? 1 : (t.columns - 1) * V + 1) {
+        const A v = gates[c] * load_one<Cache::kReadOnly>(line + u * step + c - column * V);
+        if (v == v) continue;
+        acc[u].peak = {v, c};
+        break;
       }
     }
     const S pool = merge_in_row(acc, t.columns);

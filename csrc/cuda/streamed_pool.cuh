@@ -212,6 +212,31 @@ __device__ __forceinline__ const typename Tr::A* stage_rows(const Streamed& k, i
 
 // ---- Channels-last: a tile of positions and `pool_lanes` vectors of channels.
 
+// Elements without looking for NaN one by one, where that is a thing to look for.
+template <class A, bool kSplit>
+__device__ __forceinline__ void add_number(MeanMax<A, kSplit>& s, A v, int index) {
+  s.add_number(v, index);
+}
+template <class S>
+__device__ __forceinline__ void add_number(S& s, typename S::A v, int index) {
+  s.add(v, index);
+}
+// The first NaN of element(i), for i from `first` in steps up to `end`, if the sum says that there may be
+// one.
+template <class A, bool kSplit, class Element>
+__device__ __forceinline__ void find_nan(MeanMax<A, kSplit>& s, int first, int end, int step,
+                                         Element element) {
+  if (!s.may_have_nan()) return;
+  for (int i = first; i < end; i += step) {
+    const A v = element(i);
+    if (v == v) continue;
+    s.peak = {v, i};
+    return;
+  }
+}
+template <class S, class Element>
+__device__ __forceinline__ void find_nan(S&, int, int, int, Element) {}
+
 template <class Tr, class S>
 __device__ __forceinline__ void pool_columns(const Streamed& k, int64_t n, int index, Shared shared) {
   using T = typename Tr::T;
@@ -240,14 +265,19 @@ __device__ __forceinline__ void pool_columns(const Streamed& k, int64_t n, int i
         A v[V];
         ahead[u].unpack(v);
 #pragma unroll
-        for (int j = 0; j < V; ++j) acc[j].add(v[j], i + u * rows);
+        for (int j = 0; j < V; ++j) add_number(acc[j], v[j], i + u * rows);
       }
     }
     for (; i < end; i += rows) {
       A v[V];
       load_global<Cache::kReadOnly>(x + i * k.p.channels, v);  // [V]
 #pragma unroll
-      for (int j = 0; j < V; ++j) acc[j].add(v[j], i);
+      for (int j = 0; j < V; ++j) add_number(acc[j], v[j], i);
+    }
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      find_nan(acc[j], first + row, end, rows,
+               [&](int at) { return load_one<Cache::kReadOnly>(x + at * k.p.channels + j); });
     }
   }
   const int groups = merge_rows<V>(acc, columns, merged);
