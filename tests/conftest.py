@@ -13,12 +13,14 @@ def runs_on_gpu(params):
 # Files that take minutes, the longest first: `make test` deals whole files to processes in this order, and one that
 # came last would have the others wait.
 LONG = (
-    "test_triton_interpreter",
-    "test_cuda_streamed_ptxcpu",
-    "test_cuda_simt",
-    "test_cuda_resident",
     "test_triton_compile",
+    "test_triton_ptxcpu",
+    "test_cuda_streamed_ptxcpu",
+    "test_triton_interpreter",
+    "test_cuda_resident",
+    "test_forward_backward",
     "test_cuda_compile",
+    "test_cuda_simt",
 )
 
 

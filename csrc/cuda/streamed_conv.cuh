@@ -58,9 +58,15 @@ struct alignas(2 * sizeof(A)) PlanePair {
   A maximum, mean;
 };
 
+// Whether the maps' windows and the kernel are in shared memory, which only very large kernels are too large
+// for.
+__device__ __forceinline__ bool conv_is_staged(const Schedule& s) {
+  return !kRareOptions || (s.conv_staged && s.kernel_staged);
+}
+
 // One item's view: its own positions [begin, end), those its convolution reads [low, high), and both
-// kernel planes; the maps' windows and the kernel are in shared memory where they fit.
-template <class T>
+// kernel planes. Where not all is staged, each access looks what is.
+template <class T, bool kStaged>
 struct ConvItem {
   using A = Accumulate<T>;
   const Problem& p;
@@ -82,23 +88,23 @@ struct ConvItem {
     return {kernel_weight<T>(p, 0, tap), kernel_weight<T>(p, 1, tap)};  // [1]
   }
   __device__ __forceinline__ PlanePair<A> weights(int tap) const {
-    return kernel ? PlanePair<A>(kernel[tap]) : read_weights(tap);
+    return kStaged || kernel ? PlanePair<A>(kernel[tap]) : read_weights(tap);
   }
 };
 
 // A window of a map, or of two, or what is read where it is.
-template <class A, class Read>
+template <bool kStaged, class A, class Read>
 struct MapWindow {
   const A* staged;
   int low;
   Read read;
   __device__ __forceinline__ A operator()(int position) const {
-    return staged ? staged[position - low] : read(position);
+    return kStaged || staged ? staged[position - low] : read(position);
   }
 };
-template <class A, class Read>
-__device__ __forceinline__ MapWindow<A, Read> map_window(const Schedule& s, Shared& shared, int low, int high,
-                                                         int64_t size, Read read) {
+template <bool kStaged, class A, class Read>
+__device__ __forceinline__ MapWindow<kStaged, A, Read> map_window(const Schedule& s, Shared& shared, int low,
+                                                                  int high, int64_t size, Read read) {
   A* staged = shared.take<A>(s.conv_staged ? size : 0);
   if (!s.conv_staged) return {nullptr, low, read};
   for (int i = low + thread_index(); i < high; i += kThreads) staged[i - low] = read(i);  // [1]
@@ -108,12 +114,14 @@ __device__ __forceinline__ int64_t window_size(const Streamed& k) {
   return min(k.p.positions, k.s.conv_positions + 2 * int64_t{k.s.conv_halo});
 }
 
+constexpr int kTapBlock = 8;  // taps of a kernel row that are unrolled
+
 // Calls f(tap, neighbour) for each tap whose neighbour at + sign * (tap - centre) lies inside the map.
 template <class F>
 __device__ __forceinline__ void for_taps(const Problem& p, Coordinates at, int sign, F f) {
   const int centre = p.kernel_w / 2, before = at.w, after = p.width - 1 - at.w;
   const int from = max(0, centre - (sign > 0 ? before : after));
-  const int to = min(p.kernel_w, centre + 1 + (sign > 0 ? after : before));
+  const unsigned span = min(p.kernel_w, centre + 1 + (sign > 0 ? after : before)) - from;
   int tap = 0;
   for (int kd = 0; kd < p.kernel_d; ++kd) {
     const int d = at.d + sign * (kd - p.kernel_d / 2);
@@ -121,8 +129,14 @@ __device__ __forceinline__ void for_taps(const Problem& p, Coordinates at, int s
       const int h = at.h + sign * (kh - p.kernel_h / 2);
       if (d < 0 || d >= p.depth || h < 0 || h >= p.height) continue;
       const int row = (d * p.height + h) * p.width + at.w;
-#pragma unroll 4
-      for (int kw = from; kw < to; ++kw) f(tap + kw, row + sign * (kw - centre));
+      for (int first = 0; first < p.kernel_w; first += kTapBlock) {
+#pragma unroll
+        for (int j = 0; j < kTapBlock; ++j) {
+          const int kw = first + j;
+          if (kw >= p.kernel_w) break;
+          if (static_cast<unsigned>(kw - from) < span) f(tap + kw, row + sign * (kw - centre));
+        }
+      }
     }
   }
 }
@@ -152,11 +166,11 @@ __device__ __forceinline__ void put_spatial_pool(const Streamed& k, int64_t n, i
   }
 }
 
-template <class T>
-__device__ __forceinline__ void conv_stage(const Streamed& k, const Item& item, Shared shared) {
+template <class T, bool kStaged>
+__device__ __forceinline__ void conv_positions(const Streamed& k, const Item& item, Shared shared) {
   using A = Accumulate<T>;
   const Problem& p = k.p;
-  const ConvItem<T> c(k, item, shared);
+  const ConvItem<T, kStaged> c(k, item, shared);
   const int64_t maps = item.n * 2 * p.positions, size = window_size(k);
   // Chunks come with small maps only, whose window is always staged: each part is read once.
   const auto read_pools = [&](int i) -> PlanePair<A> {
@@ -171,7 +185,7 @@ __device__ __forceinline__ void conv_stage(const Streamed& k, const Item& item, 
     }
     __syncthreads();
   }
-  const auto pools = map_window<PlanePair<A>>(k.s, shared, c.low, c.high, size, read_pools);
+  const auto pools = map_window<kStaged, PlanePair<A>>(k.s, shared, c.low, c.high, size, read_pools);
   const Norm<A> norm = load_norm<T>(p);
   const A bias = p.conv_bias.data ? load_weight<T>(p.conv_bias, 0) : A(0);
   __syncthreads();
@@ -192,17 +206,23 @@ __device__ __forceinline__ void conv_stage(const Streamed& k, const Item& item, 
   }
 }
 
-constexpr int kTapBlock = 8;  // taps of a kernel row whose gradients a thread sums at a time
+template <class T>
+__device__ __forceinline__ void conv_stage(const Streamed& k, const Item& item, Shared shared) {
+  if (conv_is_staged(k.s))
+    conv_positions<T, true>(k, item, shared);
+  else
+    conv_positions<T, false>(k, item, shared);
+}
 
 // dq of the item's positions: in scratch or, where the pass over x that follows gathers it, in shared memory.
 // And, in one of two such passes, the item's parts of the kernel's gradient: sums over its positions of dz q,
 // dz, and dz conv, all before the norm's slope.
-template <class T>
-__device__ __forceinline__ void conv_grad_stage(const Streamed& k, const Item& item, Shared shared) {
+template <class T, bool kStaged>
+__device__ __forceinline__ void conv_grad_positions(const Streamed& k, const Item& item, Shared shared) {
   using A = Accumulate<T>;
   const Problem& p = k.p;
   const Schedule& s = k.s;
-  const ConvItem<T> c(k, item, shared);
+  const ConvItem<T, kStaged> c(k, item, shared);
   const int64_t map = item.n * p.positions, size = window_size(k), slot = slot_of(k, item.n);
   const bool again = item.stage == kInputGrad;
   const auto read_dz = [&](int i) -> A {
@@ -218,8 +238,9 @@ __device__ __forceinline__ void conv_grad_stage(const Streamed& k, const Item& i
   const auto read_pools = [&](int i) -> PlanePair<A> {
     return {constant<A>(p.spatial_pool, 2 * map + i), constant<A>(p.spatial_pool, 2 * map + p.positions + i)};
   };
-  const auto dz = map_window<A>(s, shared, c.low, c.high, size, read_dz);
-  const auto pools = map_window<PlanePair<A>>(s, shared, c.low, again ? c.low : c.high, size, read_pools);
+  const auto dz = map_window<kStaged, A>(s, shared, c.low, c.high, size, read_dz);
+  const auto pools =
+      map_window<kStaged, PlanePair<A>>(s, shared, c.low, again ? c.low : c.high, size, read_pools);
   A* warps = shared.take<A>(kThreads / 32 * 2);
   const A slope = load_norm<T>(p).slope;
   __syncthreads();
@@ -294,6 +315,14 @@ __device__ __forceinline__ void conv_grad_stage(const Streamed& k, const Item& i
     for (int i = 0; i < kThreads / 32; ++i) total += warps[2 * i + thread_index()];
     put(k.w.conv_parts, row + 2 * count + thread_index(), total);
   }
+}
+
+template <class T>
+__device__ __forceinline__ void conv_grad_stage(const Streamed& k, const Item& item, Shared shared) {
+  if (conv_is_staged(k.s))
+    conv_grad_positions<T, true>(k, item, shared);
+  else
+    conv_grad_positions<T, false>(k, item, shared);
 }
 
 }  // namespace cbam
