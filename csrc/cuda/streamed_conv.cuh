@@ -80,9 +80,10 @@ struct ConvItem {
     end = min(positions, begin + s.conv_positions);
     low = max(0, begin - s.conv_halo);
     high = static_cast<int>(min(int64_t{positions}, int64_t{end} + s.conv_halo));
-    PlanePair<A>* staged = shared.take<PlanePair<A>>(s.kernel_staged ? count : 0);
-    kernel = s.kernel_staged ? staged : nullptr;
-    for (int i = thread_index(); s.kernel_staged && i < count; i += kThreads) staged[i] = read_weights(i);
+    const bool staging = kStaged || s.kernel_staged;
+    PlanePair<A>* staged = shared.take<PlanePair<A>>(staging ? count : 0);
+    kernel = staging ? staged : nullptr;
+    for (int i = thread_index(); staging && i < count; i += kThreads) staged[i] = read_weights(i);
   }
   __device__ __forceinline__ PlanePair<A> read_weights(int tap) const {
     return {kernel_weight<T>(p, 0, tap), kernel_weight<T>(p, 1, tap)};  // [1]
@@ -105,8 +106,9 @@ struct MapWindow {
 template <bool kStaged, class A, class Read>
 __device__ __forceinline__ MapWindow<kStaged, A, Read> map_window(const Schedule& s, Shared& shared, int low,
                                                                   int high, int64_t size, Read read) {
-  A* staged = shared.take<A>(s.conv_staged ? size : 0);
-  if (!s.conv_staged) return {nullptr, low, read};
+  const bool staging = kStaged || s.conv_staged;
+  A* staged = shared.take<A>(staging ? size : 0);
+  if (!staging) return {nullptr, low, read};
   for (int i = low + thread_index(); i < high; i += kThreads) staged[i - low] = read(i);  // [1]
   return {staged, low, read};
 }
@@ -114,7 +116,7 @@ __device__ __forceinline__ int64_t window_size(const Streamed& k) {
   return min(k.p.positions, k.s.conv_positions + 2 * int64_t{k.s.conv_halo});
 }
 
-constexpr int kTapBlock = 8;  // taps of a kernel row that are unrolled
+constexpr int kTapBlock = 7;  // taps of a kernel row that are unrolled: all of CBAM's
 
 // Calls f(tap, neighbour) for each tap whose neighbour at + sign * (tap - centre) lies inside the map.
 template <class F>
@@ -129,11 +131,11 @@ __device__ __forceinline__ void for_taps(const Problem& p, Coordinates at, int s
       const int h = at.h + sign * (kh - p.kernel_h / 2);
       if (d < 0 || d >= p.depth || h < 0 || h >= p.height) continue;
       const int row = (d * p.height + h) * p.width + at.w;
+#pragma unroll 1
       for (int first = 0; first < p.kernel_w; first += kTapBlock) {
 #pragma unroll
         for (int j = 0; j < kTapBlock; ++j) {
           const int kw = first + j;
-          if (kw >= p.kernel_w) break;
           if (static_cast<unsigned>(kw - from) < span) f(tap + kw, row + sign * (kw - centre));
         }
       }
