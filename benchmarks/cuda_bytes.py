@@ -12,8 +12,8 @@ Modelled DRAM traffic is what compiled PTX makes of it in the cache model of the
 132 multiprocessors, 50 MB of L2), over the floor of 2 S or 3 S (3 S and 5 S with BatchNorm in training): as it is,
 and without the weights, their gradients and the saved tensors, each of which moves once. The time over a copy's is
 the resident tier's for a batch of 16: ptxcpu's estimate, which counts PTX instructions and traffic and knows no
-latency. Instructions an element are PTX's, as threads executed them, waiting included; an H100 issues 35 an element
-of a 16-bit forward, 53 of a backward, in the time that its memory takes for 2 S and 3 S.
+latency. Instructions an element are PTX's, as warps executed them, waiting included: good for comparing versions of
+a kernel, and two to three times what ptxas makes of them.
 
 What misses the backward's 5.2 S: (2048, 7, 7) and (1024, 7, 7), where a float32 vector of a sample's channels is
 0.041 S in 16 bits, and blocks hand each other a dozen. A block a sample, as for smaller layers, moves 5.18 S at

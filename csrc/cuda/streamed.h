@@ -7,6 +7,7 @@
 namespace cbam {
 
 constexpr int kThreads = 256, kThreadsLog2 = 8;
+static_assert(kThreads == 1 << kThreadsLog2);
 constexpr int kMlpSamples = 4;    // samples an item of the MLP, where it is cut into items
 constexpr int kBatch = 4;         // vectors that one read of the MLP's weights serves
 constexpr int kMlpStage = 1024;   // elements of each that are in shared memory at a time
