@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -366,6 +367,24 @@ def test_nan_and_infinity_go_where_the_reference_sends_them(monkeypatch, value, 
     for name, e, g in zip(problem.names(), expected, got):
         assert torch.equal(torch.isnan(e), torch.isnan(g)), name
         torch.testing.assert_close(g, e, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("hw", ((8, 10), (24, 20), (7, 7)), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_the_first_nan_is_the_maximum(dtype, hw, layout):
+    """Of a channel's positions, and of a position's channels where no channel gate has spread it."""
+    problem = make_problem((2, 80, *hw), OPTIONS["max"], dtype, layout=layout)
+    x = problem.x
+    for c, positions in {3: (21, 40), 17: (48,), 70: (5, 21)}.items():
+        for position in positions:
+            x[1, c, position // hw[1], position % hw[1]] = float("nan")
+    flat = x.flatten(2).float()
+    saved = cs.cbam_forward(x, problem.p, problem.c)
+    assert torch.equal(saved["pool_index"].long().view(2, 80), flat.max(2).indices)
+    weights = problem.p._replace(w1=None, b1=None, w2=None, b2=None)
+    saved = cs.cbam_forward(x, weights, replace(problem.c, pools=0))
+    assert torch.equal(saved["spatial_index"].long().view(2, -1), flat.max(1).indices)
 
 
 def test_without_saving(monkeypatch):
