@@ -125,18 +125,19 @@ struct Block {
 
   static int count_pools(int pools) { return __builtin_popcount(pools & 15); }
 
-  // Positions whose x takes half of a 1 MiB second-level cache. In backward long runs of a row serve memory
-  // better than a second read from that cache, so x and dy take 4 MiB (measured: (512, 28, 28), whose sample
-  // then is one tile, gains 5 % in cache and up to 15 % from memory; larger maps neither gain nor lose). Not
-  // so many that a sum over a tile, one value after the other, loses more than the sum over tiles, or that
-  // what is kept per position crowds the first-level cache. In forward, where no sum depends on tiles,
-  // a sample of at most 2 MiB is one tile, for map_flat ((512, 28, 28): 15 % in cache, 10 to 20 % from
-  // memory); but not where that leaves the threads that share a remaining sample without a part of it.
+  // Positions whose x, and in backward dy, take 192 KiB each: two tiles of them are at work, and what is
+  // written beside them takes as much again of a second-level cache of 1 or 2 MiB. (Measured on a Xeon with
+  // 2 MiB, (256, 56, 56): forward 0.8 of its time with tiles of 512 KiB, backward 0.85 of that with 2 MiB.)
+  // Not so many that a sum over a tile, one value after the other, loses more than the sum over tiles, or
+  // that what is kept per position crowds the first-level cache. Samples that are small altogether are one
+  // tile: long runs of a row serve memory better than a second read from cache ((512, 28, 28) backward: 5 %
+  // in cache and up to 15 % from memory; forward, where map_flat takes them: 15 %, 10 to 20 %); but not where
+  // that leaves the threads that share a remaining sample without a part of it.
   static int64_t tile_positions(const Problem& p, bool backward) {
-    int64_t bytes = p.C * int64_t(sizeof(T)) * (backward ? 2 : 1);
-    const bool alone = p.N % p.threads == 0 || p.N > 16 * p.threads || shares_rows(p, backward);
-    if (!backward && alone && bytes * p.P <= int64_t(2) << 20) return std::min(p.P, int64_t(2048));
-    int64_t positions = std::max<int64_t>((int64_t(backward ? 4096 : 512) << 10) / bytes / L * L, 64);
+    const int64_t bytes = p.C * int64_t(sizeof(T)) * (backward ? 2 : 1), mebi = 1 << 20;
+    const bool alone = backward || p.N % p.threads == 0 || p.N > 16 * p.threads || shares_rows(p, backward);
+    if (alone && p.P <= 2048 && bytes * p.P <= (backward ? 4 * mebi : 2 * mebi)) return p.P;
+    int64_t positions = std::max<int64_t>(mebi * 3 / 16 / (p.C * int64_t(sizeof(T))) / L * L, 64);
     positions = std::min<int64_t>(positions, 2048);
     // Of equal size, and at most a quarter larger than that: a short last tile takes a line here and there.
     const int64_t tiles = std::max<int64_t>(1, (4 * p.P + 3 * positions) / (4 * positions));

@@ -194,12 +194,15 @@ class Call {
     p.residual = o.residual;
     p.x = x.data_ptr();
     p.parallel = run_in_torch_pool;
-    p.cache_bytes = last_level_cache();
     // A thread is worth its start from about 32 KiB of x on.
     const int64_t bytes = p.N * p.C * p.P * (dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2);
     const int64_t useful = 1 + bytes / (int64_t(32) << 10);
     const int64_t threads = torch::stable::get_num_threads();
     p.threads = int(threads < useful ? threads : useful);
+    // A core's share, since the rest of a large cache serves other cores, in a virtual machine of strangers.
+    // (Measured on two cores of a Xeon that says 260 MiB: reads and writes slow down to memory's speed
+    // at 80.)
+    p.cache_bytes = std::min(last_level_cache(), std::max<int64_t>(32, 4 * threads) << 20);
   }
 
   void* same_layout(const Tensor& t, const char* name) const {

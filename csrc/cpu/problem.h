@@ -59,7 +59,7 @@ struct Problem {
 
   char* scratch = nullptr;  // scratch_bytes(problem) bytes, aligned to 64
   int threads = 1;
-  int64_t cache_bytes = 0;  // last-level cache; large outputs bypass it (block.h)
+  int64_t cache_bytes = 0;  // of the last level for this call; large outputs bypass it (block.h)
   Parallel parallel = nullptr;
 };
 
