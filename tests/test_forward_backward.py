@@ -129,18 +129,19 @@ def test_threads(fused, threads, count, batch):
 
 
 # Channels and positions in several chunks, the last one short; in fewer chunks than threads; a map that ends within
-# a vector, and one of several tiles.
+# a vector, and one of several tiles. Batches that go through the MLP in groups, and others.
 @pytest.mark.parametrize(
-    "shape", [(1, 130, 14, 14), (1, 300, 7, 9), (1, 19, 30, 31), (1, 257, 61, 67)], ids=_id
+    "shape",
+    [(1, 130, 14, 14), (1, 300, 7, 9), (1, 19, 30, 31), (1, 257, 61, 67), (5, 300, 7, 9), (8, 700, 3, 5)],
+    ids=_id,
 )
 @pytest.mark.parametrize(
     "name", ["plain", "norm-train", "norm-eval", "all-pools", "split", "channel-only", "light"]
 )
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.skipif(all(t.backend != "cpu" for t in FUSED), reason="the CPU kernels are not built")
-def test_threads_that_share_a_sample_give_the_same_bits(threads, layout, name, shape):
-    """However many they are, and whichever comes first. (In a batch, how many samples go through the MLP together
-    depends on the number of threads, and with it the order of its sums over lanes.)"""
+def test_any_number_of_threads_gives_the_same_bits(threads, layout, name, shape):
+    """However many samples go through the MLP together, and whichever thread comes first."""
     problem = make_problem(shape, OPTIONS[name], torch.float32, layout=layout)
     threads(1)
     alone = run_problem(problem, "cpu")
@@ -148,6 +149,20 @@ def test_threads_that_share_a_sample_give_the_same_bits(threads, layout, name, s
         threads(count)
         for got, want in zip(run_problem(problem, "cpu"), alone, strict=True):
             assert got is want is None or torch.equal(got, want)
+
+
+@pytest.mark.parametrize("shape", [(7, 300, 7, 9), (3, 257, 61, 67), (18, 24, 14, 14)], ids=_id)
+@pytest.mark.parametrize("name", ["plain", "norm-eval", "all-pools", "split", "light"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.skipif(all(t.backend != "cpu" for t in FUSED), reason="the CPU kernels are not built")
+def test_a_sample_does_not_depend_on_its_batch(layout, name, shape):
+    """Bit for bit, y and dx; but for a norm in training, which is over the batch."""
+    problem = make_problem(shape, OPTIONS[name], torch.float32, layout=layout)
+    whole = run_problem(problem, "cpu")[:2]
+    for n in range(shape[0]):
+        one = dataclasses.replace(problem, x=problem.x[n : n + 1], dy=problem.dy[n : n + 1])
+        for got, of_batch in zip(run_problem(one, "cpu")[:2], whole, strict=True):
+            assert torch.equal(got[0], of_batch[n])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_id)

@@ -2,9 +2,8 @@
 //
 // A tile is a range of positions whose values of x (and dy) fit in the second-level cache. Stages
 // that follow each other on a tile find it there; stages that need the whole sample find it in the
-// last-level cache. Sums over positions are kept per tile and added in tile order, so those of a sample
-// do not depend on the number of threads; the MLP's may, in the last bit, as more samples of a batch go
-// through it together where there are fewer threads.
+// last-level cache. Sums over positions are kept per tile and added in tile order, and every other sum in an
+// order of its own too, so that no bit depends on the number of threads.
 
 struct Carver {
   char* base;

@@ -56,23 +56,24 @@ void matvec(const W* w, int64_t rows, int64_t cols, const A* v, int64_t v_stride
         const RowPointers<const W, R> ws(w, cols, r, 1);
         Vec<A> acc[M * R];
         for (auto& a : acc) a = Vec<A>{};
+        auto take = [&](auto fetch) CBAM_INLINE_LAMBDA {
+          Vec<A> k[R];
+          for (int u = 0; u < R; ++u) k[u] = fetch(ws.row[u]);
+          for (int i = 0; i < M; ++i) {
+            const Vec<A> of = fetch(in + i * v_stride);
+            for (int u = 0; u < R; ++u) acc[i * R + u] += k[u] * of;
+          }
+        };
         int64_t c = 0;
         for (; c + L <= cols; c += L) {
           if (ahead) ws.prefetch(c);
-          Vec<A> k[R];
-          for (int u = 0; u < R; ++u) k[u] = load(ws.row[u] + c);
-          for (int i = 0; i < M; ++i) {
-            const Vec<A> of = load(in + i * v_stride + c);
-            for (int u = 0; u < R; ++u) acc[i * R + u] += k[u] * of;
-          }
+          take([c](auto* row) CBAM_INLINE_LAMBDA { return load(row + c); });
         }
+        // The rest with zeros beside it: left to itself, a compiler rounds it as suits the number of vectors.
+        const int rest = int(cols - c);
+        if (rest) take([=](auto* row) CBAM_INLINE_LAMBDA { return load_first(row + c, rest); });
         A sum[M * R];
         sum_each<A>(acc, sum);
-        for (; c < cols; ++c) {
-          for (int i = 0; i < M; ++i) {
-            for (int u = 0; u < R; ++u) sum[i * R + u] += load_one(ws.row[u] + c) * in[i * v_stride + c];
-          }
-        }
         for (int i = 0; i < M; ++i) {
           for (int u = 0; u < R; ++u) total[i][r - r0 + u] = sum[i * R + u];
         }
