@@ -136,11 +136,12 @@ struct Block {
     const int64_t bytes = p.C * int64_t(sizeof(T)) * (backward ? 2 : 1), mebi = 1 << 20;
     const bool alone = backward || p.N % p.threads == 0 || p.N > 16 * p.threads || shares_rows(p, backward);
     if (alone && p.P <= 2048 && bytes * p.P <= (backward ? 4 * mebi : 2 * mebi)) return p.P;
-    int64_t positions = std::max<int64_t>(mebi * 3 / 16 / (p.C * int64_t(sizeof(T))) / L * L, 64);
+    const int64_t line = 64 / int64_t(sizeof(T));  // whole lines of memory, half a line is slow to stream
+    int64_t positions = std::max<int64_t>(mebi * 3 / 16 / (p.C * int64_t(sizeof(T))) / line * line, 64);
     positions = std::min<int64_t>(positions, 2048);
     // Of equal size, and at most a quarter larger than that: a short last tile takes a line here and there.
     const int64_t tiles = std::max<int64_t>(1, (4 * p.P + 3 * positions) / (4 * positions));
-    return std::min((p.P / tiles + L) / L * L, p.P);
+    return std::min((p.P / tiles + line) / line * line, p.P);
   }
 
   static int64_t count_chunks(const Problem& p) { return (p.C + kChunk - 1) / kChunk; }

@@ -22,6 +22,7 @@ typedef uint32_t VecFU __attribute__((vector_size(kVectorBytes)));
 typedef double VecD __attribute__((vector_size(kVectorBytes)));
 typedef int64_t VecDI __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t VecU16 __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint16_t VecWords __attribute__((vector_size(kVectorBytes)));
 
 template <class A>
 struct Lanes;
@@ -99,17 +100,30 @@ CBAM_INLINE VecDI load(const int64_t* p) {
   __builtin_memcpy(&v, p, sizeof(v));
   return v;
 }
+#if CBAM_VECTOR_BYTES == 64
+// For a permutation of words: lane i's upper half from word i; word i from lane i's upper half.
+CBAM_INLINE __m512i upper_halves() {
+  return _mm512_slli_epi32(bit_cast<__m512i>(iota<float>()), 16);
+}
+CBAM_INLINE __m512i odd_words() {
+  VecWords w;
+  for (int i = 0; i < 32; ++i) w[i] = uint16_t(2 * (i % 16) + 1);
+  return bit_cast<__m512i>(w);
+}
+#endif
 CBAM_INLINE VecF load(const bf16* p) {
-#if CBAM_VECTOR_BYTES == 64  // in one instruction, where GCC makes five of a convertvector
-  VecFU v = bit_cast<VecFU>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
-#elif CBAM_VECTOR_BYTES == 32
+#if CBAM_VECTOR_BYTES == 64  // in one instruction
+  const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return bit_cast<VecF>(
+      _mm512_maskz_permutexvar_epi16(0xaaaaaaaau, upper_halves(), _mm512_castsi256_si512(v)));
+#elif CBAM_VECTOR_BYTES == 32  // in two, where GCC makes five of a convertvector
   VecFU v = bit_cast<VecFU>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  return bit_cast<VecF>(v << 16);
 #else
   VecU16 bits;
   __builtin_memcpy(&bits, p, sizeof(bits));
-  VecFU v = __builtin_convertvector(bits, VecFU);
+  return bit_cast<VecF>(__builtin_convertvector(bits, VecFU) << 16);
 #endif
-  return bit_cast<VecF>(v << 16);
 }
 CBAM_INLINE VecF load(const half* p) {
 #if CBAM_VECTOR_BYTES == 64
@@ -133,15 +147,15 @@ CBAM_INLINE void store_bytes(T* p, const V& v) {
   __builtin_memcpy(p, &v, sizeof(v));
 }
 CBAM_INLINE VecU16 to_bf16(VecF f) {
+  // Round to nearest even, in the upper halves; a NaN keeps its top bits and stays quiet.
   VecFU u = bit_cast<VecFU>(f);
-  // Round to nearest even; a NaN keeps its top bits and stays quiet.
-  VecFU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  VecFU quiet = (u >> 16) | 0x40u;
-  VecFU bits = f != f ? quiet : rounded;
+  VecFU rounded = u + 0x7fffu + ((u >> 16) & 1u);
+  VecFU bits = f != f ? u | 0x400000u : rounded;
 #if CBAM_VECTOR_BYTES == 64
-  return bit_cast<VecU16>(_mm512_cvtepi32_epi16(bit_cast<__m512i>(bits)));
+  const __m512i odd = _mm512_maskz_permutexvar_epi16(0xffffu, odd_words(), bit_cast<__m512i>(bits));
+  return bit_cast<VecU16>(_mm512_castsi512_si256(odd));
 #else
-  return __builtin_convertvector(bits, VecU16);
+  return __builtin_convertvector(bits >> 16, VecU16);
 #endif
 }
 CBAM_INLINE VecU16 to_half(VecF f) {
