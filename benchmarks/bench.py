@@ -22,7 +22,7 @@ from benchmarks import bars, picture  # noqa: E402
 from benchmarks.gate import Gate, RedGate, make_inputs  # noqa: E402
 from benchmarks.measure import candidate_step, copy_step, kept_bytes, peak_bytes, time_interleaved  # noqa: E402
 from benchmarks.providers import PROVIDERS, Candidate, build, fused_candidate, make_weights  # noqa: E402
-from benchmarks.report import CsvLog, Progress, Row, case_table, make_row, summary_table, unrest  # noqa: E402
+from benchmarks.report import CsvLog, Progress, Row, case_table, make_row, summary_table, warnings  # noqa: E402
 from benchmarks.shapes import DTYPES, LAYOUTS, MODES, SETS, Case, Shape  # noqa: E402
 
 
@@ -186,7 +186,7 @@ def run(plan: Sequence[Tuple[Case, Settings]], log: CsvLog) -> Tuple[List[Result
         print(f"\n{case.title()}\n{case_table(result.rows)}")
         for name, reason in result.missing.items():
             print(f"  {name}: {reason}")
-        if (warning := unrest(result.rows)) is not None:
+        for warning in warnings(result.rows):
             print(f"  {warning}")
         sys.stdout.flush()
     return results, red

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import statistics
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Dict, List, Sequence
+from typing import Callable, Dict, List, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class Step:
     call: Callable[[], None]
     threads: int
     samples: List[float] = field(default_factory=list)  # ms a call
+    faults: List[float] = field(default_factory=list)  # page faults a call
     repeat: int = 1
 
     def percentile(self, q: float) -> float:
@@ -95,8 +97,17 @@ def last_level_cache() -> int:
     return int(text[:-1]) << {"K": 10, "M": 20}[text[-1]]
 
 
+def page_faults() -> int:
+    """Pages that the system has given to this process so far; 0 where it does not tell."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
 class _Cpu:
-    """Each timed call follows an untimed one of the same candidate: it meets the heap and the caches as it
+    """Milliseconds and page faults a call. Each timed call follows an untimed one of the same candidate: it meets the heap and the caches as it
     leaves them itself, as in a loop over it, and not what the candidate before it has left. (Freed pages
     that malloc gives back to the system cost whoever allocates next.) `cold` evicts the last-level
     cache in between, which also evicts the interpreter: calls of a fraction of a millisecond then measure
@@ -105,14 +116,16 @@ class _Cpu:
     def __init__(self, cold: bool) -> None:
         self.flush = torch.ones(2 * last_level_cache() // 4) if cold else None
 
-    def time(self, step: Step) -> float:
+    def time(self, step: Step) -> Tuple[float, float]:
         step.call()
         if self.flush is not None:
             self.flush.add_(1)
+        faults = page_faults()
         start = time.perf_counter()
         for _ in range(step.repeat):
             step.call()
-        return (time.perf_counter() - start) * 1e3 / step.repeat
+        seconds = time.perf_counter() - start
+        return seconds * 1e3 / step.repeat, (page_faults() - faults) / step.repeat
 
 
 class _Cuda:
@@ -122,14 +135,14 @@ class _Cuda:
         size = torch.cuda.get_device_properties(device).L2_cache_size
         self.flush = torch.empty(2 * size, dtype=torch.uint8, device=device)
 
-    def time(self, step: Step) -> float:
+    def time(self, step: Step) -> Tuple[float, float]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.flush.zero_()
         start.record()
         step.call()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end)
+        return start.elapsed_time(end), 0.0
 
 
 def time_interleaved(
@@ -150,7 +163,7 @@ def time_interleaved(
     for step in steps:
         torch.set_num_threads(step.threads)
         step.call()
-        fastest = min(clock.time(step) for _ in range(2))
+        fastest = min(clock.time(step)[0] for _ in range(2))
         if not cuda and not cold:  # a repeated call would not be cold
             step.repeat = max(1, min(1000, int(SAMPLE_SECONDS * 1e3 / max(fastest, 1e-6)) + 1))
     gc.collect()
@@ -163,9 +176,10 @@ def time_interleaved(
                 if torch.get_num_threads() != step.threads:
                     torch.set_num_threads(step.threads)
                     step.call()  # the thread pool changes its size in here
-                sample = clock.time(step)
+                sample, faults = clock.time(step)
                 if done:  # the first round warms up
                     step.samples.append(sample)
+                    step.faults.append(faults)
             spent = time.perf_counter() - start
             progress(max(done / rounds, min(1.0, spent / seconds)))
             if spent > seconds and done >= 5:

@@ -7,6 +7,7 @@ import functools
 import math
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from benchmarks.shapes import Case
 
 FIELDS = (
     "op", "provider", "backend", "mode", "set", "shape", "dtype", "layout", "norm", "threads",
-    "p20_ms", "p50_ms", "p80_ms", "samples", "x_bytes", "floor_bytes", "peak_bytes", "kept_bytes",
+    "p20_ms", "p50_ms", "p80_ms", "samples", "faults", "x_bytes", "floor_bytes", "peak_bytes", "kept_bytes",
     "gate", "device", "versions", "commit", "time",
 )  # fmt: skip
 Row = Dict[str, Any]
@@ -92,6 +93,7 @@ def make_row(
         "p50_ms": round(step.percentile(0.5), 6),
         "p80_ms": round(step.percentile(0.8), 6),
         "samples": len(step.samples),
+        "faults": round(statistics.median(step.faults), 1) if step.faults else None,
         "x_bytes": case.x_bytes,
         "floor_bytes": case.floor_bytes,
         "peak_bytes": peak,
@@ -105,9 +107,17 @@ def make_row(
 
 
 class CsvLog:
-    """Appends rows as they come, so that an interrupted run keeps what it has measured."""
+    """Appends rows as they come, so that an interrupted run keeps what it has measured.
+
+    Raises SystemExit where the file is there and has other columns."""
 
     def __init__(self, path: str):
+        if os.path.exists(path):
+            with open(path, newline="") as f:
+                if next(csv.reader(f), None) != list(FIELDS):
+                    raise SystemExit(
+                        f"{path} has other columns than are written now: move it away, or name another"
+                    )
         self.path = path
         self.rows = 0
 
@@ -182,13 +192,20 @@ def case_table(rows: Sequence[Row]) -> str:
     return table(header, lines, None if fused is None else rows.index(fused))
 
 
-def unrest(rows: Sequence[Row]) -> Optional[str]:
-    """A warning where the spread of the samples shows that something else was running."""
+def warnings(rows: Sequence[Row]) -> List[str]:
+    """What in a case's rows is not the candidates' own doing: samples that spread because something else was
+    running, and calls whose memory the system had to find anew (4 KiB a fault)."""
+    lines = []
     worst = max(rows, key=lambda r: r["p80_ms"] / r["p20_ms"])
     spread = worst["p80_ms"] / worst["p20_ms"]
-    if spread < 1.5:
-        return None
-    return f"unrest: p80 of {worst['provider']} is {spread:.1f} times its p20; was something else running?"
+    if spread >= 1.5:
+        lines.append(
+            f"unrest: p80 of {worst['provider']} is {spread:.1f} times its p20; was something else running?"
+        )
+    faults = [f"{r['provider']} {r['faults']:,.0f}" for r in rows if (r["faults"] or 0) >= 256]
+    if faults:
+        lines.append(f"page faults a call, of memory that malloc had given back: {', '.join(faults)}")
+    return lines
 
 
 def summary_table(groups: Sequence[Sequence[Row]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import mmap
 import os
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from benchmarks.measure import (  # noqa: E402
     time_interleaved,  # noqa: E402
 )
 from benchmarks.providers import Candidate, EagerCBAM, build, make_weights  # noqa: E402
-from benchmarks.report import FIELDS, CsvLog  # noqa: E402
+from benchmarks.report import FIELDS, CsvLog, make_row, warnings  # noqa: E402
 from benchmarks.shapes import MODES, SETS, Case  # noqa: E402
 
 SHAPE = (24, 7, 9)
@@ -307,6 +308,33 @@ def test_rows_are_appended_and_the_header_written_once(tmp_path):
     CsvLog(path).add([row])
     CsvLog(path).add([row, row])
     assert len(read(path)) == 3
+
+
+def test_rows_do_not_join_a_file_of_other_columns(tmp_path):
+    path = tmp_path / "run.csv"
+    path.write_text(",".join(FIELDS[1:]) + "\n")
+    with pytest.raises(SystemExit, match="run.csv has other columns"):
+        CsvLog(str(path))
+
+
+def test_page_faults_are_counted_and_told():
+    """Of a step whose pages are new each time, and of one that touches none."""
+    pages = 1024
+
+    def touch() -> None:
+        with mmap.mmap(-1, pages * mmap.PAGESIZE) as fresh:
+            for at in range(0, len(fresh), mmap.PAGESIZE):
+                fresh[at] = 1
+
+    steps = [
+        Step("touch", touch, torch.get_num_threads()),
+        Step("rest", lambda: None, torch.get_num_threads()),
+    ]
+    time_interleaved(case("infer", threads=torch.get_num_threads()), steps, rounds=5, seconds=60)
+    touched, rest = (make_row(case(), s, s.label, "", None, None, None) for s in steps)
+    assert touched["faults"] == pytest.approx(pages, rel=0.1) and rest["faults"] < 10
+    rows = [{**r, "p20_ms": 1, "p80_ms": 1} for r in (touched, rest)]
+    assert [w for w in warnings(rows) if "touch 1,0" in w and "rest" not in w] == warnings(rows) != []
 
 
 @pytest.mark.parametrize("cold, calls", [(False, "many"), (True, "one")])
