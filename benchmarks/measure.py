@@ -107,11 +107,12 @@ def page_faults() -> int:
 
 
 class _Cpu:
-    """Milliseconds and page faults a call. Each timed call follows an untimed one of the same candidate: it meets the heap and the caches as it
-    leaves them itself, as in a loop over it, and not what the candidate before it has left. (Freed pages
-    that malloc gives back to the system cost whoever allocates next.) `cold` evicts the last-level
-    cache in between, which also evicts the interpreter: calls of a fraction of a millisecond then measure
-    mostly how it comes back."""
+    """Milliseconds and page faults a call.
+
+    Each timed call follows an untimed one of the same candidate: it meets the heap and the caches as it leaves
+    them itself, as in a loop over it, and not what the candidate before it has left. (Freed pages that malloc gives
+    back to the system cost whoever allocates next.) `cold` evicts the last-level cache in between, which also
+    evicts the interpreter: calls of a fraction of a millisecond then measure mostly how it comes back."""
 
     def __init__(self, cold: bool) -> None:
         self.flush = torch.ones(2 * last_level_cache() // 4) if cold else None
