@@ -337,7 +337,7 @@ def test_page_faults_are_counted_and_told():
     touched, rest = (make_row(case(), s, s.label, "", None, None, None) for s in steps)
     assert touched["faults"] == pytest.approx(pages, rel=0.1) and rest["faults"] < 10
     rows = [{**r, "p20_ms": 1, "p80_ms": 1} for r in (touched, rest)]
-    assert [w for w in warnings(rows) if "touch 1,0" in w and "rest" not in w] == warnings(rows) != []
+    assert [w for w in warnings(rows) if "touch " in w and "rest" not in w] == warnings(rows) != []
 
 
 @pytest.mark.parametrize("cold, calls", [(False, "many"), (True, "one")])

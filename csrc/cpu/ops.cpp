@@ -379,10 +379,10 @@ class Call {
 
 // y or dx, asked for after everything that outlives it. It then ends where the heap ends, and once freed is
 // room for the next one. With a small tensor behind it glibc's malloc finds that room too small, by what it
-// adds for alignment: it grows the heap instead and gives the old pages back, and a training step pays a page
-// fault for every 4 KiB of y or dx. (Measured over eight processes: a step got 1.14 of x's size in fresh
-// pages at 8 x (512, 28, 28), now 0.27; 0.41 at (64, 56, 56), now 0.20. Medians of the former's time in three
-// processes each: 3.0, 6.6 and 8.9 ms, now 2.8, 2.5 and 2.5.)
+// adds for alignment (so its source and the addresses tell; glibc 2.36): it grows the heap instead and gives
+// the old pages back, and a training step pays a page fault for every 4 KiB of y or dx. (Measured over eight
+// processes: a step got 1.14 of x's size in fresh pages at 8 x (512, 28, 28), now 0.27; 0.41 at (64, 56, 56),
+// now 0.20. Medians of the former's time in three processes each: 3.0, 6.6 and 8.9 ms, now 2.8, 2.5 and 2.5.)
 Tensor make_output(const Tensor& x) {
   return make_like(x);
 }
