@@ -72,10 +72,10 @@ class Kernel(NamedTuple):
 
 
 # Traits as the compiler mangles them: an element type, then an integer (Li8E), an enumerator (LNS_6LayoutE1E) and
-# a bool or another enumerator.
+# another enumerator.
 MANGLED = {"f": "float", "d": "double", "4Half": "Half", "8BFloat16": "BFloat16"}
 LAYOUTS = ("contiguous", "channels_last")
-LAST_TRAIT = {"streamed": ("", ", folded"), "resident": (", by positions", ", by channels")}
+LAST_TRAIT = {"streamed": ("", ", folded", ", ragged"), "resident": (", by positions", ", by channels")}
 
 
 def read_report(text: str) -> List[Kernel]:

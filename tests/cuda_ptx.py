@@ -169,7 +169,8 @@ class PtxMachine(cs.Machine):
         """The instantiation that the launcher picks."""
         element, _ = cs.ELEMENTS[call.x.dtype]
         layout = LAYOUTS[cs.is_channels_last(call.x)]
-        traits = f"{element}, {self.report['vector']}, {layout}, {str(self.report['fold'] > 1).lower()}"
+        rows = "kFolded" if self.report["fold"] > 1 else "kRagged" if self.report["ragged"] else "kWhole"
+        traits = f"{element}, {self.report['vector']}, {layout}, cbam::{rows}"
         return _module(f"streamed_{direction}.cuh", STREAMED.format(direction, traits))
 
     def _launch(self, call: cs._Call) -> Dict[str, Any]:

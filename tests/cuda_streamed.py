@@ -35,7 +35,7 @@ OPERATIONS = (
 REPORT = (
     "fits", "scratch", "counters", "grid", "vector", "fold", "units", "unit_samples", "reduce_chunks", "pool_chunks",
     "ring", "conv_items", "stages", "shared", "lag", "tiles", "blocks", "static_shared",
-    "gather_tiles", "hidden_blocks", "chained",
+    "gather_tiles", "hidden_blocks", "chained", "ragged",
 )  # fmt: skip
 # The order of Scratch in streamed.h.
 SCRATCH = (

@@ -84,16 +84,18 @@ extern "C" SIMT_API void run(const int64_t* sizes, double eps, void* p0, void* p
   for (int64_t i = 0; i < launches; ++i) {
     if (k.p.layout == kChannelsLast) {
       if (variant.vector > 1)
-        launch<StreamedTraits<T, kVector<T>, kChannelsLast, false>>(k);
+        launch<StreamedTraits<T, kVector<T>, kChannelsLast, kWhole>>(k);
       else
-        launch<StreamedTraits<T, 1, kChannelsLast, false>>(k);
+        launch<StreamedTraits<T, 1, kChannelsLast, kWhole>>(k);
     } else if (variant.fold > 1) {
-      if constexpr (sizeof(T) < 8) launch<StreamedTraits<T, kVector<T>, kContiguous, true>>(k);
+      if constexpr (sizeof(T) < 8) launch<StreamedTraits<T, kVector<T>, kContiguous, kFolded>>(k);
+    } else if (variant.ragged) {
+      if constexpr (sizeof(T) < 8) launch<StreamedTraits<T, kVector<T>, kContiguous, kRagged>>(k);
     } else {
       if (variant.vector > 1)
-        launch<StreamedTraits<T, kVector<T>, kContiguous, false>>(k);
+        launch<StreamedTraits<T, kVector<T>, kContiguous, kWhole>>(k);
       else
-        launch<StreamedTraits<T, 1, kContiguous, false>>(k);
+        launch<StreamedTraits<T, 1, kContiguous, kWhole>>(k);
     }
   }
 }
@@ -145,7 +147,7 @@ extern "C" SIMT_API void run_on_streams(const int64_t* sizes, const void* x, voi
   const simt::LaunchConfig config{.grid = 2 * unsigned(launches[0].grid),
                                   .block = kThreads,
                                   .shared = unsigned(launches[0].shared_bytes)};
-  simt::launch(config, "two_launches", two_launches<StreamedTraits<T, kVector<T>, kContiguous, false>>,
+  simt::launch(config, "two_launches", two_launches<StreamedTraits<T, kVector<T>, kContiguous, kWhole>>,
                launches[0], launches[1]);
 }
 

@@ -19,7 +19,7 @@ from oracle import Options, check, make_problem, run_problem  # noqa: E402
 
 # One instantiation in each direction, vectors of 8 in rows: g++ takes more than a minute over a translation.
 DTYPE = torch.bfloat16
-TRAITS = "cbam::BFloat16, 8, cbam::kContiguous, false"
+TRAITS = "cbam::BFloat16, 8, cbam::kContiguous, cbam::kWhole"
 # An element, of PTX, whatever a thread's mask is; a tenth above what (64, 28, 28) takes, where a quarter of the lanes
 # is beside the map and the convolution's share is large.
 INSTRUCTIONS = {"cbam_forward": 84, "cbam_backward": 122}

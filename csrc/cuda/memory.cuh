@@ -172,6 +172,11 @@ struct Packed {
       for (int k = 0; k < V; ++k) v[k] = Element<T>::decode(words[k]);
     }
   }
+  // Zeros where the mask has them; of a 16-byte word.
+  __device__ __forceinline__ void keep(const unsigned (&mask)[4]) {
+    uint4& w = words[0];
+    w = make_uint4(w.x & mask[0], w.y & mask[1], w.z & mask[2], w.w & mask[3]);
+  }
 };
 
 // V elements at p: one 16-byte access where V fills 16 bytes (p is then aligned to it), else one each.
@@ -188,6 +193,20 @@ __device__ __forceinline__ void load_global(const T* p, Accumulate<T> (&v)[V]) {
   Packed<T, V> packed;
   load_packed<kCache>(p, packed);
   packed.unpack(v);
+}
+// A vector's first `count` elements, one by one, and zeros after them.
+template <Cache kCache, class T, int V>
+__device__ __forceinline__ void load_first(const T* p, int count, Packed<T, V>& packed) {
+  static_assert(packed.kOne && sizeof(T) <= 4);
+  constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
+  unsigned words[4] = {};
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    if (k >= count) break;
+    const unsigned word = load_word<kCache>(reinterpret_cast<const typename Element<T>::Word*>(p) + k);
+    words[k / kPerWord] |= word << (k % kPerWord * 16);
+  }
+  packed.words[0] = make_uint4(words[0], words[1], words[2], words[3]);
 }
 template <bool kStreaming, class T, int V>
 __device__ __forceinline__ void store_global(T* p, const Accumulate<T> (&v)[V]) {

@@ -116,6 +116,8 @@ inline bool plan_order(Streamed& k, Variant variant, const Device& device, bool 
   const bool last = p.layout == kChannelsLast;
   const int vector = variant.vector;
   s.fold = variant.fold;
+  s.ragged = variant.ragged;
+  s.reach = variant.ragged ? vector - 1 : 0;
   s.rows = static_cast<int32_t>(last ? p.positions : p.channels / s.fold);
   s.row_elements = static_cast<int32_t>(last ? p.channels : p.positions * s.fold);
   s.row_vectors = static_cast<int32_t>(ceil_div(s.row_elements, vector));

@@ -73,9 +73,11 @@ inline int accumulate_bytes(int dtype) {
   return dtype == kFloat64 ? 8 : 4;
 }
 
-// Which instantiation runs: elements a vector, and channels folded into one row (1: none).
+// Which instantiation runs: elements a vector, channels folded into one row (1: none), and whether rows are
+// ragged.
 struct Variant {
   int32_t vector, fold;
+  bool ragged = false;
 };
 
 // `aligned`: every tensor of x's size starts at a multiple of 16 bytes.
@@ -86,8 +88,9 @@ inline Variant choose_variant(const Problem& p, bool aligned) {
   if (p.positions % full == 0) return {full, 1};
   const int fold = static_cast<int>(full / policy::gcd(full, p.positions));
   const bool fits = p.positions >= full && fold * p.positions / full <= kThreads;
-  if (p.dtype != kFloat64 && fits && p.channels % fold == 0) return {full, fold};
-  return {1, 1};
+  if (p.dtype == kFloat64) return {1, 1};
+  if (fits && p.channels % fold == 0) return {full, fold};
+  return p.positions >= 2 * full ? Variant{full, 1, true} : Variant{1, 1};
 }
 
 namespace policy {
@@ -123,6 +126,18 @@ inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector,
     if ((reduces || large) && p.samples * ceil_div(s.rows, rows) > 4 * sms) rows *= 2;
     t.chunks = static_cast<int32_t>(ceil_div(s.rows, rows));
     t.chunk_rows = static_cast<int32_t>(ceil_div(s.rows, t.chunks));
+    t.chunks = static_cast<int32_t>(ceil_div(s.rows, t.chunk_rows));
+    return t;
+  }
+  if (s.ragged) {
+    // As wide as a warp: each tile of a reduction has a column of vectors more than its positions take.
+    t.columns = std::max(kRowSums, std::min(32, ceil_power(s.row_vectors + 1)));
+    t.columns_log2 = log2_of(t.columns);
+    t.positions = (reduces ? t.columns - 1 : t.columns) * vector;
+    t.tiles = static_cast<int32_t>(ceil_div(reduces ? p.positions : p.positions + s.reach, t.positions));
+    const int64_t bytes = large ? kMaxItemBytes : reduces ? 2 * kMaxItemBytes : kItemBytes;
+    const int64_t rows = std::min<int64_t>(bytes / (t.columns * vector_bytes), kMaxTermRows);
+    t.chunk_rows = static_cast<int32_t>(ceil_div(s.rows, ceil_div(s.rows, rows)));
     t.chunks = static_cast<int32_t>(ceil_div(s.rows, t.chunk_rows));
     return t;
   }
@@ -224,7 +239,7 @@ inline void plan_conv(const Problem& p, Schedule& s, bool backward) {
 // channels of many positions, it convolves dz for them, in shared memory: one map read twice, with its halo,
 // for two maps written once and read twice. Only where a pass over x is more work than the convolution.
 inline void plan_gather(const Problem& p, Schedule& s, int sms) {
-  if (s.map.chunks > 1 || s.reduce.chunks > 1 || taps(p) > p.channels) return;
+  if (s.ragged || s.map.chunks > 1 || s.reduce.chunks > 1 || taps(p) > p.channels) return;
   if (p.samples * s.map.tiles <= sms) return;
   const int64_t tile_bytes = s.map.positions * p.channels * element_bytes(p.dtype);
   const int64_t halo = 2 * int64_t{s.conv_halo};
@@ -262,6 +277,7 @@ inline bool wants_chain(const Problem& p, int operation, const Device& device) {
 
 // Tiles of all positions, for such a sample. False where rows have too many vectors for one.
 inline bool plan_chain(const Problem& p, Schedule& s, int vector) {
+  if (s.ragged) return false;
   const auto whole = [&](Tiling& t, int64_t most) {
     if (p.layout == kChannelsLast) {
       t.positions = static_cast<int32_t>(p.positions);

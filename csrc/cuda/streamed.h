@@ -86,6 +86,8 @@ struct StagePlan {
 // fold > 1, `fold` channels make one row, so that rows are aligned to vectors, and a tile spans the row.
 // Channels-last: a tile is `positions` positions; `columns` lanes (4 to 32) share one, over `chunk_rows`
 // vectors of channels, a multiple of `columns` where there is more than one chunk.
+// With ragged rows, a tile of s.map begins in each row where a vector does, up to s.reach positions before its
+// own first; one of s.reduce has all its positions in every row, and a column of vectors more than they take.
 struct Tiling {
   int32_t columns, columns_log2;
   int32_t positions, tiles;
@@ -102,7 +104,9 @@ struct Schedule {
   int32_t ring;            // units whose scratch is alive at a time; 0: all of them
   int32_t ring_counter;    // counter that frees a slot of the ring
 
-  int32_t fold;  // channels a row
+  int32_t fold;    // channels a row
+  int32_t ragged;  // rows begin and end within vectors
+  int32_t reach;
   int32_t rows, row_elements, row_vectors;
   Tiling reduce;  // kSpatialPool, kCross: stages that reduce over channels
   Tiling map;     // kOutput, kGateGrad, kInputGrad

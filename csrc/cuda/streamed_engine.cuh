@@ -14,17 +14,22 @@ constexpr bool kRareOptions = false;
 constexpr bool kRareOptions = true;
 #endif
 
-template <class T_, int kVector_, Layout kLayout_, bool kFold_>
+// How contiguous rows of x meet the vectors of memory. Whole: every row begins and ends where a vector does.
+// Folded: several channels make such a row. Ragged: rows begin and end within vectors.
+enum Rows : int { kWhole, kFolded, kRagged };
+
+template <class T_, int kVector_, Layout kLayout_, Rows kRows_>
 struct StreamedTraits {
   using T = T_;
   using A = Accumulate<T>;
   static constexpr int V = kVector_;
   static constexpr Layout kLayout = kLayout_;
-  static constexpr bool kFold = kFold_;
+  static constexpr Rows kRows = kRows_;
+  static constexpr bool kFold = kRows == kFolded;
   // Blocks a multiprocessor: two leave 128 registers a thread, too few for doubles.
   static constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;
   static_assert(V == 1 || V == kVector<T>, "an access is one element or 16 bytes");
-  static_assert(!kFold || (kLayout == kContiguous && V > 1), "only contiguous vectors are folded");
+  static_assert(kRows == kWhole || (kLayout == kContiguous && V > 1), "one element begins and ends anywhere");
   static_assert(kThreads % 32 == 0 && kThreads * kBlocks <= 1024);
 };
 

@@ -28,7 +28,7 @@ __device__ __forceinline__ void spatial_pool_rows(const Streamed& k, const Item&
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.reduce;
-  const RowTile<Tr> me(k, t, item.index);
+  const RowTile<Tr> me(k, t, item.index, item.n);
   A* gates = shared.take<A>(int64_t{t.chunk_rows} * s.fold);
   S* merged = shared.take<S>(0);
   const int base = me.first * s.fold;
@@ -38,13 +38,14 @@ __device__ __forceinline__ void spatial_pool_rows(const Streamed& k, const Item&
 #pragma unroll
   for (int j = 0; j < V; ++j) acc[j] = S::empty(me.channel(s, me.first + me.row) + me.next(j));
   if (me.inside) {
-    const T* x = as<T>(p.x) + item.n * s.rows * s.row_elements + int64_t{me.vector} * V;
+    const T* x = as<T>(p.x) + me.start(k, item.n, 0);
     int r = me.first + me.row;
     for (; r + (kUnroll - 1) * me.lanes < me.end; r += kUnroll * me.lanes) {
       Packed<T, V> ahead[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        load_packed<Cache::kReadOnly>(x + int64_t{r + u * me.lanes} * s.row_elements, ahead[u]);  // [V]
+        const int at = r + u * me.lanes;
+        me.template load<Cache::kReadOnly>(x + int64_t{at} * s.row_elements, at, ahead[u]);
       }
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
@@ -57,16 +58,18 @@ __device__ __forceinline__ void spatial_pool_rows(const Streamed& k, const Item&
       }
     }
     for (; r < me.end; r += me.lanes) {
-      A v[V];
-      load_global<Cache::kReadOnly>(x + int64_t{r} * s.row_elements, v);  // [V]
+      Packed<T, V> packed;
+      me.template load<Cache::kReadOnly>(x + int64_t{r} * s.row_elements, r, packed);
       const int c = me.channel(s, r);
       const PerChannel<Tr, A> gate(gates, c - base, me);
+      A v[V];
+      packed.unpack(v);
 #pragma unroll
       for (int j = 0; j < V; ++j) acc[j].add_number(gate(me, j) * v[j], c + me.next(j));
     }
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      if (!acc[j].may_have_nan()) continue;
+      if (!acc[j].may_have_nan() || !me.valid(j)) continue;
       for (r = me.first + me.row; r < me.end; r += me.lanes) {
         const int c = me.channel(s, r) + me.next(j);
         const A v = gates[c - base] * load_one<Cache::kReadOnly>(x + int64_t{r} * s.row_elements + j);
@@ -76,7 +79,7 @@ __device__ __forceinline__ void spatial_pool_rows(const Streamed& k, const Item&
       }
     }
   }
-  merge_tile<Tr>(k, t, me, acc, merged,
+  merge_tile<Tr>(k, t, me, item.n, acc, merged,
                  [&](int position, const S& total) { put_spatial(k, item.n, me.chunk, position, total); });
 }
 
@@ -156,13 +159,12 @@ __device__ __forceinline__ void output_rows(const Streamed& k, const Item& item,
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.map;
-  const RowTile<Tr> me(k, t, item.index);
+  const RowTile<Tr> me(k, t, item.index, item.n);
   const int base = me.first * s.fold, positions = static_cast<int>(p.positions);
-  const int left = me.tile * t.positions, width = min(t.positions, positions - left);
   A* gates = shared.take<A>(int64_t{t.chunk_rows} * s.fold);
-  A* spatial = shared.take<A>(t.positions);
+  A* spatial = shared.take<A>(t.positions + s.reach);
   stage_values<A>(gates, p.channel_gate, item.n * p.channels + base, (me.end - me.first) * s.fold, A(1));
-  stage_spatial_gate(k, item.n, left, width, me.chunk == 0, spatial);
+  stage_spatial_gate(k, item.n, me.left, me.width, me.chunk == 0, spatial);
   __syncthreads();
   if (!me.inside) return;
   A gate_s[V];
@@ -175,7 +177,7 @@ __device__ __forceinline__ void output_rows(const Streamed& k, const Item& item,
   for (int r = me.first + me.row; r < me.end;
        r += kUnroll * me.lanes, x += kUnroll * step, y += kUnroll * step) {
     Packed<T, V> ahead[kUnroll];
-    load_rows<Cache::kLastUse>(x, step, r, me.lanes, me.end, ahead);
+    me.template load<Cache::kLastUse>(x, step, r, me.end, ahead);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int at = r + u * me.lanes;
@@ -185,7 +187,7 @@ __device__ __forceinline__ void output_rows(const Streamed& k, const Item& item,
       ahead[u].unpack(v);
 #pragma unroll
       for (int j = 0; j < V; ++j) v[j] = gated(v[j], gate(me, j), gate_s[j], residual);
-      store_global<true>(y + u * step, v);  // [V]
+      me.store(y + u * step, v);
     }
   }
 }

@@ -31,21 +31,20 @@ __device__ __forceinline__ void cross_rows(const Streamed& k, const Item& item, 
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.reduce;
-  const RowTile<Tr> me(k, t, item.index);
+  const RowTile<Tr> me(k, t, item.index, item.n);
   const int base = me.first * s.fold, positions = static_cast<int>(p.positions);
-  const int left = me.tile * t.positions, width = min(t.positions, positions - left);
   A* gates = shared.take<A>(int64_t{t.chunk_rows} * s.fold);
   A* spatial = shared.take<A>(t.positions);
   shared.take<A>(t.positions);
   stage_values<A>(gates, p.channel_gate, item.n * p.channels + base, (me.end - me.first) * s.fold, A(1));
-  stage_values<A>(spatial, p.spatial_gate, item.n * p.positions + left, width, A(1));
+  stage_values<A>(spatial, p.spatial_gate, item.n * p.positions + me.left, me.width, A(1));
   __syncthreads();
   Sum<A> ds[V];
   A gate_s[V];
 #pragma unroll
   for (int j = 0; j < V; ++j) {
     ds[j].sum = 0;
-    gate_s[j] = me.inside ? spatial[me.in_tile(j, positions)] : A(0);
+    gate_s[j] = me.valid(j) ? spatial[me.in_tile(j, positions)] : A(0);
   }
   const int64_t step = me.lanes * int64_t{s.row_elements};
   const int64_t parts = (slot_of(k, item.n) * t.tiles + me.tile) * p.channels;
@@ -58,8 +57,8 @@ __device__ __forceinline__ void cross_rows(const Streamed& k, const Item& item, 
     const T* dy = as<T>(p.dy) + start;
     for (int r = top; r < bottom; r += kAhead * me.lanes, x += kAhead * step, dy += kAhead * step) {
       Packed<T, V> packed_x[kAhead], packed_dy[kAhead];
-      load_rows<Cache::kReadOnly>(x, step, r + me.row, me.lanes, last, packed_x);
-      load_rows<Cache::kReadOnly>(dy, step, r + me.row, me.lanes, last, packed_dy);
+      me.template load<Cache::kReadOnly>(x, step, r + me.row, last, packed_x);
+      me.template load<Cache::kReadOnly>(dy, step, r + me.row, last, packed_dy);
       A here[kAhead], after[kAhead];
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
@@ -96,9 +95,9 @@ __device__ __forceinline__ void cross_rows(const Streamed& k, const Item& item, 
       put(k.w.cross_parts, parts + r, gates[r - me.first]);
   }
   if (!p.spatial) return;
-  merge_tile<Tr>(k, t, me, ds, reinterpret_cast<Sum<A>*>(sums.pairs), [&](int position, const Sum<A>& total) {
-    put_spatial_grad(k, item.n, me.chunk, position, total.sum);
-  });
+  merge_tile<Tr>(
+      k, t, me, item.n, ds, reinterpret_cast<Sum<A>*>(sums.pairs),
+      [&](int position, const Sum<A>& total) { put_spatial_grad(k, item.n, me.chunk, position, total.sum); });
 }
 
 template <class Tr>
@@ -231,24 +230,25 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.map;
-  const RowTile<Tr> me(k, t, map_tile(k.s, item));
+  const RowTile<Tr> me(k, t, map_tile(k.s, item), item.n);
   const int base = me.first * s.fold, positions = static_cast<int>(p.positions);
-  const int left = me.tile * t.positions, width = min(t.positions, positions - left);
   A* gates = shared.take<A>(int64_t{t.chunk_rows} * s.fold);
   if (kSplit)
     stage_values<A>(gates, p.channel_gate, item.n * p.channels + base, (me.end - me.first) * s.fold, A(1));
-  const PositionFields<A> fields = stage_positions<A>(k, item.n, left, width, t.positions, shared);
+  const PositionFields<A> fields =
+      stage_positions<A>(k, item.n, me.left, me.width, t.positions + s.reach, shared);
   __syncthreads();
   // What an element is weighted by, and a maximum; with ties shared, what a maximum shares.
   A mean[V], maximum[V], top[V];
   int mark[V];
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    const int at = me.inside ? me.in_tile(j, positions) : 0;
-    mean[j] = me.inside ? fields.mean[at] : A(0);
-    maximum[j] = me.inside ? fields.maximum[at] + (kSplit ? A(0) : mean[j]) : A(0);
+    const bool valid = me.valid(j);
+    const int at = valid ? me.in_tile(j, positions) : 0;
+    mean[j] = valid ? fields.mean[at] : A(0);
+    maximum[j] = valid ? fields.maximum[at] + (kSplit ? A(0) : mean[j]) : A(0);
     top[j] = kSplit ? fields.top[at] : A(0);
-    mark[j] = fields.mark[at];
+    mark[j] = Tr::kRows == kRagged && !valid ? 1 : fields.mark[at];
   }
   const int64_t step = me.lanes * int64_t{s.row_elements};
   const GateGradPlace place(k, item.n, me.tile);
@@ -259,7 +259,7 @@ __device__ __forceinline__ void gate_grad_rows(const Streamed& k, const Item& it
     const T* x = as<T>(p.x) + me.start(k, item.n, start + me.row);
     for (int r = start; r < bottom; r += kAhead * me.lanes, x += kAhead * step) {
       Packed<T, V> packed[kAhead];
-      load_rows<Cache::kLastUse>(x, step, r + me.row, me.lanes, last, packed);
+      me.template load<Cache::kLastUse>(x, step, r + me.row, last, packed);
       A here[kAhead], after[kAhead];
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {

@@ -101,16 +101,16 @@ __device__ __forceinline__ void input_grad_rows(const Streamed& k, const Item& i
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.map;
-  const RowTile<Tr> me(k, t, map_tile(k.s, item));
+  const RowTile<Tr> me(k, t, map_tile(k.s, item), item.n);
   const int base = me.first * s.fold, positions = static_cast<int>(p.positions);
-  const int left = me.tile * t.positions, width = min(t.positions, positions - left);
   ChannelTerms<A>* channels = shared.take<ChannelTerms<A>>(int64_t{t.chunk_rows} * s.fold);
-  A* spatial = shared.take<A>(t.positions);
-  const PositionFields<A> fields = stage_positions<A>(k, item.n, left, width, t.positions, shared);
+  A* spatial = shared.take<A>(t.positions + s.reach);
+  const PositionFields<A> fields =
+      stage_positions<A>(k, item.n, me.left, me.width, t.positions + s.reach, shared);
 #pragma unroll 1
   for (int i = threadIdx.x; i < (me.end - me.first) * s.fold; i += kThreads)
     channels[i] = channel_terms<A>(k, item.n, base + i);
-  stage_values<A>(spatial, p.spatial_gate, item.n * p.positions + left, width, A(1));
+  stage_values<A>(spatial, p.spatial_gate, item.n * p.positions + me.left, me.width, A(1));
   __syncthreads();
   if (!me.inside) return;
   A gate_s[V], mean[V], maximum[V];  // dx' = dy gate_s + mean, or maximum where it is
@@ -131,7 +131,7 @@ __device__ __forceinline__ void input_grad_rows(const Streamed& k, const Item& i
   for (int r = me.first + me.row; r < me.end;
        r += kAhead * me.lanes, dy += kAhead * step, dx += kAhead * step) {
     Packed<T, V> packed[kAhead];
-    load_rows<Cache::kLastUse>(dy, step, r, me.lanes, me.end, packed);
+    me.template load<Cache::kLastUse>(dy, step, r, me.end, packed);
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
       const int at = r + u * me.lanes;
@@ -151,7 +151,7 @@ __device__ __forceinline__ void input_grad_rows(const Streamed& k, const Item& i
 #pragma unroll
         for (int j = 0; j < V; ++j) out[j] += v[j];
       }
-      store_global<true>(dx + u * step, out);  // [V]
+      me.store(dx + u * step, out);
     }
   }
 }
@@ -165,20 +165,20 @@ __device__ __forceinline__ void input_grad_rows_of_x(const Streamed& k, const It
   const Problem& p = k.p;
   const Schedule& s = k.s;
   const Tiling& t = s.map;
-  RowTile<Tr> me(k, t, map_tile(k.s, item));
+  RowTile<Tr> me(k, t, map_tile(k.s, item), item.n);
   const int base = me.first * s.fold, positions = static_cast<int>(p.positions);
-  const int left = me.tile * t.positions, width = min(t.positions, positions - left);
   const int64_t size = int64_t{t.chunk_rows} * s.fold;
   ChannelTerms<A>* channels = shared.take<ChannelTerms<A>>(size);
   RareTerms<A>* rare = shared.take<RareTerms<A>>(size);
-  A* spatial = shared.take<A>(t.positions);
-  const PositionFields<A> fields = stage_positions<A>(k, item.n, left, width, t.positions, shared);
+  A* spatial = shared.take<A>(t.positions + s.reach);
+  const PositionFields<A> fields =
+      stage_positions<A>(k, item.n, me.left, me.width, t.positions + s.reach, shared);
 #pragma unroll 1
   for (int i = threadIdx.x; i < (me.end - me.first) * s.fold; i += kThreads) {
     channels[i] = channel_terms<A>(k, item.n, base + i);
     rare[i] = rare_terms<A>(k, item.n, base + i);
   }
-  stage_values<A>(spatial, p.spatial_gate, item.n * p.positions + left, width, A(1));
+  stage_values<A>(spatial, p.spatial_gate, item.n * p.positions + me.left, me.width, A(1));
   __syncthreads();
   if (!me.inside) return;
   const int64_t start = me.start(k, item.n, 0), stride = s.row_elements;
@@ -188,9 +188,12 @@ __device__ __forceinline__ void input_grad_rows_of_x(const Streamed& k, const It
   for (int r = me.first + me.row; r < me.end; r += me.lanes) {
     ptx::forget_registers();
     if constexpr (Tr::kFold) me.split = ptx::opaque(me.split);
+    Packed<T, V> packed_dy, packed_x;
+    me.template load<Cache::kLastUse>(dy + r * stride, r, packed_dy);
+    me.template load<Cache::kLastUse>(x + r * stride, r, packed_x);
     A v[V], vx[V];
-    load_global<Cache::kLastUse>(dy + r * stride, v);  // [V]
-    load_global<Cache::kLastUse>(x + r * stride, vx);  // [V]
+    packed_dy.unpack(v);
+    packed_x.unpack(vx);
     const int c = me.channel(s, r), i = c - base;
     const PerChannel<Tr, ChannelTerms<A>> terms(channels, i, me);
 #pragma unroll
@@ -201,7 +204,7 @@ __device__ __forceinline__ void input_grad_rows_of_x(const Streamed& k, const It
       v[j] = input_grad_of_x(p, terms(me, j), rare[i + me.next(j)], q, top, v[j], vx[j], c + me.next(j),
                              me.absolute(j, positions));
     }
-    store_global<true>(dx + r * stride, v);  // [V]
+    me.store(dx + r * stride, v);
   }
 }
 

@@ -22,16 +22,18 @@ cudaError_t launch_variant(const Streamed& k, Variant v, cudaStream_t stream) {
   constexpr int kFull = kVector<T>;
   if (k.p.layout == kChannelsLast) {
     if (v.vector > 1)
-      return launch_kernel(Kernel<StreamedTraits<T, kFull, kChannelsLast, false>>::get(), k, stream);
-    return launch_kernel(Kernel<StreamedTraits<T, 1, kChannelsLast, false>>::get(), k, stream);
+      return launch_kernel(Kernel<StreamedTraits<T, kFull, kChannelsLast, kWhole>>::get(), k, stream);
+    return launch_kernel(Kernel<StreamedTraits<T, 1, kChannelsLast, kWhole>>::get(), k, stream);
   }
   if constexpr (sizeof(T) < 8) {
     if (v.fold > 1)
-      return launch_kernel(Kernel<StreamedTraits<T, kFull, kContiguous, true>>::get(), k, stream);
+      return launch_kernel(Kernel<StreamedTraits<T, kFull, kContiguous, kFolded>>::get(), k, stream);
+    if (v.ragged)
+      return launch_kernel(Kernel<StreamedTraits<T, kFull, kContiguous, kRagged>>::get(), k, stream);
   }
   if (v.vector > 1)
-    return launch_kernel(Kernel<StreamedTraits<T, kFull, kContiguous, false>>::get(), k, stream);
-  return launch_kernel(Kernel<StreamedTraits<T, 1, kContiguous, false>>::get(), k, stream);
+    return launch_kernel(Kernel<StreamedTraits<T, kFull, kContiguous, kWhole>>::get(), k, stream);
+  return launch_kernel(Kernel<StreamedTraits<T, 1, kContiguous, kWhole>>::get(), k, stream);
 }
 
 }  // namespace cbam

@@ -33,7 +33,8 @@ inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
   const auto channels = [&](const Tiling& t) { return last ? p.channels : int64_t{t.chunk_rows} * s.fold; };
   // What a reduction over the row lanes of a tile leaves: one value a column and group of lanes.
   const auto columns = [&](const Tiling& t, int64_t value) {
-    const int64_t groups = s.fold > 1 || t.columns == 32 ? kThreads / t.columns : kThreads / 32;
+    const int64_t groups =
+        s.fold > 1 || s.ragged || t.columns == 32 ? kThreads / t.columns : kThreads / 32;
     return groups * (t.columns * vector + (s.fold > 1 ? 0 : 32)) * value;
   };
   const int64_t mean_max = a == 8 ? 24 : 12;
@@ -53,7 +54,8 @@ inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
   const auto matrix_tile = [&](MatrixTile t) {
     return bytes({kWeightStage * t.rows * a, kWeightStage * t.columns * a});
   };
-  const int64_t fields = s.gather_tiles ? 0 : s.map.positions * a;
+  const int64_t positions = s.map.positions + s.reach;
+  const int64_t fields = s.gather_tiles ? 0 : positions * a;
   switch (stage) {
     case kPool:
       if (last) return bytes({kThreads * (vector + 1) * mean_max});
@@ -70,22 +72,21 @@ inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
     case kConv:
       return bytes({kernel, 2 * window});
     case kOutput:
-      return bytes({channels(s.map) * a, s.map.positions * a});
+      return bytes({channels(s.map) * a, positions * a});
     case kCross:
       return bytes({channels(s.reduce) * a, s.reduce.positions * a, s.reduce.positions * a,
                     std::max(columns(s.reduce, a), fold_sums)});
     case kConvGrad:
       return conv_grad;
     case kGateGrad:
-      return pass(bytes({last ? 0 : channels(s.map) * a, fields, fields, s.map.positions * a,
-                         s.map.positions * 4, std::max(last ? columns(s.map, a) : 0, fold_sums)}));
+      return pass(bytes({last ? 0 : channels(s.map) * a, fields, fields, positions * a, positions * 4,
+                         std::max(last ? columns(s.map, a) : 0, fold_sums)}));
     case kFinishPools:
       return 0;
     case kLogitGrad:
       return s.hidden_blocks ? bytes({kMlpSamples * s.gate_tile * a}) + mlp : kThreads * a;
     case kInputGrad:
-      return pass(bytes(
-          {terms, terms, s.map.positions * a, fields, fields, s.map.positions * a, s.map.positions * 4}));
+      return pass(bytes({terms, terms, positions * a, fields, fields, positions * a, positions * 4}));
     default:
       return std::max(matrix_tile(kTileW1), matrix_tile(kTileW2));
   }

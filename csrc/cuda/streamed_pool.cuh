@@ -1,7 +1,9 @@
 // Stage kPool of the streamed tier: average, maximum, p = 2 norm and log-sum-exp of each channel.
 #pragma once
 
-#include "streamed_engine.cuh"
+#include <type_traits>
+
+#include "streamed_tile.cuh"
 
 namespace cbam {
 
@@ -22,20 +24,27 @@ __device__ __forceinline__ void add_vector(MeanMax<float, false>& s, const float
   for (int k = 0; k < V; ++k) s.sum += v[k];
   if (!(top <= s.peak.value) && s.peak.value == s.peak.value) s.peak = {top, index};
 }
-template <class T, int V, class S>
-__device__ __forceinline__ void find_in_vector(S&, const T*) {}
-template <class T, int V>
-__device__ __forceinline__ void find_in_vector(MeanMax<float, false>& s, const T* row) {
-  if (V == 1) return;
-  float v[V];
-  load_global<Cache::kReadOnly>(row + s.peak.mark, v);  // [V]
-  const bool nan = s.peak.value != s.peak.value;
-  int at = 0;
+template <class Tr, class S>
+__device__ __forceinline__ void find_in_vector(S& s, const typename Tr::T* row, int positions) {
+  constexpr int V = Tr::V;
+  if constexpr (V > 1 && std::is_same_v<S, MeanMax<float, false>>) {
+    float v[V];
+    if constexpr (Tr::kRows == kRagged) {
+      // Of an element that had no vector, the mark is its index, and it is found first.
 #pragma unroll
-  for (int k = V - 1; k >= 0; --k) {
-    if (nan ? v[k] != v[k] : v[k] == s.peak.value) at = k;
+      for (int k = 0; k < V; ++k)
+        v[k] = load_one<Cache::kReadOnly>(row + min(s.peak.mark + k, positions - 1));
+    } else {
+      load_global<Cache::kReadOnly>(row + s.peak.mark, v);  // [V]
+    }
+    const bool nan = s.peak.value != s.peak.value;
+    int at = 0;
+#pragma unroll
+    for (int k = V - 1; k >= 0; --k) {
+      if (nan ? v[k] != v[k] : v[k] == s.peak.value) at = k;
+    }
+    s.peak.mark += at;
   }
-  s.peak.mark += at;
 }
 
 // ---- Results: a channel's pools, or a part of them where several items share a channel.
@@ -123,7 +132,8 @@ __device__ __forceinline__ void finish_pools(const Streamed& k, const Item& item
   }
 }
 
-// ---- Contiguous: a row is a channel; `pool_lanes` lanes share it.
+// ---- Contiguous: a row is a channel; `pool_lanes` lanes share it. What a ragged one has before its first
+// whole vector and after its last is taken element by element.
 
 template <class Tr, class S>
 __device__ __forceinline__ void pool_rows(const Streamed& k, int64_t n, int index, Shared shared) {
@@ -133,30 +143,42 @@ __device__ __forceinline__ void pool_rows(const Streamed& k, int64_t n, int inde
   const int lanes = s.pool_lanes, lane = threadIdx.x & (lanes - 1), row = threadIdx.x / lanes;
   const int first = index * s.pool_rows, end = min(s.rows, first + s.pool_rows);
   S* warps = shared.take<S>(kThreads / 32);
+  const int positions = static_cast<int>(k.p.positions);
   const T* x = as<T>(k.p.x) + n * s.rows * k.p.positions;
   for (int base = first; base < end; base += kThreads / lanes) {
     const bool inside = base + row < end;
     S acc = S::empty(lane * V);
     const T* p_row = x + int64_t{base + row} * k.p.positions;
     if (inside) {
+      int head = 0, vectors = s.row_vectors;
+      if constexpr (Tr::kRows == kRagged) {
+        head = -start_in_vector<V>(k, n, base + row) & (V - 1);
+        vectors = (positions - head) / V;
+        for (int e = lane; e < head; e += lanes) acc.add(load_one<Cache::kReadOnly>(p_row + e), e);
+      }
+      const T* whole = p_row + head;
       int i = lane;
-      for (; i + 3 * lanes < s.row_vectors; i += 4 * lanes) {
+      for (; i + 3 * lanes < vectors; i += 4 * lanes) {
         Packed<T, V> ahead[4];
 #pragma unroll
         for (int u = 0; u < 4; ++u) {
-          load_packed<Cache::kReadOnly>(p_row + int64_t{i + u * lanes} * V, ahead[u]);  // [V]
+          load_packed<Cache::kReadOnly>(whole + int64_t{i + u * lanes} * V, ahead[u]);  // [V]
         }
 #pragma unroll
         for (int u = 0; u < 4; ++u) {
           typename Tr::A v[V];
           ahead[u].unpack(v);
-          add_vector(acc, v, (i + u * lanes) * V);
+          add_vector(acc, v, head + (i + u * lanes) * V);
         }
       }
-      for (; i < s.row_vectors; i += lanes) {
+      for (; i < vectors; i += lanes) {
         typename Tr::A v[V];
-        load_global<Cache::kReadOnly>(p_row + int64_t{i} * V, v);  // [V]
-        add_vector(acc, v, i * V);
+        load_global<Cache::kReadOnly>(whole + int64_t{i} * V, v);  // [V]
+        add_vector(acc, v, head + i * V);
+      }
+      if constexpr (Tr::kRows == kRagged) {
+        for (int e = head + vectors * V + lane; e < positions; e += lanes)
+          acc.add(load_one<Cache::kReadOnly>(p_row + e), e);
       }
     }
     merge_lanes(acc, 1, min(lanes, 32));
@@ -167,7 +189,7 @@ __device__ __forceinline__ void pool_rows(const Streamed& k, int64_t n, int inde
       __syncthreads();
     }
     if (inside && lane == 0) {
-      find_in_vector<T, V>(acc, p_row);
+      find_in_vector<Tr>(acc, p_row, positions);
       put_statistic<typename Tr::A>(k, {n, kAllChunks}, base + row, acc);
     }
   }

@@ -24,30 +24,55 @@ __device__ __forceinline__ void load_rows(const T* p, int64_t step, int at, int 
   }
 }
 
+// How far before the start of sample n's row r, elements into it, a vector begins.
+template <int V>
+__device__ __forceinline__ int start_in_vector(const Streamed& k, int64_t n, int r) {
+  return static_cast<int>((n * k.s.rows + r) * k.s.row_elements & (V - 1));
+}
+
+// What a thread knows of the ends of ragged rows; the others have none.
+template <class Tr, bool kRagged = Tr::kRows == kRagged>
+struct Ends {};
+template <class Tr>
+struct Ends<Tr, true> {
+  int begin, end;    // this tile's own positions, or where an output is cut by rows, those of the row
+  int vector_rows;   // rows of which this thread may read its vector in one piece: of the last, it may end
+                     // behind the tensor
+  unsigned mask[4];  // what of a vector is between begin and end
+};
+
 // A contiguous tile: rows [first, end) of `columns` vectors. Thread (row, column) takes every `lanes`-th
 // row. In a folded row the vector may span two channels: its first `split` elements belong to channel
 // `offset` of the row, the others to the next, at position 0.
+// Of ragged rows, a thread takes vectors that begin at one position in all its rows, as `lanes` is a multiple
+// of V: a reduction's tile has all of its own positions in every row, and what else is in its vectors counts as
+// zero; an output's ends in each row where the next tile's first vector begins.
 template <class Tr>
 struct RowTile {
   static constexpr int V = Tr::V;
+  static constexpr bool kHasEnds = Tr::kRows == kRagged;
+  using T = typename Tr::T;
   int tile, chunk;
   int column, row, lanes;
   int first, end;
-  int vector, position, offset, split;
+  int position, offset, split;
+  int left, width;  // positions that the tile's vectors may reach
   bool inside;
+  Ends<Tr> ends;
 
-  __device__ __forceinline__ RowTile(const Streamed& k, const Tiling& t, int index) {
+  __device__ __forceinline__ RowTile(const Streamed& k, const Tiling& t, int index, int64_t n) {
     const Schedule& s = k.s;
+    const int positions = static_cast<int>(k.p.positions);
     tile = index / t.chunks;
     chunk = index % t.chunks;
     first = chunk * t.chunk_rows;
     end = min(s.rows, first + t.chunk_rows);
+    left = tile * t.positions;
+    width = min(t.positions, positions - left);
     if constexpr (Tr::kFold) {
-      const int positions = static_cast<int>(k.p.positions);
       column = threadIdx.x % t.columns;
       row = threadIdx.x / t.columns;
       lanes = kThreads / t.columns;
-      vector = column;
       inside = row < lanes;
       offset = column * V / positions;
       position = column * V - offset * positions;
@@ -56,16 +81,43 @@ struct RowTile {
       column = threadIdx.x & (t.columns - 1);
       row = threadIdx.x >> t.columns_log2;
       lanes = kThreads >> t.columns_log2;
-      vector = tile * t.columns + column;
-      inside = vector < s.row_vectors;
       offset = 0;
-      position = vector * V;
+      position = left + column * V;
       split = V;
+      inside = position < positions;
+    }
+    if constexpr (kHasEnds) {
+      static_assert(kThreads / 32 % V == 0);
+      position -= start_in_vector<V>(k, n, first + row);
+      const bool own = t.positions < t.columns * V;
+      ends.begin = own ? left : 0;
+      ends.end = own ? left + width : positions;
+      if (!own) {
+        const int reached = min(left + t.positions, positions);
+        left = max(0, left - (V - 1));
+        width = reached - left;
+      }
+      inside = position < ends.end && position + V > ends.begin;
+      ends.vector_rows = n == k.p.samples - 1 && position + V > positions ? s.rows - 1 : s.rows;
+      constexpr int kPerWord = V / 4;
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        ends.mask[w] = 0;
+#pragma unroll
+        for (int j = w * kPerWord; j < (w + 1) * kPerWord; ++j)
+          ends.mask[w] |= valid(j) ? ~0u >> (32 - 32 / kPerWord) << (j % kPerWord * 16) : 0u;
+      }
     }
   }
-  // Element j's position in the tile, and its channel in row r.
+  // Whether element j is one of the tile's, or of the row's.
+  __device__ __forceinline__ bool valid(int j) const {
+    if constexpr (kHasEnds) return position + j >= ends.begin && position + j < ends.end;
+    return inside;
+  }
+  // Element j's position among those that the tile reaches, and its channel in row r.
   __device__ __forceinline__ int in_tile(int j, int positions) const {
     if constexpr (Tr::kFold) return position + j - (j >= split ? positions : 0);
+    if constexpr (kHasEnds) return min(max(position + j - left, 0), width - 1);
     return column * V + j;
   }
   __device__ __forceinline__ int absolute(int j, int positions) const {
@@ -78,7 +130,44 @@ struct RowTile {
   __device__ __forceinline__ bool next(int j) const { return Tr::kFold && j >= split; }
   // Where this thread's vector of row r of sample n begins.
   __device__ __forceinline__ int64_t start(const Streamed& k, int64_t n, int r) const {
-    return (n * k.s.rows + r) * k.s.row_elements + int64_t{vector} * V;
+    return (n * k.s.rows + r) * k.s.row_elements + (Tr::kFold ? column * V : position);
+  }
+  // This thread's vector of row r, at p.
+  template <Cache kCache>
+  __device__ __forceinline__ void load(const T* p, int r, Packed<T, V>& packed) const {
+    if constexpr (kHasEnds) {
+      if (r >= ends.vector_rows) return load_first<kCache>(p, ends.end - position, packed);  // [V]
+    }
+    load_packed<kCache>(p, packed);  // [V]
+  }
+  // As load_rows; zeros for what is not valid, too.
+  template <Cache kCache, int kRows>
+  __device__ __forceinline__ void load(const T* p, int64_t step, int at, int last,
+                                       Packed<T, V> (&packed)[kRows]) const {
+    if constexpr (kHasEnds) {
+#pragma unroll
+      for (int u = 0; u < kRows; ++u) {
+        packed[u] = {};
+        if (at + u * lanes < last) load<kCache>(p + u * step, at + u * lanes, packed[u]);
+      }
+#pragma unroll
+      for (int u = 0; u < kRows; ++u) packed[u].keep(ends.mask);
+    } else {
+      load_rows<kCache>(p, step, at, lanes, last, packed);
+    }
+  }
+  // Of this thread's vector at p, what is valid.
+  __device__ __forceinline__ void store(T* p, const Accumulate<T> (&v)[V]) const {
+    if constexpr (kHasEnds) {
+      if (position < ends.begin || position + V > ends.end) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+          if (valid(j)) store_global<true, T, 1>(p + j, {v[j]});
+        }
+        return;
+      }
+    }
+    store_global<true>(p, v);  // [V]
   }
   // sums[r - first] = the sum over lanes of value[u], for the rows r = top + row + u * lanes before `bottom`.
   template <int kRows, class A>
@@ -196,7 +285,7 @@ struct FoldSums {
 
 // Sums over channels of a contiguous tile: out(position in the map, sum).
 template <class Tr, class S, class Out>
-__device__ __forceinline__ void merge_tile(const Streamed& k, const Tiling& t, const RowTile<Tr>& me,
+__device__ __forceinline__ void merge_tile(const Streamed& k, const Tiling& t, const RowTile<Tr>& me, int64_t n,
                                            S (&acc)[Tr::V], S* merged, Out out) {
   constexpr int V = Tr::V;
   const int positions = static_cast<int>(k.p.positions), width = t.columns * V;
@@ -214,6 +303,21 @@ __device__ __forceinline__ void merge_tile(const Streamed& k, const Tiling& t, c
         }
       }
       out(i, total);
+    }
+  } else if constexpr (Tr::kRows == kRagged) {
+    // Row lanes differ in where their vectors begin.
+    const int pitch = merged_pitch<V>(t.columns);
+#pragma unroll
+    for (int j = 0; j < V; ++j) merged[(me.row * V + j) * pitch + me.column] = acc[j];
+    __syncthreads();
+    for (int i = threadIdx.x; i < me.width; i += kThreads) {
+      const auto sum_of = [&](int lane) {
+        const int at = i + start_in_vector<V>(k, n, me.first + lane);
+        return merged[(lane * V + at % V) * pitch + at / V];
+      };
+      S total = sum_of(0);
+      for (int lane = 1; lane < me.lanes; ++lane) total.merge(sum_of(lane));
+      out(me.left + i, total);
     }
   } else {
     const int groups = merge_rows<V>(acc, t.columns, merged);
