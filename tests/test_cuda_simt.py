@@ -50,6 +50,8 @@ SHAPES = {
     "folded": (2, 24, 7, 7),
     "folded-chunks": (2, 512, 7, 7),
     "folded-twice": (2, 32, 14, 14),
+    "ragged": (3, 24, 13, 57),
+    "ragged-channels-in-chunks": (2, 264, 19, 27),
     "partial-pools": (2, 8, 33, 17),
     "wide": (1, 264, 4, 8),
     "channels-in-chunks": (2, 520, 8, 9),
@@ -82,6 +84,47 @@ DTYPES = (
 def test_dtypes(monkeypatch, dtype, options, layout):
     for shape in ((3, 8, 8, 8), (3, 8, 7, 7), (2, 7, 5, 5)):
         _check(monkeypatch, make_problem(shape, OPTIONS[options], dtype, layout=layout), l2=SMALL_L2)
+
+
+# No number of 21 channels, but all of them, is whole vectors of any of these maps.
+RAGGED = {
+    "one-tile": ((3, 21, 7, 9), 1),
+    "even": ((3, 21, 11, 14), 1),
+    "several-units": ((5, 21, 19, 17), 2),
+    "odd": ((2, 21, 25, 25), 3),
+}
+
+
+@pytest.mark.parametrize(
+    "name", ("plain", "max", "split", "all-pools-split", "norm-train", "channel-only", "spatial-only", "residual")
+)
+@pytest.mark.parametrize("shape", RAGGED)
+def test_ragged_rows(monkeypatch, shape, name):
+    """Rows that begin and end within vectors, by vectors: tiles that overlap, and outputs cut where a row's do."""
+    size, tiles = RAGGED[shape]
+    for dtype, l2 in ((torch.bfloat16, LARGE_L2), (torch.float32, SMALL_L2)):
+        ops = _check(monkeypatch, make_problem(size, OPTIONS[name], dtype, wide=True), l2=l2)
+        assert all(r["ragged"] and r["vector"] > 1 for r in ops.reports.values())
+        if dtype == torch.bfloat16:
+            assert max(r["tiles"] for r in ops.reports.values()) == tiles
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf")))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("options", (Options(spatial=False), Options(pools=None, kernel=3)), ids=("channel", "spatial"))
+def test_what_is_not_finite_stays_in_its_ragged_row(monkeypatch, options, dtype, value):
+    """Vectors at the ends of a row and of a tile hold elements that are another's: none of them counts."""
+    problem = make_problem((2, 20, 25, 25), options, dtype, wide=True)
+    flat = problem.x.view(2, 20, 625)
+    for c, position in ((3, 0), (5, 624), (9, 248), (11, 247), (13, 256), (14, 123), (19, 624)):
+        flat[1, c, position] = value
+    problem.dy.view(2, 20, 625)[0, 7, ::624] = value
+    ops = cs.HostOps(cs.Machine()).installed(monkeypatch)
+    expected, got = run_problem(problem, "reference"), run_problem(problem, "cuda")
+    assert all(r["ragged"] for r in ops.reports.values())
+    for name, e, g in zip(problem.names(), expected, got):
+        assert torch.equal(torch.isnan(e), torch.isnan(g)), name
+        assert torch.equal(torch.isinf(e), torch.isinf(g)), name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -370,7 +413,7 @@ def test_nan_and_infinity_go_where_the_reference_sends_them(monkeypatch, value, 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("hw", ((8, 10), (24, 20), (7, 7)), ids=str)
+@pytest.mark.parametrize("hw", ((8, 10), (24, 20), (7, 7), (25, 25)), ids=str)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_the_first_nan_is_the_maximum(dtype, hw, layout):
     """Of a channel's positions, and of a position's channels where no channel gate has spread it."""

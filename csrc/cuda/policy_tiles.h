@@ -136,7 +136,9 @@ inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector,
     t.positions = (reduces ? t.columns - 1 : t.columns) * vector;
     t.tiles = static_cast<int32_t>(ceil_div(reduces ? p.positions : p.positions + s.reach, t.positions));
     const int64_t bytes = large ? kMaxItemBytes : reduces ? 2 * kMaxItemBytes : kItemBytes;
-    const int64_t rows = std::min<int64_t>(bytes / (t.columns * vector_bytes), kMaxTermRows);
+    int64_t rows = std::min<int64_t>(bytes / (t.columns * vector_bytes), kMaxTermRows);
+    // The convolution merges the forward's chunks of the window that it stages.
+    if (reduces && !large && 2 * p.positions * accumulate_bytes(p.dtype) > kStagedBytes) rows = s.rows;
     t.chunk_rows = static_cast<int32_t>(ceil_div(s.rows, ceil_div(s.rows, rows)));
     t.chunks = static_cast<int32_t>(ceil_div(s.rows, t.chunk_rows));
     return t;

@@ -174,19 +174,18 @@ __device__ __forceinline__ void conv_positions(const Streamed& k, const Item& it
   const Problem& p = k.p;
   const ConvItem<T, kStaged> c(k, item, shared);
   const int64_t maps = item.n * 2 * p.positions, size = window_size(k);
-  // Chunks come with small maps only, whose window is always staged: each part is read once.
+  const auto merge = [&](int i, auto pool) -> PlanePair<A> {
+    if (i >= c.begin && i < c.end) put_spatial_pool(k, item.n, i, pool);
+    return {pool.peak.value, pool.sum / A(p.channels)};
+  };
+  // Chunks come with maps only whose window is staged: each part is read once.
   const auto read_pools = [&](int i) -> PlanePair<A> {
+    if (k.s.reduce.chunks > 1) {
+      if (kRareOptions && p.ties == kTiesSplit) return merge(i, merged_chunks<A, true>(k, item.n, i));
+      return merge(i, merged_chunks<A, false>(k, item.n, i));
+    }
     return {fresh<A>(p.spatial_pool, maps + i), fresh<A>(p.spatial_pool, maps + p.positions + i)};
   };
-  if (k.s.reduce.chunks > 1) {
-    for (int i = c.low + thread_index(); i < c.high; i += kThreads) {
-      if (kRareOptions && p.ties == kTiesSplit)
-        put_spatial_pool(k, item.n, i, merged_chunks<A, true>(k, item.n, i));
-      else
-        put_spatial_pool(k, item.n, i, merged_chunks<A, false>(k, item.n, i));
-    }
-    __syncthreads();
-  }
   const auto pools = map_window<kStaged, PlanePair<A>>(k.s, shared, c.low, c.high, size, read_pools);
   const Norm<A> norm = load_norm<T>(p);
   const A bias = p.conv_bias.data ? load_weight<T>(p.conv_bias, 0) : A(0);

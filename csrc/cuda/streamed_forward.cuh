@@ -138,16 +138,17 @@ __device__ __forceinline__ A gated(A x, A channel, A spatial, bool residual) {
   return residual ? y + x : y;
 }
 
-// The spatial gate of `count` positions; scale_forward computes it from the logits, and stores it once.
+// The spatial gate of `count` positions; scale_forward computes it from the logits, and stores it from the
+// `owned`-th on.
 template <class A>
 __device__ __forceinline__ void stage_spatial_gate(const Streamed& k, int64_t n, int first, int count,
-                                                   bool owner, A* shared) {
+                                                   int owned, A* shared) {
   const int64_t at = n * k.p.positions + first;
   if (k.operation != kScaleForward) return stage_values<A>(shared, k.p.spatial_gate, at, count, A(1));
   for (int i = threadIdx.x; i < count; i += kThreads) {
     const A gate = sigmoid(constant<A>(k.p.z, at + i));
     shared[i] = gate;
-    if (owner) put(k.p.spatial_gate, at + i, gate);
+    if (i >= owned) put(k.p.spatial_gate, at + i, gate);
   }
 }
 
@@ -164,7 +165,9 @@ __device__ __forceinline__ void output_rows(const Streamed& k, const Item& item,
   A* gates = shared.take<A>(int64_t{t.chunk_rows} * s.fold);
   A* spatial = shared.take<A>(t.positions + s.reach);
   stage_values<A>(gates, p.channel_gate, item.n * p.channels + base, (me.end - me.first) * s.fold, A(1));
-  stage_spatial_gate(k, item.n, me.left, me.width, me.chunk == 0, spatial);
+  // Once, where tiles overlap or chunks share a tile.
+  const int owned = me.chunk ? me.width : me.tile * t.positions - me.left;
+  stage_spatial_gate(k, item.n, me.left, me.width, owned, spatial);
   __syncthreads();
   if (!me.inside) return;
   A gate_s[V];
@@ -206,7 +209,7 @@ __device__ __forceinline__ void output_columns(const Streamed& k, const Item& it
   A* gates = shared.take<A>(p.channels);
   A* spatial = shared.take<A>(t.positions);
   stage_values<A>(gates, p.channel_gate, item.n * p.channels, static_cast<int>(p.channels), A(1));
-  stage_spatial_gate(k, item.n, first, end - first, true, spatial);
+  stage_spatial_gate(k, item.n, first, end - first, 0, spatial);
   __syncthreads();
   const int64_t start = (item.n * p.positions + first + row) * p.channels, step = rows * p.channels;
   const bool residual = p.residual;
