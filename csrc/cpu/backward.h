@@ -85,14 +85,14 @@ struct Backward : Block<T, kChannelsLast> {
     const bool split = p.ties == kSplit;
     if constexpr (kChannelsLast) {
       auto slots = make_slots<A>(p.C, 0);
-      std::fill_n(w.sum, slots.size() * L, A(0));
+      const ColumnSums<A> sums{w.part, w.sum, w.levels};
       if (split) {
-        sum_columns(x(s.n), p.C, p0, p1, slots, w.sum, [&](Vec<A> v, int64_t r, int64_t l) {
+        sum_columns(x(s.n), p.C, p0, p1, slots, sums, [&](Vec<A> v, int64_t r, int64_t l) {
           return v * share_of(v * load(s.gate + l), splat<A>(s.q_max[r]), splat<A>(s.dq_max[r]),
                               splat<A>(s.dq_mean[r]));
         });
       } else {
-        sum_columns(x(s.n), p.C, p0, p1, slots, w.sum,
+        sum_columns(x(s.n), p.C, p0, p1, slots, sums,
                     [&](Vec<A> v, int64_t r, int64_t) { return v * s.dq_mean[r]; });
       }
       unslot(slots, w.sum, w.max);

@@ -21,7 +21,7 @@ struct Carver {
 // Arrays of one thread.
 template <class A>
 struct Worker {
-  A *part, *sum, *max, *flat;
+  A *part, *sum, *levels, *max, *flat;  // the first three as in ColumnSums
   typename Lanes<A>::Int* index;
   double* gathered;  // (C)
 };
@@ -234,6 +234,8 @@ struct Block {
       Worker<A> w{};
       w.part = c.take<A>(lanes);
       w.sum = c.take<A>(lanes);
+      if (kChannelsLast && p.P > ColumnSums<A>::kJoined * kChunk)
+        w.levels = c.take<A>(ColumnSums<A>::kLevels * lanes);
       w.max = c.take<A>(lanes);
       w.index = c.take<Int>(lanes);
       w.gathered = c.take<double>(backward ? C : 0);
@@ -345,8 +347,8 @@ struct Block {
       constexpr bool kIndex = decltype(index)::value;
       if constexpr (kChannelsLast) {
         auto slots = make_slots<A>(c1 - c0, c0);
-        reduce_columns<false, kIndex>(xs + c0, p.C, 0, p.P, slots, (const A*)nullptr, w.part, w.sum, w.max,
-                                      w.index);
+        reduce_columns<false, kIndex>(xs + c0, p.C, 0, p.P, slots, (const A*)nullptr,
+                                      ColumnSums<A>{w.part, w.sum, w.levels}, w.max, w.index);
         finish_columns<false>(xs + c0, p.C, p.P, slots, (const A*)nullptr, w.sum, w.max, w.index,
                               [&](int64_t l, auto, const Extrema<A>& e) {
                                 // From c0 on: what lies before belongs to another thread, which may have put
@@ -371,8 +373,7 @@ struct Block {
   void sum_positions(int64_t n, int64_t c0, int64_t c1, Worker<A>& w, const A* per_channel, F f) const {
     if constexpr (kChannelsLast) {
       auto slots = make_slots<A>(c1 - c0, c0);
-      std::fill_n(w.max, slots.size() * L, A(0));
-      sum_columns(x(n) + c0, p.C, 0, p.P, slots, w.max,
+      sum_columns(x(n) + c0, p.C, 0, p.P, slots, ColumnSums<A>{w.part, w.max, w.levels},
                   [&](Vec<A> v, int64_t, int64_t l) { return f(v, load(per_channel + c0 + l)); });
       // Each lane from the slot that it would have in any range of channels: two need not round alike.
       for_slots(slots, [&](int64_t l, int64_t k, auto) {
@@ -539,8 +540,8 @@ struct Block {
         reduce_rows<true, kIndex>(xs, p.C, p0, p1, make_slots<A>(p.C, 0), p.C, s.gate, done, also);
       } else {
         auto slots = make_slots<A>(p1 - p0, p0);
-        reduce_columns<true, kIndex>(xs + p0, p.P, 0, p.C, slots, s.gate, w.part, w.sum, w.max, w.index,
-                                     also);
+        reduce_columns<true, kIndex>(xs + p0, p.P, 0, p.C, slots, s.gate,
+                                     ColumnSums<A>{w.part, w.sum, nullptr}, w.max, w.index, also);
         finish_maps<kIndex>(t, slots, w, s);
       }
     };
@@ -568,8 +569,8 @@ struct Block {
       const int64_t p0 = t * tile, at = (k * tiles + t) * chunk_lanes();
       auto indexed = [&](auto with_index) {
         reduce_columns<true, decltype(with_index)::value>(
-            x(s.n) + p0, p.P, c0, c1, make_slots<A>(tile_end(t) - p0, p0), s.gate, w.part,
-            call.chunk_sum + at, call.chunk_max + at, call.chunk_index + at);
+            x(s.n) + p0, p.P, c0, c1, make_slots<A>(tile_end(t) - p0, p0), s.gate,
+            ColumnSums<A>{w.part, call.chunk_sum + at, nullptr}, call.chunk_max + at, call.chunk_index + at);
       };
       p.spatial_index ? indexed(std::true_type{}) : indexed(std::false_type{});
     }
@@ -628,10 +629,10 @@ struct Block {
                });
     } else {
       auto slots = make_slots<A>(p1 - p0, p0);
-      std::fill_n(w.max, slots.size() * L, A(0));
-      sum_columns(x(s.n) + p0, p.P, 0, p.C, slots, w.max, [&](Vec<A> v, int64_t r, int64_t l) {
-        return equal(v * splat<A>(s.gate[r]), load(s.q_max + p0 + l));
-      });
+      sum_columns(x(s.n) + p0, p.P, 0, p.C, slots, ColumnSums<A>{w.part, w.max, nullptr},
+                  [&](Vec<A> v, int64_t r, int64_t l) {
+                    return equal(v * splat<A>(s.gate[r]), load(s.q_max + p0 + l));
+                  });
       for_slots(slots, [&](int64_t l, int64_t k, auto) {
         for (int i = 0; i < L && p0 + l + i < p1; ++i) {
           if (l + i >= 0) w.sum[l + i] = w.max[k * L + i];

@@ -212,6 +212,34 @@ struct RowState {
   }
 };
 
+// Sums of R rows, slot by slot, in steps that join: 32 slots, 32 of those, and so on. One running sum along a
+// long row would lose more than the reference's, which adds by halves: a map of 256 x 256 equal numbers 60 times
+// as much.
+template <class A, int R>
+struct RowSums {
+  static constexpr int kSteps = 4;
+  Vec<A> step[kSteps][R];
+
+  CBAM_INLINE RowSums() {
+    for (int i = 0; i < kSteps; ++i) {
+      for (int u = 0; u < R; ++u) step[i][u] = Vec<A>{};
+    }
+  }
+  CBAM_INLINE void add(int u, Vec<A> v) { step[0][u] += v; }
+  // After the slot.
+  CBAM_INLINE void join(int64_t slot) {
+    for (int i = 1; i < kSteps && (slot + 1) % (int64_t{1} << 5 * i) == 0; ++i) {
+      for (int u = 0; u < R; ++u) {
+        step[i][u] += step[i - 1][u];
+        step[i - 1][u] = Vec<A>{};
+      }
+    }
+  }
+  CBAM_INLINE void total(Vec<A> (&sum)[R]) const {
+    for (int u = 0; u < R; ++u) sum[u] = ((step[0][u] + step[1][u]) + step[2][u]) + step[3][u];
+  }
+};
+
 // Slots of a long row whose maxima are compared before their place is kept; found within them afterwards.
 constexpr int kTogetherSlots = 8;
 
@@ -221,6 +249,7 @@ CBAM_INLINE RowState<A, kIndex> reduce_long_row(const Slots<A>& slots, Value val
   constexpr int L = kLanes<A>, n = kTogetherSlots;
   RowState<A, kIndex> best;
   RowState<A, false> part[kBlock];
+  RowSums<A, 1> sums;  // a step of its slots is a chunk
   const int64_t chunks = std::max<int64_t>(1, slots.full / n);
   for (int64_t j = 0; j < chunks; ++j) {
     const int64_t end = j + 1 == chunks ? slots.full : (j + 1) * n;
@@ -238,8 +267,15 @@ CBAM_INLINE RowState<A, kIndex> reduce_long_row(const Slots<A>& slots, Value val
       Vec<A> max = greater_of(greater_of(part[0].max, part[1].max), greater_of(part[2].max, part[3].max));
       best.raise(max, [j] { return splat_int<A>(j); });
     }
+    if (j % 8 == 7 || j + 1 == chunks) {
+      sums.add(0, (part[0].sum + part[1].sum) + (part[2].sum + part[3].sum));
+      sums.join(j / 8);
+      for (auto& p : part) p.sum = Vec<A>{};
+    }
   }
-  best.sum = (part[0].sum + part[1].sum) + (part[2].sum + part[3].sum);
+  Vec<A> total[1];
+  sums.total(total);
+  best.sum = total[0];
   return best;
 }
 
@@ -350,19 +386,8 @@ void reduce_rows(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots
   }
 }
 
-// Rows whose sums are added up one block after the other before they join the total: one running sum
-// over all channels would lose more than the reference's, which adds by halves.
+// Rows whose sums are added up one block after the other before they join the total, for the reason of RowSums.
 constexpr int64_t kChunk = 64;
-
-// Likewise along a row: every 32 slots, the sums of each row join their total.
-template <class V, int kRows>
-CBAM_INLINE void join_chain(int64_t slot, V (&acc)[kRows], V (&total)[kRows]) {
-  if (slot % 32 != 31) return;
-  for (int u = 0; u < kRows; ++u) {
-    total[u] += acc[u];
-    acc[u] = V{};
-  }
-}
 
 // f(r0, r1) for the chunks of [r0, r1).
 template <class F>
@@ -380,18 +405,46 @@ void fold(const Slots<A>& slots, A* part, A* total) {
   }
 }
 
+// Where sums over many rows join on their way to `sum`, in slot order: `part` is a chunk's, zeros before and
+// after; sums of 16 chunks join the first of the levels, 16 of those the next. Fewer chunks need no levels.
+template <class A>
+struct ColumnSums {
+  static constexpr int kLevels = 3, kJoined = 16;
+  A *part, *sum, *levels;
+
+  CBAM_INLINE void begin(const Slots<A>& slots) const {
+    constexpr int L = kLanes<A>;
+    for (int64_t k = 0; k < slots.size(); ++k) {
+      store(part + k * L, Vec<A>{});
+      store(sum + k * L, Vec<A>{});
+    }
+    for (int64_t k = 0; levels && k < kLevels * slots.size(); ++k) store(levels + k * L, Vec<A>{});
+  }
+  A* level(const Slots<A>& slots, int m) const { return levels + m * slots.size() * kLanes<A>; }
+  // After the i-th chunk.
+  void join(const Slots<A>& slots, int64_t i) const {
+    fold(slots, part, sum);
+    int64_t done = i + 1;
+    for (int m = 0; levels && m < kLevels && done % kJoined == 0; ++m, done /= kJoined)
+      fold(slots, m ? level(slots, m - 1) : sum, level(slots, m));
+  }
+  void end(const Slots<A>& slots) const {
+    for (int m = 0; levels && m < kLevels; ++m) fold(slots, level(slots, m), sum);
+  }
+};
+
 // Sum and first maximum over the rows [r0, r1) of each lane, in slot order: state arrays of
-// slots.size() vectors, `part` among them as scratch. kScaled multiplies row r by row_scale[r] first;
+// slots.size() vectors. kScaled multiplies row r by row_scale[r] first;
 // without kIndex the index is not kept.
 // also(row, step, first lane, tag, rows) follows each block of rows and slot.
 template <bool kScaled, bool kIndex, class T, class A, class Also = Nothing>
 void reduce_columns(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots,
-                    const A* row_scale, A* part, A* sum, A* max, typename Lanes<A>::Int* index,
+                    const A* row_scale, const ColumnSums<A>& sums, A* max, typename Lanes<A>::Int* index,
                     Also also = {}) {
   constexpr int L = kLanes<A>;
+  A* part = sums.part;
+  sums.begin(slots);
   for (int64_t k = 0; k < slots.size(); ++k) {
-    store(part + k * L, Vec<A>{});
-    store(sum + k * L, Vec<A>{});
     store(max + k * L, splat<A>(-std::numeric_limits<A>::infinity()));
     store(index + k * L, VecInt<A>{});
   }
@@ -435,8 +488,9 @@ void reduce_columns(const T* x, int64_t stride, int64_t r0, int64_t r1, const Sl
   };
   for_chunks(r0, r1, [&](int64_t c0, int64_t c1) {
     for_streams<T>(c0, c1, stride, block);
-    fold(slots, part, sum);
+    sums.join(slots, (c0 - r0) / kChunk);
   });
+  sums.end(slots);
 }
 
 // Settles the NaN lanes of a reduce_columns over [0, rows) and hands over each slot: done(first lane, tag,
@@ -467,25 +521,23 @@ void weigh_product(const T* x, const T* dy, int64_t stride, int64_t r0, int64_t 
     for_streams<T>(c0, c1, stride, [&](int64_t r, int64_t step, auto rows) CBAM_INLINE_LAMBDA {
       constexpr int R = decltype(rows)::value;
       const RowPointers<const T, R> xs(x, stride, r, step), dys(dy, stride, r, step);
-      Vec<A> weight[R], acc[R], total[R];
-      for (int u = 0; u < R; ++u) {
-        weight[u] = splat<A>(row_weight[r + u * step]);
-        acc[u] = total[u] = Vec<A>{};
-      }
+      Vec<A> weight[R], total[R];
+      RowSums<A, R> sums;
+      for (int u = 0; u < R; ++u) weight[u] = splat<A>(row_weight[r + u * step]);
       for_slots(slots, [&](int64_t l, int64_t k, auto tag) CBAM_INLINE_LAMBDA {
         xs.prefetch(l);
         dys.prefetch(l);
         Vec<A> lane = load(lane_weight + l), product[R];
         for (int u = 0; u < R; ++u) {
           Vec<A> t = load(xs.row[u] + l, tag) * load(dys.row[u] + l, tag);  // [R, lanes]
-          acc[u] += only_fresh(t * lane, tag, Vec<A>{});
+          sums.add(u, only_fresh(t * lane, tag, Vec<A>{}));
           product[u] = t * weight[u];
         }
         store(part + k * L, load(part + k * L) + sum_block(product));
-        join_chain(k, acc, total);
+        sums.join(k);
       });
       A sum[R];
-      for (int u = 0; u < R; ++u) total[u] += acc[u];
+      sums.total(total);
       sum_lanes<A>(total, sum);
       for (int u = 0; u < R; ++u) row_out[r + u * step] = sum[u];
     });
@@ -500,36 +552,41 @@ CBAM_INLINE void sum_rows(const T* x, int64_t stride, int64_t r0, int64_t r1, co
   for_streams<T>(r0, r1, stride, [&](int64_t r, int64_t step, auto rows) CBAM_INLINE_LAMBDA {
     constexpr int R = decltype(rows)::value;
     const RowPointers<const T, R> xs(x, stride, r, step);
-    Vec<A> acc[R], total[R];
-    for (int u = 0; u < R; ++u) acc[u] = total[u] = Vec<A>{};
+    RowSums<A, R> sums;
     for_slots(slots, [&](int64_t l, int64_t k, auto tag) CBAM_INLINE_LAMBDA {
       for (int u = 0; u < R; ++u) {
         Vec<A> v = load(xs.row[u] + l, tag);  // [R, lanes]
-        acc[u] += only_fresh(f(v, r + u * step, l), tag, Vec<A>{});
+        sums.add(u, only_fresh(f(v, r + u * step, l), tag, Vec<A>{}));
       }
-      join_chain(k, acc, total);
+      sums.join(k);
     });
+    Vec<A> total[R];
     A sum[R];
-    for (int u = 0; u < R; ++u) total[u] += acc[u];
+    sums.total(total);
     sum_lanes<A>(total, sum);
     for (int u = 0; u < R; ++u) row_out[r + u * step] += sum[u];
   });
 }
 
-// Per slot, lane_out += sum over the rows [r0, r1) of f(x, row, first lane).
+// Per slot, the sum over the rows [r0, r1) of f(x, row, first lane).
 template <class T, class A, class F>
 CBAM_INLINE void sum_columns(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots,
-                             A* lane_out, F f) {
+                             const ColumnSums<A>& sums, F f) {
   constexpr int L = kLanes<A>;
-  for_streams<T>(r0, r1, stride, [&](int64_t r, int64_t step, auto rows) CBAM_INLINE_LAMBDA {
-    constexpr int R = decltype(rows)::value;
-    const RowPointers<const T, R> xs(x, stride, r, step);
-    for_slots(slots, [&](int64_t l, int64_t k, auto tag) CBAM_INLINE_LAMBDA {
-      Vec<A> part[R];
-      for (int u = 0; u < R; ++u) part[u] = f(load(xs.row[u] + l, tag), r + u * step, l);  // [R, lanes]
-      store(lane_out + k * L, load(lane_out + k * L) + sum_block(part));
+  sums.begin(slots);
+  for_chunks(r0, r1, [&](int64_t c0, int64_t c1) {
+    for_streams<T>(c0, c1, stride, [&](int64_t r, int64_t step, auto rows) CBAM_INLINE_LAMBDA {
+      constexpr int R = decltype(rows)::value;
+      const RowPointers<const T, R> xs(x, stride, r, step);
+      for_slots(slots, [&](int64_t l, int64_t k, auto tag) CBAM_INLINE_LAMBDA {
+        Vec<A> value[R];
+        for (int u = 0; u < R; ++u) value[u] = f(load(xs.row[u] + l, tag), r + u * step, l);  // [R, lanes]
+        store(sums.part + k * L, load(sums.part + k * L) + sum_block(value));
+      });
     });
+    sums.join(slots, (c0 - r0) / kChunk);
   });
+  sums.end(slots);
 }
 
 // What f of the passes below reads per row, for a vector within row r: rows(a) is a[r] in every lane.
