@@ -196,15 +196,29 @@ def fused_cbam_with_norm(
     backend: str, x: Tensor, p: Parameters, c: Config, norm: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """The block cut around `norm`, which sees the spatial logits (N, 1, *spatial). x must be dense."""
-    if _needs_grad(x, *p) or torch.is_grad_enabled() and any(q.requires_grad for q in _parameters(norm)):
+    if _needs_grad(x, *p):
         handle, z, gate, slot = _Attention.apply(backend, c, x, *p)
-        return _Scale.apply(backend, c.residual, x, handle, gate, norm(z), slot)
+        return _Scale.apply(backend, c.residual, x, handle, gate, _normed(norm, z), slot)
     z, gate = attention(backend, x, p, c)
-    return _ops.get(backend, "scale_forward")(x, gate, norm(z), c.residual)[0]
+    normed = _normed(norm, z)
+    if _needs_grad(normed):  # the norm learns, or closes over what does
+        return _Scale.apply(backend, c.residual, x, x, gate, normed, torch.empty_like(z))
+    return _ops.get(backend, "scale_forward")(x, gate, normed, c.residual)[0]
 
 
-def _parameters(norm: Callable) -> Sequence[Tensor]:
-    return tuple(norm.parameters()) if isinstance(norm, torch.nn.Module) else ()
+def _normed(norm: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """norm(z) as the kernels take it; ValueError where it is no logit a position."""
+    normed = norm(z)
+    if not isinstance(normed, Tensor):
+        raise TypeError(f"norm must return a Tensor, got {type(normed).__name__}")
+    if normed.shape != z.shape:
+        try:
+            normed = normed.expand(z.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"norm must return one logit a position, {tuple(z.shape)}, got {tuple(normed.shape)}"
+            ) from None
+    return normed.to(z.dtype).contiguous()
 
 
 def attention(backend: str, x: Tensor, p: Parameters, c: Config) -> Tuple[Tensor, Tensor]:

@@ -226,10 +226,12 @@ def select(name: str, x: Tensor, c: Config) -> str:
         if device == "cpu":
             _say_once("cpu")
         return "reference"
-    if name != "reference":
-        for b in TABLE:
-            if b.name == name:
-                reason = _refusal(b, x, c)
-                if reason is not None:
-                    raise RuntimeError(f'backend="{name}" cannot run: {reason}')
-    return name
+    if name == "reference":
+        return name
+    for b in TABLE:
+        if b.name == name:
+            reason = _refusal(b, x, c)
+            if reason is not None:
+                raise RuntimeError(f'backend="{name}" cannot run: {reason}')
+            return name
+    raise ValueError(f"backend must be one of {', '.join(map(repr, NAMES))}, got {name!r}")

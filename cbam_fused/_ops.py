@@ -15,7 +15,8 @@ Letters (A is the accumulation dtype: float64 for float64 x, else float32; P pos
     pooled          (N, K, C)          A; one row for each of the K pools, in bit order
     pool_index      (N, C)             first position of the maximum, or with TIES_SPLIT the
                                        number of positions that equal it; int16 if P < 2**15,
-                                       else int32; empty (0) without MAX
+                                       else int32; empty (0) and int16 without MAX or `save`, so that
+                                       a graph of any size has no condition on P
     channel_gate    (N, C)             A
     spatial_pool    (N, 2, *spatial)   A; always [max, mean], whatever the convolution's order
     spatial_index   (N, *spatial)      as pool_index, over C
@@ -92,10 +93,12 @@ def _fake_saved(x: Tensor, w1: Optional[Tensor], pools: int, spatial: int, save:
     positions = 1
     for s in sp:
         positions = positions * s
-    has_max = save and bool(pools & cfg.MAX)
-    pool_index = x.new_empty((n, c) if has_max else (0,), dtype=index_dtype(positions))
+    pool_index, spatial_index = (x.new_empty((0,), dtype=torch.int16) for _ in range(2))
+    if save and pools & cfg.MAX:
+        pool_index = x.new_empty((n, c), dtype=index_dtype(positions))
     spatial_pool = _acc(x, n, 2, *sp) if spatial and save else _acc(x, 0)
-    spatial_index = x.new_empty((n, *sp) if spatial and save else (0,), dtype=index_dtype(c))
+    if spatial and save:
+        spatial_index = x.new_empty((n, *sp), dtype=index_dtype(c))
     hidden = _acc(x, 0)
     if save and pools and w1 is not None:
         hidden = _acc(x, n, 1 if pools & cfg.BLEND else count, w1.shape[0])

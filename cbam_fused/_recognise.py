@@ -12,7 +12,7 @@ import copy
 import itertools
 from collections import OrderedDict
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -64,9 +64,14 @@ def _bare_copy(module: nn.Module) -> nn.Module:
 _SCALES = (3.0, 0.15, 0.5)
 
 
+def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    # Where new tensors go by default is the caller's affair.
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+
+
 def _randomise(twin: nn.Module, s: Structure, generator: torch.Generator) -> None:
     def normal(t: Tensor, scale: float) -> None:
-        t.copy_(torch.randn(t.shape, generator=generator, dtype=torch.float64) * scale)
+        t.copy_(_normal(t.shape, generator) * scale)
 
     with torch.no_grad():
         for path, scale in zip(s.paths[:3], _SCALES):
@@ -80,17 +85,23 @@ def _randomise(twin: nn.Module, s: Structure, generator: torch.Generator) -> Non
                 normal(p, 1.0)
             if norm.running_mean is not None:
                 normal(norm.running_mean, 0.5)
-                norm.running_var.copy_(
-                    0.5 + torch.rand(norm.running_var.shape, generator=generator, dtype=torch.float64)
-                )
+                norm.running_var.copy_(0.5 + _normal(norm.running_var.shape, generator).square())
 
 
 def _probes(s: Structure, dims: int, generator: torch.Generator) -> List[Tensor]:
     """A dense input, a post-ReLU one on a coarse grid (ties in both pools), and a large one."""
     c = s.channels or 5
     shapes = [(2, c, *(5, 6, 3)[:dims]), (3, c, *(4, 7, 2)[:dims]), (2, c, *(3, 3, 3)[:dims])]
-    dense, grid, large = (torch.randn(sh, generator=generator, dtype=torch.float64) for sh in shapes)
+    dense, grid, large = (_normal(sh, generator) for sh in shapes)
     return [dense, (grid * 2).round().clamp(min=0) / 2, large * 8]
+
+
+def _extremes(dense: Tensor) -> List[Tensor]:
+    """What a clamp or a `nan_to_num` on the way would change: a very large input, and one that is not finite."""
+    broken = dense.clone()
+    broken[0, 0].flatten()[1] = float("nan")
+    broken[1, -1].flatten()[2] = float("inf")
+    return [dense * 1e4, broken]
 
 
 def _variants(module: nn.Module, s: Structure) -> Iterator[Config]:
@@ -134,10 +145,32 @@ def _difference(a: Optional[Tensor], b: Optional[Tensor]) -> float:
 _MACHINERY = frozenset(nn.Module().__dict__)
 
 
-def _notes(module: nn.Module) -> Dict[str, Any]:
-    """What the module's parts hold besides layers and tensors: attributes by identity, and their lengths."""
+class _Held:
+    """A value and what it contains, by identity; tensors also by how often they were written to."""
+
+    def __init__(self, value: Any):
+        self.values: List[Any] = []
+        self._visit(value, 3)
+
+    def _visit(self, value: Any, depth: int) -> None:
+        self.values.append(value)
+        if isinstance(value, Tensor):
+            self.values.append(value._version)
+        elif depth and isinstance(value, (list, tuple, set, dict)):
+            for item in [*value, *value.values()] if isinstance(value, dict) else value:
+                self._visit(item, depth - 1)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Held):
+            return False
+        pairs = itertools.zip_longest(self.values, other.values, fillvalue=self)
+        return all(a is b or type(a) is int and a == b for a, b in pairs)
+
+
+def _notes(module: nn.Module) -> Dict[str, _Held]:
+    """What the module's parts hold besides layers and parameters."""
     return {
-        f"{name}.{key}".lstrip("."): (id(value), len(value) if isinstance(value, (list, dict, set)) else 0)
+        f"{name}.{key}".lstrip("."): _Held(value)
         for name, node in module.named_modules()
         for key, value in node.__dict__.items()
         if key not in _MACHINERY and not (isinstance(value, Tensor) and node._forward_pre_hooks)
@@ -154,7 +187,8 @@ def _call(module: nn.Module, x: Tensor) -> Tensor:
         ) from None
     if not isinstance(y, Tensor):
         raise Refusal(f"it returns a {type(y).__name__}")
-    if not torch.equal(x.detach(), given.detach()):
+    kept = (x == given) | (x != x) & (given != given)
+    if not bool(kept.all()):
         raise Refusal("it changes its input in place")
     after = _notes(module)
     if after != before:
@@ -167,8 +201,8 @@ def _gradients(module: nn.Module, x: Tensor) -> Tuple[Tensor, List[Optional[Tens
     """Output, and the gradients of input and parameters for a fixed cotangent."""
     x = x.clone().requires_grad_()
     y = _call(module, x * 1.0)
-    weights = torch.linspace(-1.0, 1.3, y.numel(), dtype=y.dtype).reshape(y.shape)
-    inputs = [x, *module.parameters()]
+    weights = torch.linspace(-1.0, 1.3, y.numel(), dtype=y.dtype, device="cpu").reshape(y.shape)
+    inputs = [x, *(p for p in module.parameters() if p.requires_grad)]
     if not y.requires_grad:
         raise Refusal("its output has no gradient")
     return y.detach(), list(torch.autograd.grad((y * weights).sum(), inputs, allow_unused=True))
@@ -180,7 +214,8 @@ def _agree(twin: nn.Module, other: nn.Module, x: Tensor) -> Optional[str]:
     yb, gb = _gradients(other, x)
     if _difference(ya, yb) > TOLERANCE:
         return "output"
-    names = ["gradient of the input", *(f"gradient of {n}" for n, _ in twin.named_parameters())]
+    learnt = (n for n, p in twin.named_parameters() if p.requires_grad)
+    names = ["gradient of the input", *(f"gradient of {n}" for n in learnt)]
     for name, a, b in zip(names, ga, gb):
         if _difference(a, b) > TOLERANCE:
             return name
@@ -299,8 +334,8 @@ def _refuse_shape(y: Tensor, x: Tensor) -> None:
     gates = (x.shape[:2] + (1,) * (x.dim() - 2), x.shape[:1] + (1,) + x.shape[2:])
     if y.shape in gates and bool(((y >= 0) & (y <= 1)).all()):
         raise GateOnly(
-            f"it returns a gate {tuple(y.shape)} for {tuple(x.shape)}, its caller multiplies: "
-            "cbam_fused.compat.luuuyi.CBAM is the pair as one fused block"
+            "it returns its gate alone and its caller multiplies: cbam_fused.compat.luuuyi.CBAM, or CBAM2018 with layers "
+            "fc1 and fc2, is the pair as one fused block (docs/compat.md shows the change)"
         )
     raise Refusal(f"it returns shape {tuple(y.shape)} for {tuple(x.shape)}")
 
@@ -336,4 +371,15 @@ def _verify(twin: nn.Module, spec: Spec, kind: str, probes: List[Tensor]) -> Opt
             if difference is not None:
                 return agreed, difference + (" in training" if training else "")
             agreed += 1
+    left, right = (_copy(twin).requires_grad_(False).eval() for _ in range(2))
+    become(right, spec, kind)
+    difference = _agree(left, right, probes[0])
+    if difference is not None:
+        return agreed, difference + " with frozen parameters"
+    with torch.no_grad():
+        for x in _extremes(probes[0]):
+            a, b = _call(left, x), _call(right, x)
+            same = torch.equal(a.isnan(), b.isnan()) and torch.equal(a.isinf(), b.isinf())
+            if not same or _difference(*(t.nan_to_num(0.0, 0.0, 0.0) for t in (a, b))) > TOLERANCE:
+                return agreed, "output for very large numbers, infinity and NaN"
     return None

@@ -36,15 +36,17 @@ def _fold(norm: Optional[Norm]) -> Optional[Folded]:
     if norm is None:
         return NO_NORM
     if _only_normalises(norm) and not norm.training and norm.running_mean is not None:
-        if not (norm._forward_hooks or norm._forward_pre_hooks):
+        hooks = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
+        if not hooks and "forward" not in norm.__dict__:
             return norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps
     return None
 
 
-def _named(p: Parameters, folded: Optional[Folded]):
+def _named(p: Parameters, norm: Optional[Norm]):
     yield from zip(Parameters._fields, p)
-    if folded is not None and folded[2] is not None:
-        yield from zip(("norm.weight", "norm.bias", "norm.running_mean", "norm.running_var"), folded)
+    if _only_normalises(norm):
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            yield f"norm.{name}", getattr(norm, name)
 
 
 def _upcast(x: Tensor, p: Parameters) -> Tuple[Tensor, Parameters]:
@@ -64,50 +66,47 @@ def _beside(t: Optional[Tensor], x: Tensor) -> Optional[Tensor]:
 def _run_reference(x: Tensor, p: Parameters, c: Config, norm: Optional[Norm]) -> Tensor:
     if not torch.jit.is_tracing() and x.numel() == 0:
         # Nothing to pool; keep x and the parameters in the graph, so that they get zeros.
-        anchors = [t.sum() * 0 for t in (*p, *_autograd._parameters(norm)) if t is not None]
+        learnt = norm.parameters() if isinstance(norm, nn.Module) else ()
+        anchors = [t.sum() * 0 for t in (*p, *learnt) if t is not None]
         return x * 1 + sum(anchors).to(x.dtype) if anchors else x * 1
     xs, ps = _upcast(x, p)
-    if (
-        norm is not None
-        and (affine := getattr(norm, "weight", None)) is not None
-        and affine.dtype != xs.dtype
-    ):
-        plain, norm = norm, lambda z: plain(z.to(affine.dtype)).to(xs.dtype)
-    return cbam_reference(xs, ps, c, norm).to(x.dtype)
+    return cbam_reference(xs, ps, c, None if norm is None else _cast(norm, xs.dtype, xs)).to(x.dtype)
+
+
+def _cast(norm: Norm, wanted: torch.dtype, x: Tensor) -> Norm:
+    """norm, called on logits in the dtype of its own tensors where it has any, and else in `wanted`."""
+    if torch.is_autocast_enabled(x.device.type):
+        return norm
+    if isinstance(norm, nn.Module):
+        for t in (*norm.parameters(), *norm.buffers()):
+            if t.is_floating_point():
+                wanted = t.dtype
+                break
+
+    def cast(z: Tensor) -> Tensor:
+        normed = norm(z if z.dtype == wanted else z.to(wanted))
+        return normed.to(z.dtype) if isinstance(normed, Tensor) else normed
+
+    return cast
 
 
 def run(x: Tensor, p: Parameters, c: Config, norm: Optional[Norm], backend: str) -> Tensor:
     """CBAM of a checked x; the parameters' shapes are the caller's care."""
     folded = _fold(norm)
-    _checks.check_placement(x, _named(p, folded))
+    _checks.check_placement(x, _named(p, norm))
     name = _backends.select(backend, x, c)
     if name == "reference":
         return _run_reference(x, p, c, norm)
     x = _autograd.dense(x)
     if folded is None and x.shape[0] == 0:
-        # No statistics to take from an empty batch; the affine parameters still get zeros.
-        folded = (norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
+        # No statistics to take from an empty batch; what the norm learns still gets zeros.
+        return _run_reference(x, p, c, norm)
     if torch.is_autocast_enabled(x.device.type):
         p = Parameters(*(_beside(t, x) for t in p))
         folded = None if folded is None else (*(_beside(t, x) for t in folded[:4]), folded[4])
     if folded is not None:
         return _autograd.fused_cbam(name, x, p, c, folded)
-    affine = getattr(norm, "weight", None)
-    if affine is not None and affine.dtype != torch.float32 and x.dtype != torch.float64:
-        norm = _Cast(norm)
-    return _autograd.fused_cbam_with_norm(name, x, p, c, norm)
-
-
-class _Cast(nn.Module):
-    """A norm in a 16-bit dtype, between spatial logits in float32."""
-
-    def __init__(self, norm: nn.Module):
-        super().__init__()
-        self.norm = norm
-        self.training = norm.training
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.norm(z.to(self.norm.weight.dtype)).to(z.dtype)
+    return _autograd.fused_cbam_with_norm(name, x, p, c, _cast(norm, _ops.accumulate_dtype(x.dtype), x))
 
 
 def maps(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch.nn as nn
@@ -37,6 +38,31 @@ _DYNAMICALLY_QUANTIZED = "torch.ao.nn.quantized.dynamic."
 _FORWARDS = tuple(kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
+@functools.lru_cache(maxsize=None)
+def _warn_of_hooks(name: str) -> None:
+    warnings.warn(
+        f"a hook on {name} is not called: the fused block reads this layer's weights and does not call the layer. "
+        "Put the hook on the block, or `unfuse` the model while you need it",
+        RuntimeWarning,
+        stacklevel=5,
+    )
+
+
+def _run_prehook(layer: nn.Module, name: str, key: int, hook: Callable) -> None:
+    """A pre-hook that recomputes what the layer holds has no use for an input; any other one is refused."""
+    arguments: Tuple[Any, ...] = ((), {}) if key in layer._forward_pre_hooks_with_kwargs else ((),)
+    problem: Optional[BaseException] = None
+    try:
+        if hook(layer, *arguments) is None:
+            return
+    except Exception as error:  # whatever it makes of having no input
+        problem = error
+    raise TypeError(
+        f"{name} must have no forward pre-hook that looks at its input or changes it: the fused block reads this layer's "
+        "weights and does not call the layer. Put the hook on the block, or `unfuse` the model while you need it"
+    ) from problem
+
+
 def _readable(layer: nn.Module, name: str) -> nn.Module:
     """layer, its pre-hooks run; TypeError where its forward does more than its weight and bias say.
 
@@ -50,9 +76,22 @@ def _readable(layer: nn.Module, name: str) -> nn.Module:
             f"{kind.__name__} with its own: its weights are read and its forward is not called, so what that adds would be "
             "lost. Leave this layer out of what replaces layers (adapters, quantizers), or `unfuse` the model first"
         )
-    for hook in layer._forward_pre_hooks.values():
-        hook(layer, ())
+    if layer._forward_pre_hooks:
+        for key, hook in layer._forward_pre_hooks.items():
+            _run_prehook(layer, name, key, hook)
+    if layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        _warn_of_hooks(name)
     return layer
+
+
+def _check_geometry(conv: Any, name: str) -> None:
+    """What the kernels compute: stride 1, zeros around the map, as many as keep its size."""
+    same = conv.padding == "same" or tuple(conv.padding) == tuple(k // 2 for k in conv.kernel_size)
+    ones = (1,) * len(conv.kernel_size)
+    if not same or conv.stride != ones or conv.dilation != ones or conv.padding_mode != "zeros":
+        raise ValueError(
+            f"{name} must have stride 1, dilation 1 and zeros around the map that keep its size, got {conv}"
+        )
 
 
 def fx_leaf(forward: Callable) -> Callable:
@@ -238,6 +277,7 @@ class SpatialGate(_Gates):
     def tensors(self) -> Tuple[Tensor, Optional[Tensor]]:
         """conv_weight, conv_bias."""
         conv = _readable(self._modules["conv"], "conv")
+        _check_geometry(conv, "conv")
         return _read(conv, "weight"), _read(conv, "bias")
 
     @fx_leaf

@@ -94,3 +94,14 @@ def test_export(target):
     program = torch.export.export(module, (x,), dynamic_shapes=({0: batch},))
     more = torch.randn(5, 16, 7, 9, device=target.device)
     torch.testing.assert_close(program.module()(more), module(more))
+
+
+def test_export_of_any_size(target):
+    """No condition on H * W is planted: 300 x 300 positions are more than a 16-bit index counts."""
+    module = FusedCBAM(4, 2, backend=target.backend, device=target.device).eval()
+    sizes = {0: torch.export.Dim("n", max=64), 2: torch.export.Dim("h", min=2, max=4096),
+             3: torch.export.Dim("w", min=2, max=4096)}  # fmt: skip
+    with torch.no_grad():
+        program = torch.export.export(module, (torch.randn(2, 4, 8, 9, device=target.device),), dynamic_shapes=(sizes,))
+        x = torch.randn(1, 4, 300, 300, device=target.device)
+        torch.testing.assert_close(program.module()(x), module(x))

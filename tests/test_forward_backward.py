@@ -8,6 +8,7 @@ import torch
 from oracle import DTYPES, FUSED, OPTIONS, Options, check, layout_of, leaves, make_problem, run_problem
 
 from benchmarks.measure import last_level_cache
+from cbam_fused import _ops
 from cbam_fused.functional import run
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -70,6 +71,28 @@ def test_float32_parameters_beside_16_bit_input(target, name, dtype):
     for layout in ("contiguous", "channels_last"):
         problem = make_problem((3, 33, 7, 9), OPTIONS[name], dtype, target.device, layout, wide=True)
         check(problem, target.backend)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("side", [128, 256, 320, 640])
+def test_sums_over_many_equal_numbers(fused, side, layout):
+    """Every addition errs in the same direction: one running sum would be off by far more than the reference."""
+    problem = make_problem((1, 16, side, side), Options(), torch.float32, fused.device, layout)
+    problem.x.fill_(0.1)
+    check(problem, fused.backend, ties=True)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("pools, f", [
+    (("avg",), lambda x: x.mean(2)), (("lp",), lambda x: x.norm(dim=2)), (("lse",), lambda x: x.logsumexp(2)),
+])  # fmt: skip
+def test_pools_of_a_very_large_map(fused, pools, f, layout):
+    x = layout_of(torch.full((1, 2, 2048, 2048), 0.1), layout).to(fused.device)
+    bits = Options(pools=pools).config().pools
+    pooled = _ops.get(fused.backend, "attention_forward")(
+        x, None, None, torch.eye(2, device=fused.device), None, None, None, bits, 0, 0, True
+    )[1]
+    torch.testing.assert_close(pooled[:, 0].double().cpu(), f(x.double().cpu().flatten(2)), rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -70,6 +70,38 @@ class Counts(Bubbliiiing):
         return super().forward(x)
 
 
+class Stores(Bubbliiiing):
+    """As Keeps, in what the module holds already."""
+
+    def __init__(self, channels, held, store):
+        super().__init__(channels)
+        self.held, self.store = held, store
+
+    def forward(self, x):
+        self.store(self.held, self.channelattention(x).detach())
+        return super().forward(x)
+
+
+class After(Bubbliiiing):
+    """A CBAM and something that most inputs do not show."""
+
+    def __init__(self, channels, f):
+        super().__init__(channels)
+        self.f = f
+
+    def forward(self, x):
+        return self.f(super().forward(x), x)
+
+
+class DetachedWhereFrozen(Bubbliiiing):
+    def forward(self, x):
+        gate = self.channelattention(x)
+        if not self.channelattention.fc1.weight.requires_grad:
+            gate = gate.detach()
+        x = x * gate
+        return x * self.spatialattention(x)
+
+
 class Configured(Bubbliiiing):
     def __init__(self, channels):
         super().__init__(channels)
@@ -88,6 +120,12 @@ def compiled():
         (lambda: OwnCall(32), "OwnCall has its own __call__, which would not run"),
         (lambda: Keeps(32), "its forward sets seen"),
         (lambda: Counts(32), "its forward sets calls"),
+        (lambda: Stores(32, {}, lambda held, g: held.update(gate=g)), "its forward sets held"),
+        (lambda: Stores(32, [None], lambda held, g: held.__setitem__(0, g)), "its forward sets held"),
+        (lambda: Stores(32, torch.zeros(1), lambda held, g: held.add_(1)), "its forward sets held"),
+        (lambda: After(32, lambda y, x: y.nan_to_num(0.0)), "for very large numbers, infinity and NaN differs"),
+        (lambda: After(32, lambda y, x: y.clamp(-1e3, 1e3)), "for very large numbers, infinity and NaN differs"),
+        (lambda: DetachedWhereFrozen(32), "its gradient of the input with frozen parameters differs"),
         (lambda: Configured(32), "its attribute config is not FusedCBAM's"),
         (compiled, "it is compiled by itself: fuse before compiling"),
         (lambda: Renamed(act=nn.SiLU), "act is a SiLU"),
@@ -107,6 +145,25 @@ def test_what_is_not_certain_is_left_and_said(make, reason):
     assert type(module) is source
     (left,) = [r for r in report.left if r.name == ""]
     assert re.search(reason, left.reason), left.reason
+
+
+def test_what_a_forward_has_stored_before_hides_nothing():
+    """The model ran before: the module holds a gate already, and each forward puts another in its place."""
+    module = Stores(32, {}, lambda held, g: held.update(gate=g))
+    for _ in range(3):
+        module(inputs(32)["dense"])
+    assert not fuse(module).swapped
+
+
+def test_new_tensors_by_default_elsewhere():
+    torch.set_default_device("meta")
+    try:
+        with torch.device("cpu"):
+            module = Bubbliiiing(32)
+        report = fuse(module)
+    finally:
+        torch.set_default_device(None)
+    assert report.swapped and not report.left
 
 
 def test_the_gates_of_a_block_that_is_left_are_swapped_where_they_are_certain():

@@ -11,7 +11,7 @@ from oracle import DTYPES, assert_within
 from torch.nn.utils import parametrizations, prune
 
 import cbam_fused
-from cbam_fused import ChannelGate, FusedCBAM, SpatialGate, cbam
+from cbam_fused import ChannelGate, FusedCBAM, SpatialGate, cbam, compat
 from cbam_fused import _config as cfg
 from cbam_fused._config import Config, Parameters
 from cbam_fused.reference import cbam_reference, channel_gate_reference, spatial_logits_reference
@@ -268,6 +268,132 @@ def test_hooks_on_the_norm_are_called(target):
     module.spatial_gate.bn.register_forward_hook(lambda m, args, out: seen.append(out.shape))
     module(torch.randn(2, 8, 5, 5, device=target.device))
     assert seen == [(2, 1, 5, 5)]
+
+
+def test_backward_hooks_and_a_forward_of_the_norms_own_are_called(target):
+    x = torch.randn(2, 8, 5, 5, device=target.device, requires_grad=True)
+    module, seen = _module(target, 8, 2).eval(), []
+    module.spatial_gate.bn.register_full_backward_hook(lambda m, given, got: seen.append(got[0].shape))
+    module(x).sum().backward()
+    assert seen == [(2, 1, 5, 5)]
+    module = _module(target, 8, 2).eval()
+    module.spatial_gate.bn.forward = lambda z: torch.full_like(z, 100.0)
+    gate = channel_gate_reference(x, Parameters(*module.channel_gate.tensors(), None, None), module.config)
+    torch.testing.assert_close(module(x), x * gate[:, :, None, None])
+
+
+@pytest.mark.parametrize("path", ("channel_gate.fc1", "channel_gate.fc2", "spatial_gate.conv"))
+def test_hooks_on_layers_that_are_read(path):
+    """Never called, so that one is warned of; a pre-hook runs, and must do without an input."""
+    x, name = torch.randn(2, 8, 5, 5), path.split(".")[1]
+    module = FusedCBAM(8, 2)
+    expected = module.eval()(x)
+    cbam_fused.module._warn_of_hooks.cache_clear()
+    handle = module.get_submodule(path).register_forward_hook(lambda m, args, out: out)
+    with pytest.warns(RuntimeWarning, match=f"^a hook on {name} is not called"):
+        assert torch.equal(module(x), expected)
+    handle.remove()
+    for hook, options in (
+        (lambda m, args: args[0].shape, {}),
+        (lambda m, args: (0,), {}),
+        (lambda m, args, kwargs: (args, kwargs), dict(with_kwargs=True)),
+    ):
+        handle = module.get_submodule(path).register_forward_pre_hook(hook, **options)
+        with pytest.raises(TypeError, match=f"^{name} must have no forward pre-hook that looks at its input"):
+            module(x)
+        handle.remove()
+    calls = []
+    module.get_submodule(path).register_forward_pre_hook(lambda m, args, kwargs: calls.append(m), with_kwargs=True)
+    assert torch.equal(module(x), expected) and calls == [module.get_submodule(path)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    (dict(padding_mode="circular"), dict(padding_mode="reflect"), dict(padding=9, dilation=3), dict(stride=2, padding=3),
+     dict(padding=2)),
+    ids=str,
+)  # fmt: skip
+def test_a_convolution_that_is_another_is_refused(change):
+    options = {"padding": 3, **change}
+    official = compat.official.CBAM(8, 2)
+    for module, path in ((FusedCBAM(8, 2), "spatial_gate.conv"), (official, "SpatialGate.spatial.conv")):
+        module.set_submodule(path, nn.Conv2d(2, 1, 7, bias=False, **options))
+        with pytest.raises(ValueError, match="must have stride 1, dilation 1 and zeros around the map"):
+            module(torch.randn(2, 8, 9, 9))
+    module = FusedCBAM(8, 2)
+    module.spatial_gate.conv = nn.Conv2d(2, 1, 7, padding="same", bias=False)
+    module(torch.randn(2, 8, 9, 9))
+
+
+def test_a_backend_that_is_set_later_is_checked():
+    module = FusedCBAM(8, 2)
+    module.backend = "gpu"
+    with pytest.raises(ValueError, match="^backend must be one of 'auto', 'cuda', .*, got 'gpu'$"):
+        module(torch.randn(2, 8, 5, 5))
+
+
+def _weights(device, dtype=torch.float32):
+    shapes = ((2, 8), (2,), (8, 2), (8,), (1, 2, 3, 3))
+    return [*(torch.randn(s, device=device, dtype=dtype) for s in shapes), None]
+
+
+def test_a_norm_that_closes_over_what_it_learns(target):
+    """Nothing else needs a gradient, and the function does not say what it holds."""
+    x, weights = torch.randn(2, 8, 5, 5, device=target.device), _weights(target.device)
+    grads = []
+    for backend in (target.backend, "reference"):
+        bn = nn.BatchNorm2d(1, device=target.device)
+        cbam(x, *weights, norm=lambda z: bn(z), backend=backend).pow(2).sum().backward()
+        grads.append(bn.weight.grad)
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    (lambda z: z.transpose(2, 3).contiguous().transpose(2, 3), lambda z: z.mean((2, 3), keepdim=True), lambda z: z.double()),
+    ids=("strided", "one-logit-a-sample", "double"),
+)  # fmt: skip
+def test_whatever_a_norm_returns(target, norm):
+    x, weights = torch.randn(2, 8, 4, 6, device=target.device, requires_grad=True), _weights(target.device)
+    results = []
+    for backend in (target.backend, "reference"):
+        y = cbam(x, *weights, norm=norm, backend=backend)
+        results.append((y, *torch.autograd.grad(y.pow(2).sum(), x)))
+    _agree(*results)
+
+
+def test_a_norm_of_another_shape_is_refused(fused):
+    x, weights = torch.randn(2, 8, 4, 6, device=fused.device), _weights(fused.device)
+    with pytest.raises(ValueError, match=r"one logit a position, \(2, 1, 4, 6\), got \(2, 1, 6, 4\)"):
+        cbam(x, *weights, norm=lambda z: z.transpose(2, 3), backend=fused.backend)
+    with pytest.raises(TypeError, match="^norm must return a Tensor, got tuple"):
+        cbam(x, *weights, norm=lambda z: (z, z), backend=fused.backend)
+
+
+def test_norms_in_other_dtypes(target):
+    """A container of layers is called in their dtype; a BatchNorm beside x has the rules of every parameter."""
+    x = torch.randn(2, 8, 5, 5, device=target.device, dtype=torch.bfloat16)
+    norm = nn.Sequential(nn.BatchNorm2d(1)).to(target.device, torch.bfloat16)
+    y = cbam(x, *_weights(target.device, torch.bfloat16), norm=norm, backend=target.backend)
+    assert y.dtype == torch.bfloat16
+    for training in (False, True):
+        norm = nn.BatchNorm2d(1, device=target.device).train(training)
+        with pytest.raises(TypeError, match="^norm.weight must have the dtype of x, torch.float64, got torch.float32"):
+            cbam(x.double(), *_weights(target.device, torch.float64), norm=norm, backend=target.backend)
+    if target.device == "cpu":
+        conv = nn.Conv2d(1, 1, 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert cbam(x.float(), *_weights("cpu"), norm=conv, backend=target.backend).isfinite().all()
+
+
+@pytest.mark.parametrize("norm", (lambda z: z * 2, nn.GroupNorm(1, 1)), ids=("function", "GroupNorm"))
+def test_an_empty_batch_with_any_norm(target, norm):
+    x = torch.zeros(0, 8, 5, 5, device=target.device, requires_grad=True)
+    if isinstance(norm, nn.Module):
+        norm = copy.deepcopy(norm).to(target.device)
+    y = cbam(x, *_weights(target.device), norm=norm, backend=target.backend)
+    y.sum().backward()
+    assert y.shape == x.shape == x.grad.shape
 
 
 def test_in_place_residual_on_the_output(target):

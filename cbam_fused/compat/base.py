@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _checks, functional, masks
 from .. import _config as cfg
 from .._config import Config, Parameters
-from ..module import _CONV, _NORM, ChannelGate, FusedCBAM, SpatialGate, _read, _readable, fx_leaf
+from ..module import _CONV, _NORM, ChannelGate, FusedCBAM, SpatialGate, _check_geometry, _read, _readable, fx_leaf
 from . import dialects
 
 Path = Tuple[str, ...]
@@ -122,7 +122,9 @@ class _Dialect:
         _checks.check_input(x, spec.channels, spec.dims)
         weight = bias = None
         if spec.paths[2] is not None:
-            conv = _readable(self._layer(spec.paths[2]), ".".join(spec.paths[2]))
+            name = ".".join(spec.paths[2])
+            conv = _readable(self._layer(spec.paths[2]), name)
+            _check_geometry(conv, name)
             weight, bias = _read(conv, "weight"), _read(conv, "bias")
         return (
             x,

@@ -294,7 +294,8 @@ def to_dialect(module: nn.Module, name: str) -> "OrderedDict[str, Tensor]":
     """
     row = dialects.find(name, "block")
     state = OrderedDict(module.state_dict())
-    found = {p + "." if p else "": m for p, m in module.named_modules() if isinstance(m, FusedCBAM)}
+    found = {p + "." if p else "": m for p, m in module.named_modules(remove_duplicate=False)
+             if isinstance(m, FusedCBAM)}
     if not found:
         raise ValueError(f"module must be or hold a FusedCBAM, got {type(module).__name__} with none")
     written: "OrderedDict[str, Tensor]" = OrderedDict()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _config as cfg
-from .._ops import index_dtype
+from .._ops import accumulate_dtype, index_dtype
 from . import configurations
 from . import problem as pb
 from .problem import Problem, cdiv
@@ -72,13 +72,9 @@ class Saved:
             self.spatial_index,
             self.hidden,
         )
-        empty = (x.new_empty(0, dtype=pr_dtype) for pr_dtype in self._dtypes(x))
+        acc, index = accumulate_dtype(x.dtype), torch.int16
+        empty = (x.new_empty(0, dtype=dtype) for dtype in (acc, index, acc, acc, index, acc))
         return tuple(t if self.save and t is not None else e for t, e in zip(found, empty))
-
-    def _dtypes(self, x: Tensor):
-        acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-        positions = x.shape[2:].numel()
-        return acc, index_dtype(positions), acc, acc, index_dtype(x.shape[1]), acc
 
 
 def map_splits(pr: Problem, found, device, n: int) -> Tuple[int, int, int]:

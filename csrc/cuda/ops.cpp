@@ -134,6 +134,7 @@ class Call {
   }
   Tensor map() const { return accumulate(map_sizes({p.samples, 1})); }
   Tensor nothing() const { return accumulate({0}); }
+  Tensor no_indices() const { return cbam_fused::make({0}, ScalarType::Short, place_); }
 
   void take_weights(const Weights& w) {
     if (p.pools) {
@@ -173,7 +174,7 @@ class Call {
   // What forward computes between its stages. The kernels need most of it whether it is saved or not;
   // what is not, goes back to the allocator when the call has been queued.
   Saved make_saved(bool save, bool keep_gate) {
-    Saved s{nothing(), indices({0}, p.positions), nothing(), nothing(), indices({0}, p.channels), nothing()};
+    Saved s{nothing(), no_indices(), nothing(), nothing(), no_indices(), nothing()};
     const auto keep = [&](bool wanted, Tensor made, Tensor& kept) {
       void* data = made.data_ptr();
       if (wanted)
