@@ -73,11 +73,12 @@ $(VENV)/.torch:
 	$(BIN)/python -m pip install $(if $(CI),-q) "torch>=2.10" "setuptools>=77" ninja numpy
 	@touch $@
 
-# build_ext by itself first, because pip would hide its progress; pip then finds the objects made.
+# build_ext by itself first, because pip would hide its progress; pip then finds the objects made. A path in the
+# environment, not setuptools' finder: from this folder's parent, that finder would lose to the folder's own name.
 $(VENV)/.build: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
 	@echo "[2/3] native modules"
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py -q build_ext --inplace
-	@PATH="$(abspath $(BIN)):$$PATH" $(INSTALL) --no-deps -e .
+	@PATH="$(abspath $(BIN)):$$PATH" $(INSTALL) --no-deps --config-settings editable_mode=compat -e .
 	@touch $@
 
 $(VENV)/.bench $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(VENV)/.build pyproject.toml

@@ -238,7 +238,12 @@ def summary_table(groups: Sequence[Sequence[Row]]) -> str:
         for p in rivals
     ]
     lines.append(("geometric mean", "", "", *means, "", ""))
-    return table(header, lines, len(lines) - 1)
+    text = table(header, lines, len(lines) - 1)
+    plain = [r for g in groups for r in g if r["provider"] == "fused" and r["backend"] == "reference"]
+    if plain:
+        text += f"\n{len(plain)} of these are plain PyTorch under the name of fused: its backend was the reference."
+        text += "".join(f"\n  {name}: {reason}" for name, reason in cbam_fused.backends().items() if reason is not True)
+    return text
 
 
 class Progress:

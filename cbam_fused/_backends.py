@@ -34,7 +34,11 @@ def _load_native(module: str, hint: str) -> Callable[[], Optional[str]]:
             glob.glob(os.path.join(here, f"{module}.*so")) + glob.glob(os.path.join(here, f"{module}.*pyd"))
         )
         if not found:
-            return f"the native module cbam_fused.{module} is not built: {hint}"
+            reason = f"the native module cbam_fused.{module} is not built: {hint}"
+            if os.path.exists(os.path.join(os.path.dirname(here), "setup.py")):
+                # An installed copy may have it, but Python found this one first.
+                reason += f"; or run `make build` in {os.path.dirname(here)}, whose sources Python has imported"
+            return reason
         try:
             torch.ops.load_library(found[0])
         except OSError as error:
@@ -155,12 +159,22 @@ def unavailable(name: str) -> Optional[str]:
     return _state[name]
 
 
-def backends() -> Dict[str, Union[bool, str]]:
-    """Every backend by name: True if it is available on this machine, or the reason why not (str)."""
-    table: Dict[str, Union[bool, str]] = {}
+class Unavailable(str):
+    """Why a backend cannot run here; false, so that `if backends()["cuda"]` asks what it seems to ask."""
+
+    def __bool__(self) -> bool:
+        return False
+
+
+def backends() -> Dict[str, Union[bool, Unavailable]]:
+    """Every backend by name: True if it is available on this machine, or the reason why not.
+
+    The reason is a string, and false.
+    """
+    table: Dict[str, Union[bool, Unavailable]] = {}
     for b in TABLE:
         reason = unavailable(b.name)
-        table[b.name] = True if reason is None else reason
+        table[b.name] = True if reason is None else Unavailable(reason)
     table["reference"] = True
     return table
 
@@ -179,7 +193,8 @@ def _say_once(name: str) -> None:
 def _refusal(b: Backend, x: Tensor, c: Config) -> Optional[str]:
     device = x.device.type
     if device != b.device and not (b.name == "triton" and device == "cpu" and _triton_interprets()):
-        return f"x must be on a {b.device} device, got {x.device}"
+        reason = unavailable(b.name)
+        return f"x must be on a {b.device} device, got {x.device}" + ("" if reason is None else f"; and {reason}")
     reason = unavailable(b.name)
     if reason is None and b.covers is not None:
         reason = b.covers(x, c)

@@ -41,9 +41,11 @@ def check_positive(name: str, value: object) -> int:
     return value
 
 
-def check_kernel_size(value: object) -> None:
+def check_kernel_size(value: object, hint: str = "") -> None:
+    if isinstance(value, (list, tuple)):
+        raise TypeError(f"kernel_size must be an int, got {value!r}; pools are given as pool_types=")
     if check_positive("kernel_size", value) % 2 == 0:
-        raise ValueError(f"kernel_size must be odd, got {value}")
+        raise ValueError(f"kernel_size must be odd, got {value}{hint}")
 
 
 def pool_names(pool_types: object) -> Tuple[str, ...]:

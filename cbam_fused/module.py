@@ -210,6 +210,7 @@ class ChannelGate(_Gates):
 
     @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
+        """x (N, channels, *spatial) -> the same, in its dtype and layout; raises as `FusedCBAM.forward` does."""
         _checks.check_input(x, self.channels, self.dims)
         return functional.run(x, Parameters(*self.tensors()), self.config, None, self.backend)
 
@@ -259,7 +260,7 @@ class SpatialGate(_Gates):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        _checks.check_kernel_size(kernel_size)
+        _checks.check_kernel_size(kernel_size, "; a SpatialGate takes any number of channels and is told none")
         _checks.check_backend(backend)
         _check_dims(dims)
         self.kernel_size = kernel_size
@@ -282,6 +283,7 @@ class SpatialGate(_Gates):
 
     @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
+        """x (N, C, *spatial) -> the same, in its dtype and layout; raises as `FusedCBAM.forward` does."""
         _checks.check_input(x, None, self.dims)
         p = Parameters(None, None, None, None, *self.tensors())
         return functional.run(x, p, self.config, self.bn, self.backend)
@@ -407,6 +409,15 @@ class FusedCBAM(_Gates):
 
     @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
+        """x (N, channels, *spatial) -> the same, in its dtype and layout.
+
+        x is float32, float64, bfloat16 or float16; contiguous and channels-last are read as they are, other strides
+        are copied. Parameters have x's dtype, or float32 beside a 16-bit x.
+
+        Raises:
+            TypeError, ValueError: an x or parameters that cannot be computed; nothing is computed.
+            RuntimeError: a backend asked for by name that cannot run this call, and why.
+        """
         if self.arrangement != "channel_first":
             return masks.arranged(self.arrangement, *self._arguments(x))
         return functional.run(*self._arguments(x))

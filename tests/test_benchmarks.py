@@ -29,7 +29,7 @@ from benchmarks.measure import (  # noqa: E402
     time_interleaved,  # noqa: E402
 )
 from benchmarks.providers import Candidate, EagerCBAM, build, make_weights  # noqa: E402
-from benchmarks.report import FIELDS, CsvLog, make_row, warnings  # noqa: E402
+from benchmarks.report import FIELDS, CsvLog, make_row, summary_table, warnings  # noqa: E402
 from benchmarks.shapes import MODES, SETS, Case  # noqa: E402
 
 SHAPE = (24, 7, 9)
@@ -420,3 +420,15 @@ def test_plain_and_fused_learn_the_same_from_real_digits(threads):
     assert plain[-1]["loss"] < 0.7 * plain[0]["loss"]
     assert fused[0]["test_accuracy"] > 0.5 and fused[0]["peak_bytes"] > 0
     assert "small CNN at 8 x 8, fused" in train.summary(rows)
+
+
+def test_a_summary_of_the_reference_says_so():
+    """Where no kernel is built, or another copy of the package was imported, "fused" is plain PyTorch."""
+    row = dict(
+        mode="infer", shape="8x4x4x4", dtype="float32", layout="contiguous", norm=False, threads=1, p50_ms=1.0, peak_bytes=1,
+        kept_bytes=None, x_bytes=1,
+    )  # fmt: skip
+    rows = [{**row, "provider": p, "backend": b} for p, b in (("copy", ""), ("eager", ""), ("fused", "cpu"))]
+    assert "plain PyTorch" not in summary_table([rows])
+    rows[-1]["backend"] = "reference"
+    assert "\n1 of these are plain PyTorch under the name of fused" in summary_table([rows])

@@ -263,3 +263,21 @@ def test_checkpoints_older_than_num_batches_tracked():
     module = FusedCBAM(32)
     module.load_state_dict(dict(state))
     assert module.spatial_gate.bn.num_batches_tracked == 0
+
+
+def test_what_is_no_state_dict_says_what_to_load():
+    module = FusedCBAM(32, spatial_norm=False)
+    with pytest.raises(TypeError, match="^state_dict must be a mapping, got str; torch.load reads one from a file$"):
+        module.load_state_dict("cbam.pt")
+    checkpoint = {"epoch": 3, "state_dict": FusedCBAM(32, spatial_norm=False).state_dict(), "optimizer": {"state": {}}}
+    with pytest.raises(RuntimeError, match="this checkpoint has them under 'state_dict': load that entry$"):
+        module.load_state_dict(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
+
+
+def test_a_block_in_two_places_is_written_twice():
+    model = nn.Module()
+    model.a = model.b = FusedCBAM(32, spatial_norm=False, mlp_bias=False)
+    state = to_dialect(model, "bubbliiiing")
+    first, second = ([k[2:] for k in state if k.startswith(p)] for p in ("a.", "b."))
+    assert first and first == second

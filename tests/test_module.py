@@ -678,7 +678,7 @@ def test_version_and_public_names():
     assert all(hasattr(cbam_fused, name) for name in cbam_fused.__all__)
     table = cbam_fused.backends()
     assert list(table) == ["cuda", "triton", "cpu", "reference"]
-    assert all(ok is True or (isinstance(ok, str) and ok) for ok in table.values())
+    assert all(ok is True or (isinstance(ok, str) and len(ok) > 10 and not ok) for ok in table.values())
 
 
 def test_config_is_hashable_and_comparable():

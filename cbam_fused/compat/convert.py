@@ -189,8 +189,16 @@ def locate(module: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
     is. Otherwise the one CBAM in it that fits (behind `module.`, or inside a whole model) is.
     """
     kind = _kind(module)
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state_dict must be a mapping, got {type(state).__name__}; torch.load reads one from a file")
     if not state or any(k in state for k in module.state_dict()) or detect(state, kind, ""):
         return state
+    inner = [k for k, v in state.items() if isinstance(v, Mapping) and any(isinstance(t, Tensor) for t in v.values())]
+    if inner:
+        raise RuntimeError(
+            f"{type(module).__name__}.load_state_dict: state_dict must hold tensors, and this checkpoint has them under "
+            f"{' or '.join(map(repr, inner))}: load that entry"
+        )
     layout = layout_of(module)
     matches = detect(state, kind)
     if not matches:
