@@ -242,7 +242,9 @@ def summary_table(groups: Sequence[Sequence[Row]]) -> str:
     plain = [r for g in groups for r in g if r["provider"] == "fused" and r["backend"] == "reference"]
     if plain:
         text += f"\n{len(plain)} of these are plain PyTorch under the name of fused: its backend was the reference."
-        text += "".join(f"\n  {name}: {reason}" for name, reason in cbam_fused.backends().items() if reason is not True)
+        text += "".join(
+            f"\n  {name}: {reason}" for name, reason in cbam_fused.backends().items() if reason is not True
+        )
     return text
 
 

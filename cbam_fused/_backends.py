@@ -37,7 +37,9 @@ def _load_native(module: str, hint: str) -> Callable[[], Optional[str]]:
             reason = f"the native module cbam_fused.{module} is not built: {hint}"
             if os.path.exists(os.path.join(os.path.dirname(here), "setup.py")):
                 # An installed copy may have it, but Python found this one first.
-                reason += f"; or run `make build` in {os.path.dirname(here)}, whose sources Python has imported"
+                reason += (
+                    f"; or run `make build` in {os.path.dirname(here)}, whose sources Python has imported"
+                )
             return reason
         try:
             torch.ops.load_library(found[0])
@@ -194,7 +196,9 @@ def _refusal(b: Backend, x: Tensor, c: Config) -> Optional[str]:
     device = x.device.type
     if device != b.device and not (b.name == "triton" and device == "cpu" and _triton_interprets()):
         reason = unavailable(b.name)
-        return f"x must be on a {b.device} device, got {x.device}" + ("" if reason is None else f"; and {reason}")
+        return f"x must be on a {b.device} device, got {x.device}" + (
+            "" if reason is None else f"; and {reason}"
+        )
     reason = unavailable(b.name)
     if reason is None and b.covers is not None:
         reason = b.covers(x, c)

@@ -36,7 +36,9 @@ def _fold(norm: Optional[Norm]) -> Optional[Folded]:
     if norm is None:
         return NO_NORM
     if _only_normalises(norm) and not norm.training and norm.running_mean is not None:
-        hooks = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
+        hooks = (
+            norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
+        )
         if not hooks and "forward" not in norm.__dict__:
             return norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps
     return None

@@ -260,7 +260,9 @@ class SpatialGate(_Gates):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        _checks.check_kernel_size(kernel_size, "; a SpatialGate takes any number of channels and is told none")
+        _checks.check_kernel_size(
+            kernel_size, "; a SpatialGate takes any number of channels and is told none"
+        )
         _checks.check_backend(backend)
         _check_dims(dims)
         self.kernel_size = kernel_size

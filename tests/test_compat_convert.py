@@ -267,9 +267,15 @@ def test_checkpoints_older_than_num_batches_tracked():
 
 def test_what_is_no_state_dict_says_what_to_load():
     module = FusedCBAM(32, spatial_norm=False)
-    with pytest.raises(TypeError, match="^state_dict must be a mapping, got str; torch.load reads one from a file$"):
+    with pytest.raises(
+        TypeError, match="^state_dict must be a mapping, got str; torch.load reads one from a file$"
+    ):
         module.load_state_dict("cbam.pt")
-    checkpoint = {"epoch": 3, "state_dict": FusedCBAM(32, spatial_norm=False).state_dict(), "optimizer": {"state": {}}}
+    checkpoint = {
+        "epoch": 3,
+        "state_dict": FusedCBAM(32, spatial_norm=False).state_dict(),
+        "optimizer": {"state": {}},
+    }
     with pytest.raises(RuntimeError, match="this checkpoint has them under 'state_dict': load that entry$"):
         module.load_state_dict(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])

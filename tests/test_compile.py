@@ -102,6 +102,8 @@ def test_export_of_any_size(target):
     sizes = {0: torch.export.Dim("n", max=64), 2: torch.export.Dim("h", min=2, max=4096),
              3: torch.export.Dim("w", min=2, max=4096)}  # fmt: skip
     with torch.no_grad():
-        program = torch.export.export(module, (torch.randn(2, 4, 8, 9, device=target.device),), dynamic_shapes=(sizes,))
+        program = torch.export.export(
+            module, (torch.randn(2, 4, 8, 9, device=target.device),), dynamic_shapes=(sizes,)
+        )
         x = torch.randn(1, 4, 300, 300, device=target.device)
         torch.testing.assert_close(program.module()(x), module(x))

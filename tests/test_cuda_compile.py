@@ -23,10 +23,15 @@ pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 # For every architecture that setup.py builds for, some of its kernels: all 16-bit ones with vectors where they
 # are short of registers, and together each element type, layout and folded rows in both directions. A kernel
 # takes about four seconds; benchmarks/cuda_resources.py compiles all of them.
-BF16 = tuple(f"BFloat16, 8, {t}" for t in ("kContiguous, kWhole", "kContiguous, kFolded", "kChannelsLast, kWhole"))
+BF16 = tuple(
+    f"BFloat16, 8, {t}" for t in ("kContiguous, kWhole", "kContiguous, kFolded", "kChannelsLast, kWhole")
+)
 CASES = {
     "sm_80": {"forward": BF16[:1], "backward": ("double, 2, kChannelsLast, kWhole", BF16[2])},
-    "sm_86": {"forward": ("float, 4, kChannelsLast, kWhole",), "backward": ("Half, 8, kContiguous, kFolded",)},
+    "sm_86": {
+        "forward": ("float, 4, kChannelsLast, kWhole",),
+        "backward": ("Half, 8, kContiguous, kFolded",),
+    },
     "sm_89": {
         "forward": ("Half, 8, kContiguous, kFolded",),
         "backward": ("float, 4, kContiguous, kFolded", "Half, 8, kChannelsLast, kWhole"),

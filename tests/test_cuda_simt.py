@@ -96,7 +96,8 @@ RAGGED = {
 
 
 @pytest.mark.parametrize(
-    "name", ("plain", "max", "split", "all-pools-split", "norm-train", "channel-only", "spatial-only", "residual")
+    "name",
+    ("plain", "max", "split", "all-pools-split", "norm-train", "channel-only", "spatial-only", "residual"),
 )
 @pytest.mark.parametrize("shape", RAGGED)
 def test_ragged_rows(monkeypatch, shape, name):
@@ -111,7 +112,9 @@ def test_ragged_rows(monkeypatch, shape, name):
 
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf")))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("options", (Options(spatial=False), Options(pools=None, kernel=3)), ids=("channel", "spatial"))
+@pytest.mark.parametrize(
+    "options", (Options(spatial=False), Options(pools=None, kernel=3)), ids=("channel", "spatial")
+)
 def test_what_is_not_finite_stays_in_its_ragged_row(monkeypatch, options, dtype, value):
     """Vectors at the ends of a row and of a tile hold elements that are another's: none of them counts."""
     problem = make_problem((2, 20, 25, 25), options, dtype, wide=True)

@@ -24,7 +24,11 @@ CONSTRUCTORS = [
     (dict(hidden_channels=2.0), TypeError, "hidden_channels must be an int, got float"),
     (dict(kernel_size=4), ValueError, "kernel_size must be odd, got 4"),
     (dict(kernel_size=0), ValueError, "kernel_size must be at least 1, got 0"),
-    (dict(kernel_size=(7, 7)), TypeError, "kernel_size must be an int, got (7, 7); pools are given as pool_types="),
+    (
+        dict(kernel_size=(7, 7)),
+        TypeError,
+        "kernel_size must be an int, got (7, 7); pools are given as pool_types=",
+    ),
     (dict(pool_types=()), ValueError, "pool_types must name at least one pool, got an empty list"),
     (dict(pool_types=("avg", "min")), ValueError, f"pool_types must be any of {POOLS}, got 'min'"),
     (dict(pool_types=(["avg"],)), ValueError, f"pool_types must be any of {POOLS}, got ['avg']"),
@@ -250,7 +254,9 @@ def test_a_backend_for_another_device(device):
     x = torch.zeros(1, 8, 3, 3, device=device)
     reason = backends()[name]
     more = "" if reason is True else f"; and {reason}"
-    with _raises(RuntimeError, f'backend="{name}" cannot run: x must be on a {name} device, got {x.device}{more}'):
+    with _raises(
+        RuntimeError, f'backend="{name}" cannot run: x must be on a {name} device, got {x.device}{more}'
+    ):
         module(x)
 
 

@@ -123,8 +123,14 @@ def compiled():
         (lambda: Stores(32, {}, lambda held, g: held.update(gate=g)), "its forward sets held"),
         (lambda: Stores(32, [None], lambda held, g: held.__setitem__(0, g)), "its forward sets held"),
         (lambda: Stores(32, torch.zeros(1), lambda held, g: held.add_(1)), "its forward sets held"),
-        (lambda: After(32, lambda y, x: y.nan_to_num(0.0)), "for very large numbers, infinity and NaN differs"),
-        (lambda: After(32, lambda y, x: y.clamp(-1e3, 1e3)), "for very large numbers, infinity and NaN differs"),
+        (
+            lambda: After(32, lambda y, x: y.nan_to_num(0.0)),
+            "for very large numbers, infinity and NaN differs",
+        ),
+        (
+            lambda: After(32, lambda y, x: y.clamp(-1e3, 1e3)),
+            "for very large numbers, infinity and NaN differs",
+        ),
         (lambda: DetachedWhereFrozen(32), "its gradient of the input with frozen parameters differs"),
         (lambda: Configured(32), "its attribute config is not FusedCBAM's"),
         (compiled, "it is compiled by itself: fuse before compiling"),

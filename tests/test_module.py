@@ -303,7 +303,9 @@ def test_hooks_on_layers_that_are_read(path):
             module(x)
         handle.remove()
     calls = []
-    module.get_submodule(path).register_forward_pre_hook(lambda m, args, kwargs: calls.append(m), with_kwargs=True)
+    module.get_submodule(path).register_forward_pre_hook(
+        lambda m, args, kwargs: calls.append(m), with_kwargs=True
+    )
     assert torch.equal(module(x), expected) and calls == [module.get_submodule(path)]
 
 
@@ -378,7 +380,9 @@ def test_norms_in_other_dtypes(target):
     assert y.dtype == torch.bfloat16
     for training in (False, True):
         norm = nn.BatchNorm2d(1, device=target.device).train(training)
-        with pytest.raises(TypeError, match="^norm.weight must have the dtype of x, torch.float64, got torch.float32"):
+        with pytest.raises(
+            TypeError, match="^norm.weight must have the dtype of x, torch.float64, got torch.float32"
+        ):
             cbam(x.double(), *_weights(target.device, torch.float64), norm=norm, backend=target.backend)
     if target.device == "cpu":
         conv = nn.Conv2d(1, 1, 1)

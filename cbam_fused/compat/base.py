@@ -12,7 +12,17 @@ from torch import Tensor
 from .. import _checks, functional, masks
 from .. import _config as cfg
 from .._config import Config, Parameters
-from ..module import _CONV, _NORM, ChannelGate, FusedCBAM, SpatialGate, _check_geometry, _read, _readable, fx_leaf
+from ..module import (
+    _CONV,
+    _NORM,
+    ChannelGate,
+    FusedCBAM,
+    SpatialGate,
+    _check_geometry,
+    _read,
+    _readable,
+    fx_leaf,
+)
 from . import dialects
 
 Path = Tuple[str, ...]

@@ -190,10 +190,16 @@ def locate(module: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     kind = _kind(module)
     if not isinstance(state, Mapping):
-        raise TypeError(f"state_dict must be a mapping, got {type(state).__name__}; torch.load reads one from a file")
+        raise TypeError(
+            f"state_dict must be a mapping, got {type(state).__name__}; torch.load reads one from a file"
+        )
     if not state or any(k in state for k in module.state_dict()) or detect(state, kind, ""):
         return state
-    inner = [k for k, v in state.items() if isinstance(v, Mapping) and any(isinstance(t, Tensor) for t in v.values())]
+    inner = [
+        k
+        for k, v in state.items()
+        if isinstance(v, Mapping) and any(isinstance(t, Tensor) for t in v.values())
+    ]
     if inner:
         raise RuntimeError(
             f"{type(module).__name__}.load_state_dict: state_dict must hold tensors, and this checkpoint has them under "
@@ -302,8 +308,11 @@ def to_dialect(module: nn.Module, name: str) -> "OrderedDict[str, Tensor]":
     """
     row = dialects.find(name, "block")
     state = OrderedDict(module.state_dict())
-    found = {p + "." if p else "": m for p, m in module.named_modules(remove_duplicate=False)
-             if isinstance(m, FusedCBAM)}
+    found = {
+        p + "." if p else "": m
+        for p, m in module.named_modules(remove_duplicate=False)
+        if isinstance(m, FusedCBAM)
+    }
     if not found:
         raise ValueError(f"module must be or hold a FusedCBAM, got {type(module).__name__} with none")
     written: "OrderedDict[str, Tensor]" = OrderedDict()

@@ -213,8 +213,8 @@ struct RowState {
 };
 
 // Sums of R rows, slot by slot, in steps that join: 32 slots, 32 of those, and so on. One running sum along a
-// long row would lose more than the reference's, which adds by halves: a map of 256 x 256 equal numbers 60 times
-// as much.
+// long row would lose more than the reference's, which adds by halves: a map of 256 x 256 equal numbers 60
+// times as much.
 template <class A, int R>
 struct RowSums {
   static constexpr int kSteps = 4;
@@ -386,7 +386,8 @@ void reduce_rows(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots
   }
 }
 
-// Rows whose sums are added up one block after the other before they join the total, for the reason of RowSums.
+// Rows whose sums are added up one block after the other before they join the total, for the reason of
+// RowSums.
 constexpr int64_t kChunk = 64;
 
 // f(r0, r1) for the chunks of [r0, r1).

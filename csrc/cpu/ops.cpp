@@ -395,13 +395,12 @@ struct Saved {
 Saved make_saved(Call& call, bool save, bool gate) {
   Problem& p = call.p;
   const int64_t pools = __builtin_popcount(p.pools & 15);
-  Saved s{
-      save && pools ? make({p.N, pools, p.C}, call.accumulate) : call.nothing(),
-      save && p.pools & kMax ? make({p.N, p.C}, Call::index_type(p.P)) : call.nothing(ScalarType::Short),
-      gate && p.pools ? call.per_channel() : call.nothing(),
-      save && p.spatial ? make(call.map_size(2), call.accumulate) : call.nothing(),
-      save && p.spatial ? make(call.map_size(0), Call::index_type(p.C)) : call.nothing(ScalarType::Short),
-      save && p.hidden ? make({p.N, call.passes(), p.hidden}, call.accumulate) : call.nothing()};
+  Saved s{save && pools ? make({p.N, pools, p.C}, call.accumulate) : call.nothing(),
+          save && p.pools & kMax ? make({p.N, p.C}, Call::index_type(p.P)) : call.nothing(ScalarType::Short),
+          gate && p.pools ? call.per_channel() : call.nothing(),
+          save && p.spatial ? make(call.map_size(2), call.accumulate) : call.nothing(),
+          save && p.spatial ? make(call.map_size(0), Call::index_type(p.C)) : call.nothing(ScalarType::Short),
+          save && p.hidden ? make({p.N, call.passes(), p.hidden}, call.accumulate) : call.nothing()};
   auto pointer = [](const Tensor& t) { return t.numel() ? t.data_ptr() : nullptr; };
   p.pooled = pointer(s.pooled);
   p.pool_index = pointer(s.pool_index);

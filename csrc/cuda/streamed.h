@@ -86,8 +86,9 @@ struct StagePlan {
 // fold > 1, `fold` channels make one row, so that rows are aligned to vectors, and a tile spans the row.
 // Channels-last: a tile is `positions` positions; `columns` lanes (4 to 32) share one, over `chunk_rows`
 // vectors of channels, a multiple of `columns` where there is more than one chunk.
-// With ragged rows, a tile of s.map begins in each row where a vector does, up to s.reach positions before its
-// own first; one of s.reduce has all its positions in every row, and a column of vectors more than they take.
+// With ragged rows, a tile of s.map begins in each row where a vector does, up to s.reach positions before
+// its own first; one of s.reduce has all its positions in every row, and a column of vectors more than they
+// take.
 struct Tiling {
   int32_t columns, columns_log2;
   int32_t positions, tiles;

@@ -33,8 +33,7 @@ inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
   const auto channels = [&](const Tiling& t) { return last ? p.channels : int64_t{t.chunk_rows} * s.fold; };
   // What a reduction over the row lanes of a tile leaves: one value a column and group of lanes.
   const auto columns = [&](const Tiling& t, int64_t value) {
-    const int64_t groups =
-        s.fold > 1 || s.ragged || t.columns == 32 ? kThreads / t.columns : kThreads / 32;
+    const int64_t groups = s.fold > 1 || s.ragged || t.columns == 32 ? kThreads / t.columns : kThreads / 32;
     return groups * (t.columns * vector + (s.fold > 1 ? 0 : 32)) * value;
   };
   const int64_t mean_max = a == 8 ? 24 : 12;

@@ -45,8 +45,8 @@ struct Ends<Tr, true> {
 // row. In a folded row the vector may span two channels: its first `split` elements belong to channel
 // `offset` of the row, the others to the next, at position 0.
 // Of ragged rows, a thread takes vectors that begin at one position in all its rows, as `lanes` is a multiple
-// of V: a reduction's tile has all of its own positions in every row, and what else is in its vectors counts as
-// zero; an output's ends in each row where the next tile's first vector begins.
+// of V: a reduction's tile has all of its own positions in every row, and what else is in its vectors counts
+// as zero; an output's ends in each row where the next tile's first vector begins.
 template <class Tr>
 struct RowTile {
   static constexpr int V = Tr::V;
@@ -285,8 +285,8 @@ struct FoldSums {
 
 // Sums over channels of a contiguous tile: out(position in the map, sum).
 template <class Tr, class S, class Out>
-__device__ __forceinline__ void merge_tile(const Streamed& k, const Tiling& t, const RowTile<Tr>& me, int64_t n,
-                                           S (&acc)[Tr::V], S* merged, Out out) {
+__device__ __forceinline__ void merge_tile(const Streamed& k, const Tiling& t, const RowTile<Tr>& me,
+                                           int64_t n, S (&acc)[Tr::V], S* merged, Out out) {
   constexpr int V = Tr::V;
   const int positions = static_cast<int>(k.p.positions), width = t.columns * V;
   if constexpr (Tr::kFold) {
