@@ -21,10 +21,11 @@ NVCC = cuda_resources.find_nvcc()
 pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 
 # For every architecture that setup.py builds for, some of its kernels: all 16-bit ones with vectors where they
-# are short of registers, and together each element type, layout and folded rows in both directions. A kernel
+# are short of registers, and together each element type, layout and kind of rows in both directions. A kernel
 # takes about four seconds; benchmarks/cuda_resources.py compiles all of them.
 BF16 = tuple(
-    f"BFloat16, 8, {t}" for t in ("kContiguous, kWhole", "kContiguous, kFolded", "kChannelsLast, kWhole")
+    f"BFloat16, 8, {t}"
+    for t in ("kContiguous, kWhole", "kContiguous, kFolded", "kChannelsLast, kWhole", "kContiguous, kRagged")
 )
 CASES = {
     "sm_80": {"forward": BF16[:1], "backward": ("double, 2, kChannelsLast, kWhole", BF16[2])},

@@ -60,7 +60,7 @@ def merge_segments(
             at = index
             if WITH_INDEX:
                 p_index = part_index + (n * SEGMENTS + seg) * C + rc
-                at = tl.load(p_index, mask=cmask, other=0).to(tl.int32)  # [B]
+                at = tl.load(p_index, mask=cmask & write, other=0).to(tl.int32)  # [B]
             peak, index = merge_maximum(v, at, seg == 0, peak, index, SPLIT)
         if LP:
             squares += tl.load(base + (AVG + MAX) * C, mask=cmask, other=0.0)  # [B]
