@@ -12,7 +12,7 @@ import torch.nn as nn
 from . import _checks
 from ._recognise import become, recognise
 from ._structure import GateOnly, Refusal, structure
-from .compat.base import describe
+from .compat.base import BASES, describe
 from .module import ChannelGate, FusedCBAM, SpatialGate
 
 # Names of classes whose owners would ask why they were left.
@@ -48,6 +48,10 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{self.verb} {len(self.swapped)}, left {len(self.left)}"]
+        if not self.swapped and not self.left:
+            lines[0] += ": " + (
+                "nothing in it looks like a CBAM" if self.verb == "fused" else "nothing in it is fused"
+            )
         rows = [(s.name or "(model)", f"{s.source} -> {s.target}", s.options) for s in self.swapped]
         rows += [(r.name or "(model)", f"{r.source} left", r.reason) for r in self.left]
         widths = [max((len(r[i]) for r in rows), default=0) for i in (0, 1)]
@@ -56,7 +60,10 @@ class Report:
 
 
 def _class_name(kind: type) -> str:
-    """Package and class, such as timm.CbamModule."""
+    """Package and class, such as timm.CbamModule; of a layout that has no class of its own, what it is."""
+    if kind in BASES.values():
+        kind = next(k for k in kind.__mro__ if k in (FusedCBAM, ChannelGate, SpatialGate))
+        return f"cbam_fused.{kind.__name__}"
     package = kind.__module__.split(".")
     short = ".".join(package[:3]) if package[0] == "cbam_fused" else package[0]
     return f"{short}.{kind.__qualname__.split('.')[-1]}"
@@ -77,7 +84,8 @@ def fuse(model: nn.Module, *, backend: str = "auto") -> Report:
         backend: what the fused modules run on, "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
-        A `Report` of what was swapped, and of what looks like a CBAM but was left, and why.
+        A `Report`, which prints as a table: `swapped`, a list of (name, source, target, options), and `left`, what looks
+        like a CBAM but stayed, a list of (name, source, reason).
 
     Raises:
         TypeError: `model` is no nn.Module. ValueError: an unknown backend.
@@ -122,7 +130,8 @@ def _try(node: nn.Module, name: str, backend: str, report: Report) -> Tuple[bool
         scripted = bool(_LIKELY.search(getattr(node, "original_name", "")))
         return False, "it is a ScriptModule: fuse before scripting" if scripted else None
     if isinstance(node, (FusedCBAM, ChannelGate, SpatialGate)):
-        report.left.append(Left(name, _class_name(source), "it runs fused already"))
+        own = f', with backend="{node.backend}"' if node.backend != backend else ""
+        report.left.append(Left(name, _class_name(source), f"it runs fused already{own}"))
         return True, None
     likely = bool(_LIKELY.search(source.__name__))
     found = structure(node)

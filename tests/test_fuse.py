@@ -285,7 +285,9 @@ def test_a_model_on_meta_is_checked_too():
 def test_fused_modules_are_not_fused_again_and_backend_is_kept():
     model = nn.Sequential(Bubbliiiing(32), FusedCBAM(32))
     report = fuse(model, backend="reference")
-    assert model[0].backend == "reference" and [r.reason for r in report.left] == ["it runs fused already"]
+    assert model[0].backend == "reference" and [r.reason for r in report.left] == [
+        'it runs fused already, with backend="auto"'
+    ]
     again = fuse(model)
     assert not again.swapped and [r.name for r in again.left] == ["0", "1"]
     back = unfuse(model)
@@ -328,3 +330,15 @@ def test_fuse_and_unfuse_refuse_what_is_no_model():
             f(3)
     with pytest.raises(ValueError, match="backend must be one of"):
         fuse(nn.Identity(), backend="gpu")
+
+
+def test_a_report_of_nothing_says_so():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    assert str(fuse(model)) == "fused 0, left 0: nothing in it looks like a CBAM"
+    assert str(unfuse(model)) == "unfused 0, left 0: nothing in it is fused"
+
+
+def test_a_layout_of_its_own_becomes_what_it_is():
+    model = nn.Sequential(Renamed())
+    (swapped,) = fuse(model).swapped
+    assert swapped.target == "cbam_fused.FusedCBAM"
