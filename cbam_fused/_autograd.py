@@ -202,7 +202,7 @@ def fused_cbam_with_norm(
     z, gate = attention(backend, x, p, c)
     normed = _normed(norm, z)
     if _needs_grad(normed):  # the norm learns, or closes over what does
-        return _Scale.apply(backend, c.residual, x, x, gate, normed, torch.empty_like(z))
+        return _Scale.apply(backend, c.residual, x, x.view_as(x), gate, normed, torch.empty_like(z))
     return _ops.get(backend, "scale_forward")(x, gate, normed, c.residual)[0]
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
 import torch.nn as nn
 from torch import Tensor
 from torch.fx import Proxy
 
-from . import _checks, functional, masks
+from . import _backends, _checks, functional, masks
 from ._config import Config, Parameters
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -38,14 +38,19 @@ _DYNAMICALLY_QUANTIZED = "torch.ao.nn.quantized.dynamic."
 _FORWARDS = tuple(kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
-@functools.lru_cache(maxsize=None)
+_warned: Set[str] = set()
+
+
+@_backends._constant  # torch.compile calls it while it compiles, and has no break in the graph
 def _warn_of_hooks(name: str) -> None:
-    warnings.warn(
-        f"a hook on {name} is not called: the fused block reads this layer's weights and does not call the layer. "
-        "Put the hook on the block, or `unfuse` the model while you need it",
-        RuntimeWarning,
-        stacklevel=5,
-    )
+    if name not in _warned:
+        _warned.add(name)
+        warnings.warn(
+            f"a hook on {name} is not called: the fused block reads this layer's weights and does not call the layer. "
+            "Put the hook on the block, or `unfuse` the model while you need it",
+            RuntimeWarning,
+            stacklevel=5,
+        )
 
 
 def _run_prehook(layer: nn.Module, name: str, key: int, hook: Callable) -> None:

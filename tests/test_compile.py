@@ -1,11 +1,13 @@
 """torch.compile and torch.export: one graph, the same numbers."""
 
 import copy
+import warnings
 
 import pytest
 import torch
+import torch.nn.utils.prune
 
-from cbam_fused import FusedCBAM
+from cbam_fused import FusedCBAM, cbam
 
 FORMS = {
     "plain": {"spatial_norm": False},
@@ -107,3 +109,38 @@ def test_export_of_any_size(target):
         )
         x = torch.randn(1, 4, 300, 300, device=target.device)
         torch.testing.assert_close(program.module()(x), module(x))
+
+
+@pytest.mark.parametrize("what", ("pruned", "hooked", "function", "closure"))
+def test_one_graph_of(target, what):
+    """What is read or called beside the op leaves one graph: pruning's hook, a hook's warning, any norm."""
+    x, dy = (torch.randn(2, 16, 7, 9, device=target.device) for _ in range(2))
+    module = FusedCBAM(16, 4, 3, backend=target.backend, device=target.device)
+    bn = torch.nn.BatchNorm2d(1, device=target.device)
+    if what == "pruned":
+        torch.nn.utils.prune.l1_unstructured(module.channel_gate.fc1, "weight", 0.3)
+    if what == "hooked":
+        module.channel_gate.fc1.register_forward_hook(lambda *_: None)
+    weights = [*module.channel_gate.tensors(), *module.spatial_gate.tensors()]
+    norms = {"function": lambda z: z * 2, "closure": lambda z: bn(z)}
+    if what in norms:
+        weights = [None if w is None else w.detach() for w in weights]
+
+        def run(x):
+            return cbam(x, *weights, norm=norms[what], backend=target.backend)
+    else:
+        run = module
+    grads = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        for f in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+            bn.reset_running_stats(), bn.zero_grad(), module.zero_grad()
+            z = x.clone().requires_grad_()
+            y = f(z)
+            y.backward(dy)
+            grads.append(
+                (y, z.grad, *(p.grad for p in (*module.parameters(), *bn.parameters()) if p.grad is not None))
+            )
+    assert len(grads[0]) == len(grads[1])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)

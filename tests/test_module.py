@@ -288,7 +288,7 @@ def test_hooks_on_layers_that_are_read(path):
     x, name = torch.randn(2, 8, 5, 5), path.split(".")[1]
     module = FusedCBAM(8, 2)
     expected = module.eval()(x)
-    cbam_fused.module._warn_of_hooks.cache_clear()
+    cbam_fused.module._warned.clear()
     handle = module.get_submodule(path).register_forward_hook(lambda m, args, out: out)
     with pytest.warns(RuntimeWarning, match=f"^a hook on {name} is not called"):
         assert torch.equal(module(x), expected)
