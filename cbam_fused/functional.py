@@ -44,11 +44,15 @@ def _fold(norm: Optional[Norm]) -> Optional[Folded]:
     return None
 
 
-def _named(p: Parameters, norm: Optional[Norm]):
+_NORM = ("weight", "bias", "running_mean", "running_var")
+
+
+def _named(p: Parameters, norm: Optional[Norm], folded: Optional[Folded]):
     yield from zip(Parameters._fields, p)
-    if _only_normalises(norm):
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            yield f"norm.{name}", getattr(norm, name)
+    if folded is None and _only_normalises(norm):
+        folded = (*(getattr(norm, name) for name in _NORM), 0.0)
+    if folded is not None and folded is not NO_NORM:
+        yield from ((f"norm.{name}", t) for name, t in zip(_NORM, folded))
 
 
 def _upcast(x: Tensor, p: Parameters) -> Tuple[Tensor, Parameters]:
@@ -95,7 +99,7 @@ def _cast(norm: Norm, wanted: torch.dtype, x: Tensor) -> Norm:
 def run(x: Tensor, p: Parameters, c: Config, norm: Optional[Norm], backend: str) -> Tensor:
     """CBAM of a checked x; the parameters' shapes are the caller's care."""
     folded = _fold(norm)
-    _checks.check_placement(x, _named(p, norm))
+    _checks.check_placement(x, _named(p, norm, folded))
     name = _backends.select(backend, x, c)
     if name == "reference":
         return _run_reference(x, p, c, norm)
@@ -115,7 +119,7 @@ def maps(
     x: Tensor, p: Parameters, c: Config, norm: Optional[Norm], backend: str
 ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
     """Channel gate (N, C) and spatial gate (N, 1, *spatial), None where the block has none."""
-    _checks.check_placement(x, _named(p, None))
+    _checks.check_placement(x, _named(p, None, NO_NORM))
     name = _backends.select(backend, x, c)
     # As in the kernels, gates are not rounded to a 16-bit dtype, whatever autocast would do.
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
