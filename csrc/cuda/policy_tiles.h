@@ -135,7 +135,7 @@ inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector,
     t.columns_log2 = log2_of(t.columns);
     t.positions = (reduces ? t.columns - 1 : t.columns) * vector;
     t.tiles = static_cast<int32_t>(ceil_div(reduces ? p.positions : p.positions + s.reach, t.positions));
-    const int64_t bytes = large ? kMaxItemBytes : reduces ? 2 * kMaxItemBytes : kItemBytes;
+    const int64_t bytes = large || !reduces ? kMaxItemBytes : 2 * kMaxItemBytes;
     int64_t rows = std::min<int64_t>(bytes / (t.columns * vector_bytes), kMaxTermRows);
     // The convolution merges the forward's chunks of the window that it stages.
     if (reduces && !large && 2 * p.positions * accumulate_bytes(p.dtype) > kStagedBytes) rows = s.rows;
