@@ -32,6 +32,7 @@ constexpr int64_t kStagedBytes = 40 << 10;  // most shared memory for the maps o
 constexpr int64_t kKernelBytes = 8 << 10;   // most shared memory for the convolution's weights
 constexpr int64_t kGatherBytes = 96 << 10;  // what an item reads of x that convolves dz for its positions
 constexpr int64_t kFoldPoolBytes = 32 << 10;
+constexpr int64_t kMostRagged = (int64_t{1} << 31) - 4096;
 constexpr int64_t kChainPositions = 64;    // most of a map whose samples are chained
 constexpr int64_t kChainBytes = 64 << 10;  // most of a sample, where not every multiprocessor has one
 constexpr int64_t kChainWeights = 3;   // most of the MLP's weights, which each sample then reads, in samples
@@ -90,7 +91,9 @@ inline Variant choose_variant(const Problem& p, bool aligned) {
   const bool fits = p.positions >= full && fold * p.positions / full <= kThreads;
   if (p.dtype == kFloat64) return {1, 1};
   if (fits && p.channels % fold == 0) return {full, fold};
-  return p.positions >= 2 * full ? Variant{full, 1, true} : Variant{1, 1};
+  // A ragged tile's last vector may end some tiles behind the map, at a position that must have a number.
+  const bool ragged = p.positions >= 2 * full && p.positions < policy::kMostRagged;
+  return ragged ? Variant{full, 1, true} : Variant{1, 1};
 }
 
 namespace policy {
