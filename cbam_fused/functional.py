@@ -15,6 +15,7 @@ from ._config import Config, Parameters
 from .reference import cbam_reference, channel_gate_reference, spatial_logits_reference
 
 Norm = Callable[[Tensor], Tensor]
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 # Exactly these: a subclass may do more than normalise.
 _FOLDABLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -44,15 +45,10 @@ def _fold(norm: Optional[Norm]) -> Optional[Folded]:
     return None
 
 
-_NORM = ("weight", "bias", "running_mean", "running_var")
-
-
-def _named(p: Parameters, norm: Optional[Norm], folded: Optional[Folded]):
+def _named(p: Parameters, folded: Optional[Folded]):
     yield from zip(Parameters._fields, p)
-    if folded is None and _only_normalises(norm):
-        folded = (*(getattr(norm, name) for name in _NORM), 0.0)
-    if folded is not None and folded is not NO_NORM:
-        yield from ((f"norm.{name}", t) for name, t in zip(_NORM, folded))
+    if folded is not None and folded[2] is not None:
+        yield from zip(("norm.weight", "norm.bias", "norm.running_mean", "norm.running_var"), folded)
 
 
 def _upcast(x: Tensor, p: Parameters) -> Tuple[Tensor, Parameters]:
@@ -81,8 +77,8 @@ def _run_reference(x: Tensor, p: Parameters, c: Config, norm: Optional[Norm]) ->
 
 def _cast(norm: Norm, wanted: torch.dtype, x: Tensor) -> Norm:
     """norm, called on logits in the dtype of its own tensors where it has any, and else in `wanted`."""
-    if torch.is_autocast_enabled(x.device.type):
-        return norm
+    if torch.is_autocast_enabled(x.device.type) and not isinstance(norm, _NORMS):
+        return norm  # autocast casts the layers in it itself
     if isinstance(norm, nn.Module):
         for t in (*norm.parameters(), *norm.buffers()):
             if t.is_floating_point():
@@ -99,7 +95,7 @@ def _cast(norm: Norm, wanted: torch.dtype, x: Tensor) -> Norm:
 def run(x: Tensor, p: Parameters, c: Config, norm: Optional[Norm], backend: str) -> Tensor:
     """CBAM of a checked x; the parameters' shapes are the caller's care."""
     folded = _fold(norm)
-    _checks.check_placement(x, _named(p, norm, folded))
+    _checks.check_placement(x, _named(p, folded))
     name = _backends.select(backend, x, c)
     if name == "reference":
         return _run_reference(x, p, c, norm)
@@ -119,7 +115,7 @@ def maps(
     x: Tensor, p: Parameters, c: Config, norm: Optional[Norm], backend: str
 ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
     """Channel gate (N, C) and spatial gate (N, 1, *spatial), None where the block has none."""
-    _checks.check_placement(x, _named(p, None, NO_NORM))
+    _checks.check_placement(x, _named(p, None))
     name = _backends.select(backend, x, c)
     # As in the kernels, gates are not rounded to a 16-bit dtype, whatever autocast would do.
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):

@@ -58,7 +58,7 @@ def _run_prehook(layer: nn.Module, name: str, key: int, hook: Callable) -> None:
     arguments: Tuple[Any, ...] = ((), {}) if key in layer._forward_pre_hooks_with_kwargs else ((),)
     problem: Optional[BaseException] = None
     try:
-        if hook(layer, *arguments) is None:
+        if hook(layer, *arguments) in (None, (), ((), {})):
             return
     except Exception as error:  # whatever it makes of having no input
         problem = error
@@ -91,9 +91,15 @@ def _readable(layer: nn.Module, name: str) -> nn.Module:
 
 def _check_geometry(conv: Any, name: str) -> None:
     """What the kernels compute: stride 1, zeros around the map, as many as keep its size."""
-    same = conv.padding == "same" or tuple(conv.padding) == tuple(k // 2 for k in conv.kernel_size)
-    ones = (1,) * len(conv.kernel_size)
-    if not same or conv.stride != ones or conv.dilation != ones or conv.padding_mode != "zeros":
+    kernel = conv.kernel_size
+    halves, ones = tuple(k // 2 for k in kernel), (1,) * len(kernel)
+
+    def each(value: Any) -> Tuple[int, ...]:
+        return (value,) * len(kernel) if isinstance(value, int) else tuple(value)
+
+    same = conv.padding == "same" or each(conv.padding) == halves
+    beside = kernel == ones or each(conv.dilation) == ones and conv.padding_mode == "zeros"
+    if not same or not beside or each(conv.stride) != ones:
         raise ValueError(
             f"{name} must have stride 1, dilation 1 and zeros around the map that keep its size, got {conv}"
         )

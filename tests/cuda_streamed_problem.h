@@ -63,7 +63,7 @@ inline Problem sizes_of(const int64_t* v) {
 inline Variant plan_call(const int64_t* sizes, Streamed& k, int64_t* report) {
   k.operation = int32_t(sizes[kOperationAt]);
   const Device device{sizes[kL2At], int32_t(sizes[kMultiprocessorsAt]), int32_t(sizes[kSharedBytesAt])};
-  const Variant variant = choose_variant(k.p, sizes[kAlignedAt]);
+  Variant variant = choose_variant(k.p, sizes[kAlignedAt]);
   const bool fits = plan_streamed(k, variant, device);
   if (report) {
     const int64_t values[] = {fits,

@@ -296,13 +296,14 @@ def test_hooks_on_layers_that_are_read(path):
     for hook, options in (
         (lambda m, args: args[0].shape, {}),
         (lambda m, args: (0,), {}),
-        (lambda m, args, kwargs: (args, kwargs), dict(with_kwargs=True)),
+        (lambda m, args, kwargs: kwargs["input"], dict(with_kwargs=True)),
     ):
         handle = module.get_submodule(path).register_forward_pre_hook(hook, **options)
         with pytest.raises(TypeError, match=f"^{name} must have no forward pre-hook that looks at its input"):
             module(x)
         handle.remove()
     calls = []
+    module.get_submodule(path).register_forward_pre_hook(lambda m, args: args)
     module.get_submodule(path).register_forward_pre_hook(
         lambda m, args, kwargs: calls.append(m), with_kwargs=True
     )
@@ -324,6 +325,11 @@ def test_a_convolution_that_is_another_is_refused(change):
             module(torch.randn(2, 8, 9, 9))
     module = FusedCBAM(8, 2)
     module.spatial_gate.conv = nn.Conv2d(2, 1, 7, padding="same", bias=False)
+    module(torch.randn(2, 8, 9, 9))
+    module.spatial_gate.conv.padding, module.spatial_gate.conv.stride = 3, [1, 1]
+    module(torch.randn(2, 8, 9, 9))
+    module = FusedCBAM(8, 2, 1)
+    module.spatial_gate.conv = nn.Conv2d(2, 1, 1, bias=False, padding_mode="circular", dilation=2)
     module(torch.randn(2, 8, 9, 9))
 
 
@@ -373,17 +379,19 @@ def test_a_norm_of_another_shape_is_refused(fused):
 
 
 def test_norms_in_other_dtypes(target):
-    """A container of layers is called in their dtype; a BatchNorm beside x has the rules of every parameter."""
+    """A module is called in the dtype of what it holds; one in eval that is folded follows every parameter's rule."""
     x = torch.randn(2, 8, 5, 5, device=target.device, dtype=torch.bfloat16)
     norm = nn.Sequential(nn.BatchNorm2d(1)).to(target.device, torch.bfloat16)
     y = cbam(x, *_weights(target.device, torch.bfloat16), norm=norm, backend=target.backend)
     assert y.dtype == torch.bfloat16
-    for training in (False, True):
-        norm = nn.BatchNorm2d(1, device=target.device).train(training)
-        with pytest.raises(
-            TypeError, match="^norm.weight must have the dtype of x, torch.float64, got torch.float32"
-        ):
-            cbam(x.double(), *_weights(target.device, torch.float64), norm=norm, backend=target.backend)
+    double = x.double(), *_weights(target.device, torch.float64)
+    for norm in (nn.BatchNorm2d(1), nn.GroupNorm(1, 1)):
+        assert cbam(*double, norm=norm.to(target.device), backend=target.backend).dtype == torch.float64
+    norm = nn.BatchNorm2d(1, device=target.device).eval()
+    with pytest.raises(
+        TypeError, match="^norm.weight must have the dtype of x, torch.float64, got torch.float32"
+    ):
+        cbam(*double, norm=norm, backend=target.backend)
     if target.device == "cpu":
         conv = nn.Conv2d(1, 1, 1)
         with torch.autocast("cpu", torch.bfloat16):
@@ -560,13 +568,15 @@ def test_autocast(target, training):
 
 def test_autocast_with_16_bit_parameters(target):
     """A model cast to bfloat16 and a float32 input under autocast: plain PyTorch computes it."""
-    module = _module(target, 16, 4, dtype=torch.bfloat16).eval()
+    module = _module(target, 16, 4, dtype=torch.bfloat16)
     x = torch.randn(2, 16, 9, 11, device=target.device)
-    with torch.autocast(target.device, torch.bfloat16):
-        y = module(x)
-    want = copy.deepcopy(module).float()(x)
-    assert y.dtype == torch.float32
-    torch.testing.assert_close(y, want, rtol=0.05, atol=0.05)
+    for training in (False, True):
+        module.train(training)
+        with torch.autocast(target.device, torch.bfloat16):
+            y = copy.deepcopy(module)(x)
+        want = copy.deepcopy(module).float()(x)
+        assert y.dtype == torch.float32
+        torch.testing.assert_close(y, want, rtol=0.05, atol=0.05)
 
 
 def test_pruning(target):

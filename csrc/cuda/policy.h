@@ -126,7 +126,7 @@ inline bool plan_order(Streamed& k, Variant variant, const Device& device, bool 
   const bool large = backward && 3 * device.multiprocessors * kMaxItemBytes <= device.l2_bytes / 2;
   const auto tiling = [&](bool reduces) {
     if (last) return channels_last_tiling(p, vector, reduces, large, device.multiprocessors);
-    return contiguous_tiling(p, s, vector, reduces, large, device.multiprocessors);
+    return contiguous_tiling(p, s, vector, reduces, backward, large, device.multiprocessors);
   };
   s.reduce = tiling(true);
   s.map = tiling(false);
@@ -299,10 +299,15 @@ inline bool plan_order(Streamed& k, Variant variant, const Device& device, bool 
 }
 
 // Fills in k.s and the launch shape for k.p and k.operation. False where the shape is out of reach:
-// an item would need more shared memory than the device gives a block.
-inline bool plan_streamed(Streamed& k, Variant variant, const Device& device) {
+// an item would need more shared memory than the device gives a block. Ragged rows, whose items have more
+// positions, need more of it than single elements, which take their place in `variant` where that is too
+// much.
+inline bool plan_streamed(Streamed& k, Variant& variant, const Device& device) {
   const bool chain = policy::wants_chain(k.p, k.operation, device);
-  return (chain && plan_order(k, variant, device, true)) || plan_order(k, variant, device, false);
+  if ((chain && plan_order(k, variant, device, true)) || plan_order(k, variant, device, false)) return true;
+  if (!variant.ragged) return false;
+  variant = {1, 1};
+  return plan_streamed(k, variant, device);
 }
 
 }  // namespace cbam

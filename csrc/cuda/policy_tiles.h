@@ -32,6 +32,7 @@ constexpr int64_t kStagedBytes = 40 << 10;  // most shared memory for the maps o
 constexpr int64_t kKernelBytes = 8 << 10;   // most shared memory for the convolution's weights
 constexpr int64_t kGatherBytes = 96 << 10;  // what an item reads of x that convolves dz for its positions
 constexpr int64_t kFoldPoolBytes = 32 << 10;
+constexpr int kRaggedColumns = 8;  // at least: each row lane leaves sums of its own in shared memory
 constexpr int64_t kMostRagged = (int64_t{1} << 31) - 4096;
 constexpr int64_t kChainPositions = 64;    // most of a map whose samples are chained
 constexpr int64_t kChainBytes = 64 << 10;  // most of a sample, where not every multiprocessor has one
@@ -112,8 +113,8 @@ inline int64_t grad_positions(const Problem& p, int sms) {
   return busy && sums(2 * narrow) < sums(narrow) ? 2 * narrow : narrow;
 }
 
-inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector, bool reduces, bool large,
-                                int sms) {
+inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector, bool reduces, bool backward,
+                                bool large, int sms) {
   Tiling t{};
   const int64_t vector_bytes = int64_t{vector} * element_bytes(p.dtype);
   const int64_t row_bytes = s.row_elements * int64_t{element_bytes(p.dtype)};
@@ -134,14 +135,14 @@ inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector,
   }
   if (s.ragged) {
     // As wide as a warp: each tile of a reduction has a column of vectors more than its positions take.
-    t.columns = std::max(kRowSums, std::min(32, ceil_power(s.row_vectors + 1)));
+    t.columns = std::max(kRaggedColumns, std::min(32, ceil_power(s.row_vectors + 1)));
     t.columns_log2 = log2_of(t.columns);
     t.positions = (reduces ? t.columns - 1 : t.columns) * vector;
     t.tiles = static_cast<int32_t>(ceil_div(reduces ? p.positions : p.positions + s.reach, t.positions));
     const int64_t bytes = large || !reduces ? kMaxItemBytes : 2 * kMaxItemBytes;
     int64_t rows = std::min<int64_t>(bytes / (t.columns * vector_bytes), kMaxTermRows);
     // The convolution merges the forward's chunks of the window that it stages.
-    if (reduces && !large && 2 * p.positions * accumulate_bytes(p.dtype) > kStagedBytes) rows = s.rows;
+    if (reduces && !backward && 2 * p.positions * accumulate_bytes(p.dtype) > kStagedBytes) rows = s.rows;
     t.chunk_rows = static_cast<int32_t>(ceil_div(s.rows, ceil_div(s.rows, rows)));
     t.chunks = static_cast<int32_t>(ceil_div(s.rows, t.chunk_rows));
     return t;

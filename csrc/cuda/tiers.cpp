@@ -58,7 +58,7 @@ void launch_streamed(const Problem& p, Operation operation, const Device& device
   Streamed k{};
   k.p = p;
   k.operation = operation;
-  const Variant variant = choose_variant(p, aligned(p));
+  Variant variant = choose_variant(p, aligned(p));
   STD_TORCH_CHECK(plan_streamed(k, variant, device), "cbam_fused: ", kNames[operation], " with ", p.channels,
                   " channels needs ", k.shared_bytes, " bytes of shared memory a block; this device has ",
                   k.shared_limit);
