@@ -256,7 +256,7 @@ GPUS = {
 SEEN = (
     (64, 112, 112), (64, 56, 56), (256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7), (512, 7, 7), (32, 160, 160),
     (16, 320, 320), (512, 20, 20), (256, 200, 336), (2048, 25, 42), (1, 1, 1), (7, 7, 7), (127, 1, 1),
-    (1023, 1, 17), (2, 3, 7), (16001, 111, 111),
+    (1023, 1, 17), (2, 3, 7), (8001, 111, 111),
 )  # fmt: skip
 
 
@@ -282,6 +282,19 @@ def test_plans(gpu):
             assert plan["blocks"] * (plan["shared"] + plan["static_shared"] + 1024) <= gpu.shared << 10, case
             plans += 1
     assert plans == 4 * 6 * 2 * len(SEEN) * 4
+
+
+def test_ragged_rows_that_need_too_much_memory_go_by_elements():
+    lib, report = cs.library(torch.float32), np.zeros(len(cs.REPORT), np.int64)
+    small = make_problem((1, 8, 2, 2), Options(hidden=5), torch.bfloat16)
+    for channels, ragged in ((16001, 1), (18001, 0)):
+        machine = cs.Machine(multiprocessors=82, l2=6 << 20, shared=99 << 10)
+        call = cs._Call("cbam_forward", small.x, small.p, small.c, cs.NO_NORM, machine)
+        call.sizes[2:8] = (0, 1, channels, 1, 111, 111)
+        call.sizes[11] = channels // 16
+        lib.run("plan", call.sizes, report)
+        plan = dict(zip(cs.REPORT, report.tolist()))
+        assert plan["fits"] and plan["ragged"] == ragged and plan["vector"] == (8 if ragged else 1)
 
 
 def test_weight_gradients_of_many_samples(monkeypatch):
