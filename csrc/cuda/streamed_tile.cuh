@@ -31,7 +31,7 @@ __device__ __forceinline__ int start_in_vector(const Streamed& k, int64_t n, int
 }
 
 // What a thread knows of the ends of ragged rows; the others have none.
-template <class Tr, bool kRagged = Tr::kRows == kRagged>
+template <class Tr, bool kHas = Tr::kRows == kRagged>
 struct Ends {};
 template <class Tr>
 struct Ends<Tr, true> {
