@@ -447,6 +447,17 @@ def test_the_first_nan_is_the_maximum(dtype, hw, layout):
     assert torch.equal(saved["spatial_index"].long().view(2, -1), flat.max(1).indices)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_average_of_many_equal_numbers(layout):
+    """Every addition errs in the same direction: 5.2e-7 where each lane added up its elements one by one."""
+    problem = make_problem((1, 2, 128, 128), Options(kernel=3), layout=layout)
+    problem.x.fill_(0.1)
+    exact = problem.x.double().mean((2, 3))[0]
+    average = cs.cbam_forward(problem.x, problem.p, problem.c)["pooled"][0, 0]
+    error, plain = ((t.double() - exact).abs().max() for t in (average, problem.x.mean((2, 3))[0]))
+    assert error <= 2 * plain + 0.1 * 2.0**-24, (error, plain)
+
+
 def test_without_saving(monkeypatch):
     cs.HostOps(cs.Machine()).installed(monkeypatch)
     for options in (Options(), OPTIONS["norm-train"], OPTIONS["all-pools-split"]):

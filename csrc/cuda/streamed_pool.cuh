@@ -20,8 +20,16 @@ __device__ __forceinline__ void add_vector(MeanMax<float, false>& s, const float
   float top = v[0];
 #pragma unroll
   for (int k = 1; k < V; ++k) top = ptx::max_nan(top, v[k]);
+  // By halves first: of a large map each lane adds up thousands.
+  float part[V];
 #pragma unroll
-  for (int k = 0; k < V; ++k) s.sum += v[k];
+  for (int k = 0; k < V; ++k) part[k] = v[k];
+#pragma unroll
+  for (int half = V / 2; half; half /= 2) {
+#pragma unroll
+    for (int k = 0; k < half; ++k) part[k] += part[k + half];
+  }
+  s.sum += part[0];
   if (!(top <= s.peak.value) && s.peak.value == s.peak.value) s.peak = {top, index};
 }
 template <class Tr, class S>
