@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Sequence, Tuple
 
@@ -41,7 +42,7 @@ def candidates(kernel: str, now: Configuration) -> Iterator[Configuration]:
         else:
             yield Configuration(now.meta, warps, now.fill)
     for fill in FILLS:
-        yield Configuration(now.meta, now.warps, fill)
+        yield replace(now, fill=fill)
 
 
 def _inputs(

@@ -10,7 +10,17 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from oracle import OPTIONS, Options, assert_within, check, leaves, make_problem, run_problem
+from oracle import (
+    OPTIONS,
+    SUMS,
+    Options,
+    assert_within,
+    check,
+    check_sum_over_a_map,
+    leaves,
+    make_problem,
+    run_problem,
+)
 
 if shutil.which("g++") is None:
     pytest.skip("there is no g++ to compile the kernels for the host", allow_module_level=True)
@@ -456,6 +466,21 @@ def test_the_average_of_many_equal_numbers(layout):
     average = cs.cbam_forward(problem.x, problem.p, problem.c)["pooled"][0, 0]
     error, plain = ((t.double() - exact).abs().max() for t in (average, problem.x.mean((2, 3))[0]))
     assert error <= 2 * plain + 0.1 * 2.0**-24, (error, plain)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("pool", SUMS)
+def test_pools_of_a_very_large_map(monkeypatch, pool, layout):
+    cs.HostOps(cs.Machine(l2=LARGE_L2)).installed(monkeypatch)
+    check_sum_over_a_map(pool, 1024, layout, "cuda")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sums_over_many_equal_numbers(monkeypatch, layout):
+    problem = make_problem((1, 4, 640, 640), Options(), layout=layout)
+    problem.x.fill_(0.1)
+    cs.HostOps(cs.Machine(l2=LARGE_L2)).installed(monkeypatch)
+    check(problem, "cuda", ties=True)
 
 
 def test_without_saving(monkeypatch):

@@ -5,10 +5,21 @@ import math
 
 import pytest
 import torch
-from oracle import DTYPES, FUSED, OPTIONS, Options, check, layout_of, leaves, make_problem, run_problem
+from oracle import (
+    DTYPES,
+    FUSED,
+    OPTIONS,
+    SUMS,
+    Options,
+    check,
+    check_sum_over_a_map,
+    layout_of,
+    leaves,
+    make_problem,
+    run_problem,
+)
 
 from benchmarks.measure import last_level_cache
-from cbam_fused import _ops
 from cbam_fused.functional import run
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -83,16 +94,9 @@ def test_sums_over_many_equal_numbers(fused, side, layout):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("pools, f", [
-    (("avg",), lambda x: x.mean(2)), (("lp",), lambda x: x.norm(dim=2)), (("lse",), lambda x: x.logsumexp(2)),
-])  # fmt: skip
-def test_pools_of_a_very_large_map(fused, pools, f, layout):
-    x = layout_of(torch.full((1, 2, 2048, 2048), 0.1), layout).to(fused.device)
-    bits = Options(pools=pools).config().pools
-    pooled = _ops.get(fused.backend, "attention_forward")(
-        x, None, None, torch.eye(2, device=fused.device), None, None, None, bits, 0, 0, True
-    )[1]
-    torch.testing.assert_close(pooled[:, 0].double().cpu(), f(x.double().cpu().flatten(2)), rtol=2e-6, atol=0)
+@pytest.mark.parametrize("pool", SUMS)
+def test_pools_of_a_very_large_map(fused, pool, layout):
+    check_sum_over_a_map(pool, 2048, layout, fused.backend, fused.device)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -131,7 +131,7 @@ def described(launches: List[Launch]) -> List[Tuple]:
         return place, a.storage_offset(), tuple(a.shape), a.stride(), a.dtype
 
     return [
-        (made.name, made.programs, tuple(map(form, made.args)), dict(made.meta), made.warps)
+        (made.name, made.programs, tuple(map(form, made.args)), dict(made.meta), made.found)
         for made in launches
     ]
 

@@ -30,6 +30,8 @@ SHAPES = {
     "tiny": (16, 2048, 8, 8),
     "samples": (128, 2048, 8, 8),
 }
+# A map so large that sums join in groups of tiles, of so few samples that channels-last has segments.
+LONG_SHAPE = (4, 64, 320, 320)
 OTHERS = (
     Config(pools=15, spatial=2, ties=1, residual=True),
     Config(pools=19, spatial=3),
@@ -75,6 +77,16 @@ def check(some: List[Launch], target: str, wide: bool = False) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_configuration(target):
     check(launches(target), target, wide=True)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_large_maps_of_few_samples(target):
+    known = {launch.key() for launch in launches(target)}
+    some = [launch for launch in launches(target, shapes=(LONG_SHAPE,)) if launch.key() not in known]
+    pools = [launch.meta for launch in some if launch.name == "channel_pool_forward_kernel"]
+    for option in ("LONG", "SEGMENTED"):
+        assert {meta[option] for meta in pools} == {False, True}
+    check(some, target, wide=True)
 
 
 def test_other_options():

@@ -13,6 +13,7 @@ import copy
 import itertools
 from typing import Dict, List, Optional, Sequence, Tuple
 
+import oracle
 import pytest
 import torch
 import torch.nn as nn
@@ -406,6 +407,19 @@ def test_ties(ties, pools, value):
     x = torch.full((2, 5, 4, 6), value, dtype=torch.float64)
     x[1, 2:4, 1:3] = 1.5
     Case((2, 5, 4, 6), kernel=3, ties=ties, pools=pools, x=x).check()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("pool", oracle.SUMS)
+def test_pools_of_a_very_large_map(pool, layout):
+    oracle.check_sum_over_a_map(pool, 1024, layout, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_sums_over_many_equal_numbers(layout):
+    problem = oracle.make_problem((1, 4, 640, 640), oracle.Options(), device=DEVICE, layout=layout)
+    problem.x.fill_(0.1)
+    oracle.check(problem, "triton", ties=True)
 
 
 def test_first_nan_is_the_index():

@@ -142,7 +142,9 @@ class Machine:
             args = launch.runtime_args()
             placed = [self._place(a) if isinstance(a, torch.Tensor) else np.int32(a) for a in args]
             module, shared = self._module(launch)
-            common = dict(grid=(launch.programs,), block=(32 * launch.warps,), smem=shared, **self.options)
+            common = dict(
+                grid=(launch.programs,), block=(32 * launch.found.warps,), smem=shared, **self.options
+            )
             name = launch.name
             _, library = module.compile(name)
             starts = sorted((b.ctypes.data, key) for key, (_, b) in self.memory.items())

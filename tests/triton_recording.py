@@ -15,7 +15,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 import torch
 
 from cbam_fused._config import Config
-from cbam_fused.triton_kernels.configurations import Device
+from cbam_fused.triton_kernels.configurations import Configuration, Device
 
 # Shared memory that one program may use, bytes, and the largest number of registers a thread.
 TARGETS: Dict[str, Tuple[str, Any, int, int]] = {
@@ -50,7 +50,7 @@ class Launch:
     programs: int
     args: Tuple
     meta: Mapping[str, Any]
-    warps: int
+    found: Configuration
 
     @property
     def name(self) -> str:
@@ -92,7 +92,8 @@ class Launch:
             tuple(signature.items()),
             tuple(sorted((k, str(v)) for k, v in constexprs.items())),
             tuple(attrs),
-            self.warps,
+            self.found.warps,
+            self.found.registers,
         )
 
     def compile(self, target: str):
@@ -101,11 +102,15 @@ class Launch:
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
+        from cbam_fused.triton_kernels.problem import compile_options
+
         backend, arch, warp, _ = TARGETS[target]
         signature, constexprs, attrs = self._specialise()
         source = ASTSource(fn=self.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
         return triton.compile(
-            source, target=GPUTarget(backend, arch, warp), options={"num_warps": self.warps}
+            source,
+            target=GPUTarget(backend, arch, warp),
+            options=compile_options(self.found, amd=backend == "hip"),
         )
 
 
@@ -118,10 +123,10 @@ def recording(device: Optional[Device] = None, run: bool = False) -> Iterator[Li
     found: List[Launch] = []
     launch, describe = pb.launch, configurations.describe
 
-    def record(kernel, programs, tensors, meta, warps):
-        found.append(Launch(kernel, programs, tuple(tensors), dict(meta), warps))
+    def record(kernel, programs, tensors, meta, configuration):
+        found.append(Launch(kernel, programs, tuple(tensors), dict(meta), configuration))
         if run:
-            launch(kernel, programs, tensors, meta, warps)
+            launch(kernel, programs, tensors, meta, configuration)
 
     pb.launch = record
     if device is not None:

@@ -8,11 +8,13 @@ computes the first layer itself.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 from .device_functions import (
     NO_INDEX,
+    add_long,
     divide,
     finite_or_zero,
     load_pooled,
@@ -22,11 +24,19 @@ from .device_functions import (
     track_maximum,
 )
 
+# Tiles that a lane adds up, at most, before their sum joins those before it.
+JOINED = tl.constexpr(32)
+
+
+def is_long(tiles: int, acc: torch.dtype) -> bool:
+    """Whether the tiles of a segment are added up in groups."""
+    return tiles > JOINED.value and acc == torch.float32
+
 
 @triton.jit
 def _pool_tile(
-    v, t, mask, total, squares, peak, index, level, exps,
-    POOLS: tl.constexpr, SPLIT: tl.constexpr, WITH_INDEX: tl.constexpr,
+    v, t, mask, total, squares, peak, index, level, exps, exps_lost,
+    POOLS: tl.constexpr, SPLIT: tl.constexpr, WITH_INDEX: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     """Folds the t-th tile v [BC, BP], zero where masked, into the running pools."""
     total += v
@@ -40,19 +50,26 @@ def _pool_tile(
         higher = tl.maximum(level, tl.max(tl.where(v == v, v, float("-inf")), 1))
         shift = finite_or_zero(higher)
         # Before the first finite element there is nothing to rescale, and exp(-shift) may overflow.
-        kept = tl.where(level == float("-inf"), 0.0, exps * tl.exp(finite_or_zero(level) - shift))
+        empty = level == float("-inf")
+        scale = tl.exp(finite_or_zero(level) - shift)
+        kept = tl.where(empty, 0.0, exps * scale)
         # A NaN hides from `level`, and must survive in the sum.
         kept = tl.where(exps == exps, kept, exps)
-        exps = kept + tl.sum(tl.exp(v - shift[:, None]), 1)
+        tile_exps = tl.sum(tl.exp(v - shift[:, None]), 1)
+        if LONG:
+            exps_lost = tl.where(empty, 0.0, exps_lost * scale)
+            exps, exps_lost = add_long(kept, exps_lost, tile_exps)
+        else:
+            exps = kept + tile_exps
         level = higher
-    return total, squares, peak, index, level, exps
+    return total, squares, peak, index, level, exps, exps_lost
 
 
 @triton.jit
 def _pool_channels(
     x, pooled, pool_index, n, seg, channel_tile, C, P, segment_tiles, SEGMENTS,
     POOLS: tl.constexpr, SPLIT: tl.constexpr, SEGMENTED: tl.constexpr, WITH_INDEX: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
+    LONG: tl.constexpr, CHANNELS_LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Every pool of a tile of channels over a segment of positions, stored."""
     AVG: tl.constexpr = POOLS % 2
@@ -79,22 +96,47 @@ def _pool_channels(
         index += first
     level = tl.full([BC], float("-inf"), ACC)
     exps = tl.zeros([BC], ACC)
-    for t in range(first, full):
-        at = tl.cast(tl.multiple_of(t * BP, BP), tl.int64) * SP
-        v = tl.load(tile + at, mask=cmask[:, None], other=0.0).to(ACC)  # [BC, BP]
-        total, squares, peak, index, level, exps = _pool_tile(
-            v, t, None, total, squares, peak, index, level, exps, POOLS, SPLIT, WITH_INDEX
-        )
+    exps_lost = tl.zeros([BC], ACC)
+    s = tl.zeros([BC], ACC)
+    lost = tl.zeros([BC], ACC)
+    norm = tl.zeros([BC], ACC)
+    norm_lost = tl.zeros([BC], ACC)
+    for group in range(first, full, JOINED if LONG else segment_tiles):
+        for t in range(group, tl.minimum(group + JOINED, full) if LONG else full):
+            at = tl.cast(tl.multiple_of(t * BP, BP), tl.int64) * SP
+            v = tl.load(tile + at, mask=cmask[:, None], other=0.0).to(ACC)  # [BC, BP]
+            total, squares, peak, index, level, exps, exps_lost = _pool_tile(
+                v,
+                t,
+                None,
+                total,
+                squares,
+                peak,
+                index,
+                level,
+                exps,
+                exps_lost,
+                POOLS,
+                SPLIT,
+                WITH_INDEX,
+                LONG,
+            )
+        if LONG:
+            s, lost = add_long(s, lost, tl.sum(total, 1))
+            total = tl.zeros([BC, BP], ACC)
+            if LP:
+                norm, norm_lost = add_long(norm, norm_lost, tl.sum(squares, 1))
+                squares = tl.zeros([BC, BP], ACC)
     for t in range(full, last):
         at = tl.cast(tl.multiple_of(t * BP, BP), tl.int64) * SP
         mask = cmask[:, None] & (t * BP + col < P)[None, :]
         v = tl.load(tile + at, mask=mask, other=0.0).to(ACC)  # [BC, BP]
-        total, squares, peak, index, level, exps = _pool_tile(
-            v, t, mask, total, squares, peak, index, level, exps, POOLS, SPLIT, WITH_INDEX
+        total, squares, peak, index, level, exps, exps_lost = _pool_tile(
+            v, t, mask, total, squares, peak, index, level, exps, exps_lost, POOLS, SPLIT, WITH_INDEX, LONG
         )
 
     out = pooled + (n * SEGMENTS + seg) * ROWS * C + rc
-    s = tl.sum(total, 1)
+    s += tl.sum(total, 1) + lost
     mean = divide(s, P.to(ACC))
     if AVG:
         tl.store(out, s if SEGMENTED else mean, mask=cmask)  # [BC]
@@ -116,7 +158,7 @@ def _pool_channels(
             p_index = pool_index + (n * SEGMENTS + seg) * C + rc
             tl.store(p_index, found.to(pool_index.dtype.element_ty), mask=cmask)  # [BC]
     if LP:
-        norm = tl.sum(squares, 1)
+        norm += tl.sum(squares, 1) + norm_lost
         norm = norm if SEGMENTED else root(norm)
         tl.store(out + (AVG + MAX) * C, norm, mask=cmask)  # [BC]
     if LSE:
@@ -128,7 +170,7 @@ def _pool_channels(
 def channel_pool_forward_kernel(
     x, pooled, pool_index, w1, hidden_part, c_units, p_units, segment_tiles, SEGMENTS, share_tiles, H,
     POOLS: tl.constexpr, SPLIT: tl.constexpr, SEGMENTED: tl.constexpr, WITH_INDEX: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, CV: tl.constexpr, PV: tl.constexpr,
+    LONG: tl.constexpr, CHANNELS_LAST: tl.constexpr, CV: tl.constexpr, PV: tl.constexpr,
     BC: tl.constexpr, BP: tl.constexpr, MC: tl.constexpr, HB: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     BLEND: tl.constexpr = POOLS // 16
@@ -148,7 +190,7 @@ def channel_pool_forward_kernel(
     for tile in range(first, tl.minimum(first + share_tiles, channel_tiles)):
         _pool_channels(
             x, pooled, pool_index, n, seg, tile, C, P, segment_tiles, SEGMENTS,
-            POOLS, SPLIT, SEGMENTED, WITH_INDEX, CHANNELS_LAST, BC, BP, ACC,
+            POOLS, SPLIT, SEGMENTED, WITH_INDEX, LONG, CHANNELS_LAST, BC, BP, ACC,
         )  # fmt: skip
     if hidden_part is not None:
         # The pools come back from memory, in the shape that the weights' tile wants.

@@ -2,7 +2,7 @@
 
 A row is chosen by kernel, device generation, layout, size of the map and bytes an element; `meta`
 are the kernel's block sizes, `fill` how many programs a multiprocessor should get where the launcher
-can split further. A row for a device generation goes before one for any device, and the user's
+can split further, and `registers`, where given, how many a thread may use. A row for a device generation goes before one for any device, and the user's
 table, which `python -m cbam_fused.tune` writes, before the pinned one.
 """
 
@@ -12,7 +12,7 @@ import functools
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Dict, List, Mapping, Optional, Tuple
 
@@ -61,11 +61,13 @@ class Device:
 
 @dataclass(frozen=True)
 class Configuration:
-    """Block sizes by name, warps a program, programs a multiprocessor."""
+    """Block sizes by name, warps a program, programs a multiprocessor; registers a thread that NVIDIA's compiler may
+    use, where it is to be told."""
 
     meta: Mapping[str, int]
     warps: int
     fill: float
+    registers: Optional[int] = None
 
 
 def interpreting() -> bool:
@@ -148,7 +150,7 @@ def _look_up(kernel: str, generation: str, layout: str, size: str, itemsize: int
         for wanted in (generation, "any"):
             for row in table["rows"]:
                 if row.get("device", "any") == wanted and _matches(row, kernel, layout, size, itemsize):
-                    return Configuration(row["meta"], row["warps"], row["fill"])
+                    return Configuration(row["meta"], row["warps"], row["fill"], row.get("registers"))
     raise LookupError(
         f"no launch configuration of {kernel} for {generation}, {layout}, {size}, {itemsize} bytes"
     )
@@ -166,7 +168,7 @@ def configuration(
 ) -> Configuration:
     """The row of a launch, its blocks no larger than what covers `extents` (by block name)."""
     row = _look_up(kernel, device.generation, layout, map_class(positions), itemsize)
-    return Configuration({k: _block(k, v, extents) for k, v in row.meta.items()}, row.warps, row.fill)
+    return replace(row, meta={k: _block(k, v, extents) for k, v in row.meta.items()})
 
 
 def chunk_samples(device: Device, sample_bytes: int, samples: int, tensors: int) -> int:
@@ -200,6 +202,7 @@ def user_row(
         "meta": dict(found.meta),
         "warps": found.warps,
         "fill": found.fill,
+        **({} if found.registers is None else {"registers": found.registers}),
     }
 
 

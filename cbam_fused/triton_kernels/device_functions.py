@@ -23,6 +23,16 @@ def divide(a, b):
 
 
 @triton.jit
+def add_long(total, lost, part):
+    """Adds one of many parts -> (total, lost): what an addition rounds off comes back with the next part (Kahan), so
+    that the error does not grow with their number. Infinities and NaN leave nothing to come back."""
+    part += lost
+    higher = total + part
+    lost = part - (higher - total)
+    return higher, tl.where(lost - lost == 0.0, lost, 0.0)
+
+
+@triton.jit
 def sigmoid(x):
     return divide(tl.full([], 1.0, x.dtype), 1.0 + tl.exp(-x))
 
@@ -279,9 +289,11 @@ def sum_parts(
     cell = rr[:, None] * width + at[None, :]
     mask = (rr < rows)[:, None] & (at < width)[None, :]
     acc = tl.zeros([RP, WB], ACC)
+    lost = tl.zeros([RP, WB], ACC)
     for first in range(0, parts, TB):
         part = first + tl.arange(0, TB)
         where = (part.to(tl.int64) * rows * width)[:, None, None] + cell[None, :, :]
         inside = (part < parts)[:, None, None] & mask[None, :, :]
-        acc += tl.sum(tl.load(base + where, mask=inside, other=0.0), 0)  # [TB, RP, WB]
+        block = tl.load(base + where, mask=inside, other=0.0)  # [TB, RP, WB]
+        acc, lost = add_long(acc, lost, tl.sum(block, 0))
     return acc

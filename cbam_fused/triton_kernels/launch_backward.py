@@ -51,7 +51,7 @@ def _scale_backward_launch(
         n * tiles * splits,
         (dy, x, gate, spatial_gate, dz, ds, part, u["c_units"], u["p_units"], splits, each),
         dict(**pr.layout(), **found.meta),
-        found.warps,
+        found,
     )
     return dz, ds, part
 
@@ -160,7 +160,7 @@ class _Gradients:
              *(self.dconv if pr.spatial else (None, None)), *self.dnorm, pr.n,
              pr.n * self.segments if pr.spatial else 0, channels, pr.hidden, taps),
             dict(BN_EPS=self.norm[4], POOLS=pr.pools, ACC=pr.acc_type(), **found.meta),
-            found.warps,
+            found,
         )  # fmt: skip
 
     def outputs(self, x: Tensor, count: int) -> Tuple[Tensor, ...]:
@@ -188,7 +188,7 @@ def _whole_backward_launch(
          pr.d, pr.h, pr.w),
         dict(BN_EPS=eps, POOLS=pr.pools, SPATIAL=pr.spatial, SPLIT=pr.split(), RESIDUAL=residual, GIVEN=known,
              FLAT=pr.flat(found), **pr.taps_meta(), **pr.layout(), **found.meta),
-        found.warps,
+        found,
     )  # fmt: skip
 
 
@@ -225,7 +225,7 @@ def _attention_backward_chunk(
              u["c_units"], u["p_units"], 1 if ds is None else ds.shape[1], splits, each, pr.d, pr.h, pr.w),
             dict(BN_EPS=eps, SPATIAL=pr.spatial, SPLIT=pr.split(), MB=1 if ds is None else pr.merge_block(),
                  **pr.taps_meta(), **pr.layout(), **found.meta),
-            found.warps,
+            found,
         )  # fmt: skip
     blocks, block_tiles, hidden_part, my_dhidden, dpooled = 0, 1, None, None, None
     dhidden = part_of(grads.dhidden, rows)
@@ -253,7 +253,7 @@ def _attention_backward_chunk(
              0 if dgate is None else dgate.shape[1], tiles_b, block_tiles),
             dict(BN_EPS=eps, POOLS=pr.pools, SPATIAL=pr.spatial, SPLIT=pr.split(), ACC=pr.acc_type(),
                  **pr.taps_meta(), **found.meta),
-            found.warps,
+            found,
         )  # fmt: skip
     found, device = pr.tile("input_backward", HB=max(1, pr.hidden), GB=1 if blocks < 2 else n)
     open_mlp = (hidden, w1, w2, dlogits, hidden_part, dhidden) if blocks > 1 else (None,) * 6
@@ -268,7 +268,7 @@ def _attention_backward_chunk(
          n, u["c_units"], u["p_units"], pr.hidden, blocks, splits, each),
         dict(POOLS=pr.pools, SPATIAL=pr.spatial, SPLIT=pr.split(), RESIDUAL=residual, FLAT=pr.flat(found),
              **pr.layout(), **found.meta),
-        found.warps,
+        found,
     )  # fmt: skip
 
 

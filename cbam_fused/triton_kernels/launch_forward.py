@@ -11,7 +11,7 @@ from .. import _config as cfg
 from . import arguments as given
 from . import problem as pb
 from .arguments import NO_NORM, Norm, Saved, dense_input, map_splits, part_of, present, weights_of
-from .channel_pool import channel_pool_forward_kernel
+from .channel_pool import channel_pool_forward_kernel, is_long
 from .problem import Problem, cdiv
 from .scale import scale_forward_kernel
 from .spatial_pool import spatial_pool_forward_kernel
@@ -48,8 +48,8 @@ def _pools_forward(x: Tensor, weights, pr: Problem, saved: Saved, rows: slice):
             n * segments * shares,
             (x, part, part_index, w1, hidden_part, u["c_units"], u["p_units"], each, segments, share_tiles, pr.hidden),
             dict(POOLS=pr.pools, SPLIT=pr.split(), SEGMENTED=segments > 1, WITH_INDEX=saved.save,
-                 **pr.layout(), **found.meta),
-            found.warps,
+                 LONG=is_long(each, pr.acc), **pr.layout(), **found.meta),
+            found,
         )  # fmt: skip
     found, device = pr.tile("spatial_pool", MC=pr.c, HB=max(1, pr.hidden))
     tiles, splits, each = map_splits(pr, found, device, n)
@@ -74,7 +74,7 @@ def _pools_forward(x: Tensor, weights, pr: Problem, saved: Saved, rows: slice):
          u["c_units"], u["p_units"], pr.hidden, segments, shares, splits, each),
         dict(POOLS=pr.pools, SPATIAL=pr.spatial, SPLIT=pr.split(), SEGMENTED=segments > 1,
              WITH_INDEX=saved.save, EVEN=pr.c % found.meta["BC"] == 0, **pr.layout(), **found.meta),
-        found.warps,
+        found,
     )  # fmt: skip
     return part_maps, part_maps_index
 
@@ -98,7 +98,7 @@ def _scale_launch(
          u["c_units"], u["p_units"], 1 if parts[0] is None else parts[0].shape[1], splits, each, pr.d, pr.h, pr.w),
         dict(BN_EPS=eps, SPATIAL=pr.spatial, SPLIT=pr.split(), RESIDUAL=residual, FLAT=pr.flat(found),
              MB=1 if merged is None else pr.merge_block(), **pr.taps_meta(), **pr.layout(), **found.meta),
-        found.warps,
+        found,
     )  # fmt: skip
 
 

@@ -171,9 +171,15 @@ def split_loop(programs: int, steps: int, fill: float, device: Device) -> Tuple[
     return cdiv(steps, each), each
 
 
-def launch(kernel: Any, programs: int, tensors: Tuple, meta: Mapping[str, Any], warps: int) -> None:
+def compile_options(found: Configuration, amd: bool) -> Dict[str, int]:
+    """What Triton's compiler is told. Without a limit of registers, ptxas at times spills to fit one more block."""
+    options = {"num_warps": found.warps}
+    return options if amd or found.registers is None else {**options, "maxnreg": found.registers}
+
+
+def launch(kernel: Any, programs: int, tensors: Tuple, meta: Mapping[str, Any], found: Configuration) -> None:
     """Runs `kernel` on a one-dimensional grid. The only place that launches."""
-    kernel[(programs,)](*tensors, **meta, num_warps=warps)
+    kernel[(programs,)](*tensors, **meta, **compile_options(found, amd=torch.version.hip is not None))
 
 
 def on_device(x: Tensor) -> ContextManager:

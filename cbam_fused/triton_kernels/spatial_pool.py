@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .device_functions import (
     NO_INDEX,
+    add_long,
     divide,
     finite_or_zero,
     load_pooled,
@@ -46,15 +47,18 @@ def merge_segments(
     saved = pooled + n * ROWS * C + rc
     cmask = rc < C
     total = tl.zeros([B], ACC)
+    lost = tl.zeros([B], ACC)
     peak = tl.full([B], float("-inf"), ACC)
     index = tl.zeros([B], tl.int32)
     squares = tl.zeros([B], ACC)
+    squares_lost = tl.zeros([B], ACC)
     level = tl.full([B], float("-inf"), ACC)
     exps = tl.zeros([B], ACC)
     for seg in range(SEGMENTS):
         base = part + (n * SEGMENTS + seg) * ROWS * C + rc
         if AVG:
-            total += tl.load(base, mask=cmask, other=0.0)  # [B]
+            v = tl.load(base, mask=cmask, other=0.0)  # [B]
+            total, lost = add_long(total, lost, v)
         if MAX:
             v = tl.load(base + AVG * C, mask=cmask, other=0.0)  # [B]
             at = index
@@ -63,7 +67,8 @@ def merge_segments(
                 at = tl.load(p_index, mask=cmask & write, other=0).to(tl.int32)  # [B]
             peak, index = merge_maximum(v, at, seg == 0, peak, index, SPLIT)
         if LP:
-            squares += tl.load(base + (AVG + MAX) * C, mask=cmask, other=0.0)  # [B]
+            v = tl.load(base + (AVG + MAX) * C, mask=cmask, other=0.0)  # [B]
+            squares, squares_lost = add_long(squares, squares_lost, v)
         if LSE:
             v = tl.load(base + (AVG + MAX + LP) * C, mask=cmask, other=0.0)  # [B]
             higher = tl.where(v > level, v, level)

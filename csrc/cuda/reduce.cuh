@@ -115,6 +115,30 @@ __device__ __forceinline__ double square_root(double v) {
   return sqrt(v);
 }
 
+// A sum of many parts. What an addition rounds off comes back with the next part (Kahan), so that the error
+// does not grow with how many there are. Infinities and NaN leave nothing to come back.
+template <class A>
+struct LongSum {
+  A sum = A(0), lost = A(0);
+  __device__ __forceinline__ void add(A part) {
+    const A v = part + lost, total = sum + v;
+    lost = v - (total - sum);
+    if (!(lost - lost == A(0))) lost = A(0);
+    sum = total;
+  }
+};
+
+// v[0] becomes the sum of all, added by halves.
+template <class A, int V>
+__device__ __forceinline__ A sum_by_halves(A (&v)[V]) {
+#pragma unroll
+  for (int half = V / 2; half; half /= 2) {
+#pragma unroll
+    for (int k = 0; k < half; ++k) v[k] += v[k + half];
+  }
+  return v[0];
+}
+
 // 1 / (1 + exp(-v)) would round twice near one, where the gradient's 1 - sigmoid magnifies it.
 template <class A>
 __device__ __forceinline__ A sigmoid(A v) {
@@ -157,6 +181,11 @@ __device__ __forceinline__ void add_to_log_sum(LogSum<A>& s, A v) {
     merge_log_sum(s, LogSum<A>{v, exponential(v - log_shift(v))});
   else
     s.sum += exponential(v - log_shift(s.peak));
+}
+// log_sum with a new maximum of at least its own.
+template <class A>
+__device__ __forceinline__ void raise_log_sum(LogSum<A>& s, A peak) {
+  if (peak > s.peak) merge_log_sum(s, LogSum<A>{peak, A(0)});
 }
 template <class A>
 __device__ __forceinline__ A log_sum_value(LogSum<A> s) {

@@ -104,11 +104,12 @@ __device__ __forceinline__ void column_sum(int64_t tile, int64_t columns, int64_
   const int64_t c = tile * kConvColumns + thread % kConvColumns;
   const int group = thread / kConvColumns, groups = kThreads / kConvColumns;
   A* parts = shared.take<A>(kThreads);
-  A sum = 0;
+  LongSum<A> total;
   if (c < columns) {
 #pragma unroll 8
-    for (int64_t i = group; i < count; i += groups) sum += value(i, c);  // [1]
+    for (int64_t i = group; i < count; i += groups) total.add(value(i, c));  // [1]
   }
+  A sum = total.sum;
   parts[thread] = sum;
   __syncthreads();
   if (group == 0 && c < columns) {

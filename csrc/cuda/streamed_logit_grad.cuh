@@ -11,16 +11,16 @@ __device__ __forceinline__ A gate_grad(const Streamed& k, int64_t n, int64_t c, 
   const Schedule& s = k.s;
   const int64_t slot = slot_of(k, n), channels = k.p.channels;
   const int cross = k.w.cross_parts ? s.reduce.tiles : 0, gate = k.w.gate_parts ? s.map.tiles : 0;
-  A sum = 0;
+  LongSum<A> sum;
 #pragma unroll 8
   for (int t = first; t < cross; t += step) {
-    sum += fresh<A>(k.w.cross_parts, (slot * s.reduce.tiles + t) * channels + c);  // [1]
+    sum.add(fresh<A>(k.w.cross_parts, (slot * s.reduce.tiles + t) * channels + c));  // [1]
   }
 #pragma unroll 8
   for (int t = first; t < gate; t += step) {
-    sum += fresh<A>(k.w.gate_parts, (slot * s.map.tiles + t) * channels + c);  // [1]
+    sum.add(fresh<A>(k.w.gate_parts, (slot * s.map.tiles + t) * channels + c));  // [1]
   }
-  return sum;
+  return sum.sum;
 }
 
 // dl at n * C + c from all that came through x.

@@ -7,31 +7,80 @@
 
 namespace cbam {
 
-// Adds a vector whose first element has this index.
-template <class S, int V>
-__device__ __forceinline__ void add_vector(S& s, const typename S::A (&v)[V], int index) {
-#pragma unroll
-  for (int k = 0; k < V; ++k) s.add(v[k], index + k);
-}
+// Adds a vector whose first element has this index. Its own sum comes first: of a large map a lane adds up
+// thousands of elements.
 // In float only the vector's maximum is found, and its mark is the vector's index until find_in_vector has
 // looked where in the vector it is, once a channel: almost every vector beats what some lane of a warp has.
-template <int V>
-__device__ __forceinline__ void add_vector(MeanMax<float, false>& s, const float (&v)[V], int index) {
-  float top = v[0];
-#pragma unroll
-  for (int k = 1; k < V; ++k) top = ptx::max_nan(top, v[k]);
-  // By halves first: of a large map each lane adds up thousands.
-  float part[V];
+template <class A, bool kSplit, int V>
+__device__ __forceinline__ void add_vector(MeanMax<A, kSplit>& s, const A (&v)[V], int index) {
+  A part[V];
 #pragma unroll
   for (int k = 0; k < V; ++k) part[k] = v[k];
+  s.sum += sum_by_halves(part);
+  if constexpr (!kSplit && sizeof(A) == sizeof(float)) {
+    A top = v[0];
 #pragma unroll
-  for (int half = V / 2; half; half /= 2) {
+    for (int k = 1; k < V; ++k) top = ptx::max_nan(top, v[k]);
+    add_to_peak<false>(s.peak, top, index);
+  } else {
 #pragma unroll
-    for (int k = 0; k < half; ++k) part[k] += part[k + half];
+    for (int k = 0; k < V; ++k) add_to_peak<kSplit>(s.peak, v[k], index + k);
   }
-  s.sum += part[0];
-  if (!(top <= s.peak.value) && s.peak.value == s.peak.value) s.peak = {top, index};
 }
+template <class A, int V>
+__device__ __forceinline__ void add_vector(Squares<A>& s, const A (&v)[V], int) {
+  A part[V];
+#pragma unroll
+  for (int k = 0; k < V; ++k) part[k] = v[k] * v[k];
+  s.sum += sum_by_halves(part);
+}
+template <class A, int V>
+__device__ __forceinline__ void add_vector(Exponentials<A>& s, const A (&v)[V], int) {
+  A part[V], top = v[0];
+#pragma unroll
+  for (int k = 1; k < V; ++k) top = v[k] > top || top != top ? v[k] : top;
+  raise_log_sum(s.log_sum, top);
+  const A shift = log_shift(s.log_sum.peak);
+#pragma unroll
+  for (int k = 0; k < V; ++k) part[k] = exponential(v[k] - shift);
+  s.log_sum.sum += sum_by_halves(part);
+}
+
+// The sums of a lane, joined once in kJoined vectors; the maximum goes on.
+constexpr int kJoined = 32;
+template <class S>
+struct Joined {
+  LongSum<typename S::A> sum;
+  __device__ __forceinline__ void take(S& s) {
+    sum.add(s.sum);
+    s.sum = 0;
+  }
+  __device__ __forceinline__ void finish(S& s) {
+    take(s);
+    s.sum = sum.sum;
+  }
+};
+template <class A>
+struct Joined<Exponentials<A>> {
+  A peak = negative_infinity<A>();
+  LongSum<A> sum;
+  __device__ __forceinline__ void take(Exponentials<A>& s) {
+    if (s.log_sum.peak > peak) {
+      if (sum.sum != A(0)) {
+        const A scale = exponential(log_shift(peak) - log_shift(s.log_sum.peak));
+        sum = {sum.sum * scale, sum.lost * scale};
+      }
+      peak = s.log_sum.peak;
+    }
+    const A scale = exponential(log_shift(s.log_sum.peak) - log_shift(peak));
+    sum.add(s.log_sum.sum == A(0) ? A(0) : s.log_sum.sum * scale);
+    s.log_sum.sum = A(0);
+  }
+  __device__ __forceinline__ void finish(Exponentials<A>& s) {
+    take(s);
+    s.log_sum = {peak, sum.sum};
+  }
+};
 template <class Tr, class S>
 __device__ __forceinline__ void find_in_vector(S& s, const typename Tr::T* row, int positions) {
   constexpr int V = Tr::V;
@@ -119,20 +168,30 @@ __device__ __forceinline__ void finish_pools(const Streamed& k, const Item& item
     MeanMax<A, kSplit> base = MeanMax<A, kSplit>::empty(kNoIndex);
     Squares<A> squares = Squares<A>::empty(0);
     Exponentials<A> exponentials = Exponentials<A>::empty(0);
+    Joined<MeanMax<A, kSplit>> sum;
+    Joined<Squares<A>> sum_of_squares;
+    Joined<Exponentials<A>> sum_of_exponentials;
     for (int chunk = 0; chunk < chunks; ++chunk) {
       const PoolTarget t{n, chunk};
       if (k.p.pools & (kAvg | kMax)) {
         const int mark = load_index<Cache::kCoherent>(k.w.pool_marks, pool_part<A>(k, 0, t, c), false);
         base.merge({fresh<A>(k.w.pool_parts, pool_part<A>(k, 0, t, c)),
                     {fresh<A>(k.w.pool_parts, pool_part<A>(k, 1, t, c)), mark}});
+        sum.take(base);
       }
-      if (kRareOptions && k.p.pools & kLp)
-        squares.merge({fresh<A>(k.w.pool_parts, pool_part<A>(k, 2, t, c))});
+      if (kRareOptions && k.p.pools & kLp) {
+        squares = {fresh<A>(k.w.pool_parts, pool_part<A>(k, 2, t, c))};
+        sum_of_squares.take(squares);
+      }
       if (kRareOptions && k.p.pools & kLse) {
-        exponentials.merge({{fresh<A>(k.w.pool_parts, pool_part<A>(k, 3, t, c)),
-                             fresh<A>(k.w.pool_parts, pool_part<A>(k, 4, t, c))}});
+        exponentials = {{fresh<A>(k.w.pool_parts, pool_part<A>(k, 3, t, c)),
+                         fresh<A>(k.w.pool_parts, pool_part<A>(k, 4, t, c))}};
+        sum_of_exponentials.take(exponentials);
       }
     }
+    sum.finish(base);
+    sum_of_squares.finish(squares);
+    sum_of_exponentials.finish(exponentials);
     const PoolTarget t{n, kAllChunks};
     if (k.p.pools & (kAvg | kMax)) put_statistic<A>(k, t, c, base);
     if (kRareOptions && k.p.pools & kLp) put_statistic<A>(k, t, c, squares);
@@ -165,7 +224,8 @@ __device__ __forceinline__ void pool_rows(const Streamed& k, int64_t n, int inde
         for (int e = lane; e < head; e += lanes) acc.add(load_one<Cache::kReadOnly>(p_row + e), e);
       }
       const T* whole = p_row + head;
-      int i = lane;
+      Joined<S> joined;
+      int i = lane, groups = 0;
       for (; i + 3 * lanes < vectors; i += 4 * lanes) {
         Packed<T, V> ahead[4];
 #pragma unroll
@@ -178,6 +238,7 @@ __device__ __forceinline__ void pool_rows(const Streamed& k, int64_t n, int inde
           ahead[u].unpack(v);
           add_vector(acc, v, head + (i + u * lanes) * V);
         }
+        if (++groups % (kJoined / 4) == 0) joined.take(acc);
       }
       for (; i < vectors; i += lanes) {
         typename Tr::A v[V];
@@ -188,6 +249,7 @@ __device__ __forceinline__ void pool_rows(const Streamed& k, int64_t n, int inde
         for (int e = head + vectors * V + lane; e < positions; e += lanes)
           acc.add(load_one<Cache::kReadOnly>(p_row + e), e);
       }
+      joined.finish(acc);
     }
     merge_lanes(acc, 1, min(lanes, 32));
     if (lanes > 32) {
