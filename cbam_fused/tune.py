@@ -38,9 +38,9 @@ def candidates(kernel: str, now: Configuration) -> Iterator[Configuration]:
     for warps in WARPS:
         if "BC" in now.meta:
             for bc, bp in TILES:
-                yield Configuration({**now.meta, "BC": bc, "BP": bp}, warps, now.fill)
+                yield replace(now, meta={**now.meta, "BC": bc, "BP": bp}, warps=warps)
         else:
-            yield Configuration(now.meta, warps, now.fill)
+            yield replace(now, warps=warps)
     for fill in FILLS:
         yield replace(now, fill=fill)
 

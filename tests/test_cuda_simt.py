@@ -16,6 +16,7 @@ from oracle import (
     Options,
     assert_within,
     check,
+    check_hostile_numbers_in_a_map,
     check_sum_over_a_map,
     leaves,
     make_problem,
@@ -473,6 +474,13 @@ def test_the_average_of_many_equal_numbers(layout):
 def test_pools_of_a_very_large_map(monkeypatch, pool, layout):
     cs.HostOps(cs.Machine(l2=LARGE_L2)).installed(monkeypatch)
     check_sum_over_a_map(pool, 1024, layout, "cuda")
+
+
+@pytest.mark.parametrize("side", [24, 400, 401])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_hostile_numbers_in_a_large_map(monkeypatch, layout, side):
+    cs.HostOps(cs.Machine(l2=LARGE_L2)).installed(monkeypatch)
+    check_hostile_numbers_in_a_map(side, layout, "cuda")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

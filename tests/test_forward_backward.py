@@ -12,6 +12,7 @@ from oracle import (
     SUMS,
     Options,
     check,
+    check_hostile_numbers_in_a_map,
     check_sum_over_a_map,
     layout_of,
     leaves,
@@ -97,6 +98,11 @@ def test_sums_over_many_equal_numbers(fused, side, layout):
 @pytest.mark.parametrize("pool", SUMS)
 def test_pools_of_a_very_large_map(fused, pool, layout):
     check_sum_over_a_map(pool, 2048, layout, fused.backend, fused.device)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_hostile_numbers_in_a_large_map(fused, layout):
+    check_hostile_numbers_in_a_map(400, layout, fused.backend, fused.device)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

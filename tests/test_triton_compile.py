@@ -92,6 +92,7 @@ def test_large_maps_of_few_samples(target):
 def test_other_options():
     shapes = (SHAPES["large"], SHAPES["tiny"], SHAPES["samples"])
     check(launches("sm_90", (torch.bfloat16,), OTHERS, shapes), "sm_90")
+    check(launches("sm_90", (torch.bfloat16,), OTHERS[:1], (LONG_SHAPE,)), "sm_90")
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,6 +88,16 @@ def test_the_fastest_is_written_and_then_used(monkeypatch, capsys):
     assert found.meta == best and found.warps == 8
     for kernel in configurations.KERNELS[:2]:
         assert configurations._look_up(kernel, *KEY[1:]) == pinned[kernel]
+
+
+def test_a_limit_of_registers_goes_through_the_users_table():
+    key = ("spatial_pool", "sm_90", "channels_last", "large", 2)
+    found = configurations._look_up(*key)
+    assert found.registers and found.limited(False).registers is None
+    assert {c.registers for c in tune.candidates(key[0], found)} == {found.registers}
+    mine = replace(found, warps=4)
+    tune.write([configurations.user_row(*key, mine)], configurations.user_table_path())
+    assert configurations._look_up(*key) == mine
 
 
 def test_noise_is_no_reason_to_leave_the_pinned_table(monkeypatch):

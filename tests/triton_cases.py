@@ -415,9 +415,18 @@ def test_pools_of_a_very_large_map(pool, layout):
     oracle.check_sum_over_a_map(pool, 1024, layout, "triton", DEVICE)
 
 
+@pytest.mark.parametrize("device", ["interpreter", "sm_90"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_hostile_numbers_in_a_large_map(layout, device, monkeypatch):
+    """As one program of a channel sees them, and where channels-last has segments."""
+    if DEVICE == "cpu" and device in DEVICES:
+        monkeypatch.setattr(configurations, "describe", lambda _: DEVICES[device])
+    oracle.check_hostile_numbers_in_a_map(160, layout, "triton", DEVICE)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_sums_over_many_equal_numbers(layout):
-    problem = oracle.make_problem((1, 4, 640, 640), oracle.Options(), device=DEVICE, layout=layout)
+    problem = oracle.make_problem((1, 2, 640, 640), oracle.Options(), device=DEVICE, layout=layout)
     problem.x.fill_(0.1)
     oracle.check(problem, "triton", ties=True)
 

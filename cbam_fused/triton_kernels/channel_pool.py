@@ -57,7 +57,9 @@ def _pool_tile(
         kept = tl.where(exps == exps, kept, exps)
         tile_exps = tl.sum(tl.exp(v - shift[:, None]), 1)
         if LONG:
-            exps_lost = tl.where(empty, 0.0, exps_lost * scale)
+            # exp(level) is infinite where an infinity follows numbers above 88.
+            scaled = exps_lost * scale
+            exps_lost = tl.where(empty | (scaled - scaled != 0.0), 0.0, scaled)
             exps, exps_lost = add_long(kept, exps_lost, tile_exps)
         else:
             exps = kept + tile_exps
@@ -101,32 +103,28 @@ def _pool_channels(
     lost = tl.zeros([BC], ACC)
     norm = tl.zeros([BC], ACC)
     norm_lost = tl.zeros([BC], ACC)
-    for group in range(first, full, JOINED if LONG else segment_tiles):
-        for t in range(group, tl.minimum(group + JOINED, full) if LONG else full):
-            at = tl.cast(tl.multiple_of(t * BP, BP), tl.int64) * SP
-            v = tl.load(tile + at, mask=cmask[:, None], other=0.0).to(ACC)  # [BC, BP]
-            total, squares, peak, index, level, exps, exps_lost = _pool_tile(
-                v,
-                t,
-                None,
-                total,
-                squares,
-                peak,
-                index,
-                level,
-                exps,
-                exps_lost,
-                POOLS,
-                SPLIT,
-                WITH_INDEX,
-                LONG,
-            )
-        if LONG:
+    if LONG:
+        for group in range(first, full, JOINED):
+            for t in range(group, tl.minimum(group + JOINED, full)):
+                at = tl.cast(tl.multiple_of(t * BP, BP), tl.int64) * SP
+                v = tl.load(tile + at, mask=cmask[:, None], other=0.0).to(ACC)  # [BC, BP]
+                total, squares, peak, index, level, exps, exps_lost = _pool_tile(
+                    v, t, None, total, squares, peak, index, level, exps, exps_lost,
+                    POOLS, SPLIT, WITH_INDEX, LONG,
+                )  # fmt: skip
             s, lost = add_long(s, lost, tl.sum(total, 1))
             total = tl.zeros([BC, BP], ACC)
             if LP:
                 norm, norm_lost = add_long(norm, norm_lost, tl.sum(squares, 1))
                 squares = tl.zeros([BC, BP], ACC)
+    else:
+        for t in range(first, full):
+            at = tl.cast(tl.multiple_of(t * BP, BP), tl.int64) * SP
+            v = tl.load(tile + at, mask=cmask[:, None], other=0.0).to(ACC)  # [BC, BP]
+            total, squares, peak, index, level, exps, exps_lost = _pool_tile(
+                v, t, None, total, squares, peak, index, level, exps, exps_lost,
+                POOLS, SPLIT, WITH_INDEX, LONG,
+            )  # fmt: skip
     for t in range(full, last):
         at = tl.cast(tl.multiple_of(t * BP, BP), tl.int64) * SP
         mask = cmask[:, None] & (t * BP + col < P)[None, :]
@@ -136,7 +134,7 @@ def _pool_channels(
         )
 
     out = pooled + (n * SEGMENTS + seg) * ROWS * C + rc
-    s += tl.sum(total, 1) + lost
+    s = tl.sum(total, 1) + lost + s if LONG else tl.sum(total, 1)
     mean = divide(s, P.to(ACC))
     if AVG:
         tl.store(out, s if SEGMENTED else mean, mask=cmask)  # [BC]
@@ -158,7 +156,7 @@ def _pool_channels(
             p_index = pool_index + (n * SEGMENTS + seg) * C + rc
             tl.store(p_index, found.to(pool_index.dtype.element_ty), mask=cmask)  # [BC]
     if LP:
-        norm += tl.sum(squares, 1) + norm_lost
+        norm = tl.sum(squares, 1) + norm_lost + norm if LONG else tl.sum(squares, 1)
         norm = norm if SEGMENTED else root(norm)
         tl.store(out + (AVG + MAX) * C, norm, mask=cmask)  # [BC]
     if LSE:

@@ -2,8 +2,9 @@
 
 A row is chosen by kernel, device generation, layout, size of the map and bytes an element; `meta`
 are the kernel's block sizes, `fill` how many programs a multiprocessor should get where the launcher
-can split further, and `registers`, where given, how many a thread may use. A row for a device generation goes before one for any device, and the user's
-table, which `python -m cbam_fused.tune` writes, before the pinned one.
+can split further, and `registers`, where given, how many a thread may use where maps are cut into
+segments. A row for a device generation goes before one for any device, and the user's table, which
+`python -m cbam_fused.tune` writes, before the pinned one.
 """
 
 from __future__ import annotations
@@ -68,6 +69,10 @@ class Configuration:
     warps: int
     fill: float
     registers: Optional[int] = None
+
+    def limited(self, limit: bool) -> Configuration:
+        """With its limit of registers, or without one."""
+        return self if limit else replace(self, registers=None)
 
 
 def interpreting() -> bool:

@@ -123,8 +123,15 @@ struct LongSum {
   __device__ __forceinline__ void add(A part) {
     const A v = part + lost, total = sum + v;
     lost = v - (total - sum);
-    if (!(lost - lost == A(0))) lost = A(0);
+    keep(lost);
     sum = total;
+  }
+  __device__ __forceinline__ void scale(A factor) {
+    sum *= factor;
+    keep(lost * factor);
+  }
+  __device__ __forceinline__ void keep(A rounded_off) {
+    lost = rounded_off - rounded_off == A(0) ? rounded_off : A(0);
   }
 };
 
@@ -182,7 +189,7 @@ __device__ __forceinline__ void add_to_log_sum(LogSum<A>& s, A v) {
   else
     s.sum += exponential(v - log_shift(s.peak));
 }
-// log_sum with a new maximum of at least its own.
+// log_sum with this maximum, if it is higher than its own.
 template <class A>
 __device__ __forceinline__ void raise_log_sum(LogSum<A>& s, A peak) {
   if (peak > s.peak) merge_log_sum(s, LogSum<A>{peak, A(0)});

@@ -161,14 +161,13 @@ __device__ __forceinline__ void conv_weight_item(const Streamed& k, int64_t tile
   // The norm's weight needs two sums: sum dz (z - mean) / deviation, with z = conv + bias.
   if (p.dbn_weight.data && tile == (entries - 1) / kConvColumns) {
     __syncthreads();
-    A dz = 0, dz_conv = 0;
     if (thread_index() < 32) {
+      LongSum<A> of_dz, of_dz_conv;
       for (int64_t i = thread_index(); i < rows; i += 32) {
-        dz += part(i, 2 * count);
-        dz_conv += part(i, 2 * count + 1);
+        of_dz.add(part(i, 2 * count));
+        of_dz_conv.add(part(i, 2 * count + 1));
       }
-      dz = warp_sum(dz);
-      dz_conv = warp_sum(dz_conv);
+      const A dz = warp_sum(of_dz.sum), dz_conv = warp_sum(of_dz_conv.sum);
       const Norm<A> norm = load_norm<T>(p);
       const A bias = p.conv_bias.data ? load_weight<T>(p.conv_bias, 0) : A(0);
       if (thread_index() == 0) {

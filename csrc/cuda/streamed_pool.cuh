@@ -66,10 +66,7 @@ struct Joined<Exponentials<A>> {
   LongSum<A> sum;
   __device__ __forceinline__ void take(Exponentials<A>& s) {
     if (s.log_sum.peak > peak) {
-      if (sum.sum != A(0)) {
-        const A scale = exponential(log_shift(peak) - log_shift(s.log_sum.peak));
-        sum = {sum.sum * scale, sum.lost * scale};
-      }
+      if (sum.sum != A(0)) sum.scale(exponential(log_shift(peak) - log_shift(s.log_sum.peak)));
       peak = s.log_sum.peak;
     }
     const A scale = exponential(log_shift(s.log_sum.peak) - log_shift(peak));
