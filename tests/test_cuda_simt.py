@@ -483,9 +483,9 @@ def test_hostile_numbers_in_a_large_map(monkeypatch, layout, side):
     check_hostile_numbers_in_a_map(side, layout, "cuda")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_sums_over_many_equal_numbers(monkeypatch, layout):
-    problem = make_problem((1, 4, 640, 640), Options(), layout=layout)
+def test_sums_over_many_equal_numbers(monkeypatch):
+    """Of outputs and gradients too; contiguous, and on Triton, it takes minutes, and is left to the rehearsal."""
+    problem = make_problem((1, 4, 640, 640), Options(), layout="channels_last")
     problem.x.fill_(0.1)
     cs.HostOps(cs.Machine(l2=LARGE_L2)).installed(monkeypatch)
     check(problem, "cuda", ties=True)

@@ -68,6 +68,19 @@ def reference(x, weights, bn, config, dy, dtype):
     return [y.detach(), *(t.grad for t in inputs)], sizes
 
 
+def test_long_sums_stay_precise_when_compiled():
+    """The average of many equal numbers: no compiler may have simplified what an addition rounds off to zero."""
+    x = torch.full((1, 2, 640, 640), 0.1)
+    w2 = torch.eye(2)
+    with recording(DEVICES["sm_90"]) as launches:
+        pooled = launchers.attention_forward(x, None, None, w2, None, None, None, 1, 0, 0, True)[1]
+    assert launches[0].meta["LONG"]
+    machine = triton_ptx.Machine()
+    machine.run(launches[:1])
+    machine.read_back()
+    torch.testing.assert_close(pooled[:, 0].double(), x.double().mean((2, 3)), rtol=5e-7, atol=0)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_kernels(name):
     shape, dtype, channels_last, config = CASES[name]
