@@ -484,7 +484,7 @@ def test_hostile_numbers_in_a_large_map(monkeypatch, layout, side):
 
 
 def test_sums_over_many_equal_numbers(monkeypatch):
-    """Of outputs and gradients too; contiguous, and on Triton, it takes minutes, and is left to the rehearsal."""
+    """Of outputs and gradients too; contiguous and on Triton, four minutes more, is left to tests/rehearsal.py."""
     problem = make_problem((1, 4, 640, 640), Options(), layout="channels_last")
     problem.x.fill_(0.1)
     cs.HostOps(cs.Machine(l2=LARGE_L2)).installed(monkeypatch)
