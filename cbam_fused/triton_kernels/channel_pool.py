@@ -35,10 +35,16 @@ def is_long(tiles: int, acc: torch.dtype) -> bool:
 
 @triton.jit
 def _pool_tile(
-    v, t, mask, total, squares, peak, index, level, exps, exps_lost,
+    first_tile, t, step, cmask, mask, total, squares, peak, index, level, exps, exps_lost,
     POOLS: tl.constexpr, SPLIT: tl.constexpr, WITH_INDEX: tl.constexpr, LONG: tl.constexpr,
+    BP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Folds the t-th tile v [BC, BP], zero where masked, into the running pools."""
+    """Folds the t-th tile [BC, BP], t * BP * step elements behind the first, into the running pools.
+
+    mask [BC, BP], or None where the map has all of its positions: zeros elsewhere, which no maximum counts.
+    """
+    at = tl.cast(tl.multiple_of(t * BP, BP), tl.int64) * step
+    v = tl.load(first_tile + at, mask=cmask[:, None] if mask is None else mask, other=0.0).to(ACC)  # [BC, BP]
     total += v
     if (POOLS // 2) % 2:
         peak, index = track_maximum(v, t, mask, peak, index, SPLIT, WITH_INDEX)
@@ -106,11 +112,9 @@ def _pool_channels(
     if LONG:
         for group in range(first, full, JOINED):
             for t in range(group, tl.minimum(group + JOINED, full)):
-                at = tl.cast(tl.multiple_of(t * BP, BP), tl.int64) * SP
-                v = tl.load(tile + at, mask=cmask[:, None], other=0.0).to(ACC)  # [BC, BP]
                 total, squares, peak, index, level, exps, exps_lost = _pool_tile(
-                    v, t, None, total, squares, peak, index, level, exps, exps_lost,
-                    POOLS, SPLIT, WITH_INDEX, LONG,
+                    tile, t, SP, cmask, None, total, squares, peak, index, level, exps, exps_lost,
+                    POOLS, SPLIT, WITH_INDEX, LONG, BP, ACC,
                 )  # fmt: skip
             s, lost = add_long(s, lost, tl.sum(total, 1))
             total = tl.zeros([BC, BP], ACC)
@@ -119,19 +123,16 @@ def _pool_channels(
                 squares = tl.zeros([BC, BP], ACC)
     else:
         for t in range(first, full):
-            at = tl.cast(tl.multiple_of(t * BP, BP), tl.int64) * SP
-            v = tl.load(tile + at, mask=cmask[:, None], other=0.0).to(ACC)  # [BC, BP]
             total, squares, peak, index, level, exps, exps_lost = _pool_tile(
-                v, t, None, total, squares, peak, index, level, exps, exps_lost,
-                POOLS, SPLIT, WITH_INDEX, LONG,
+                tile, t, SP, cmask, None, total, squares, peak, index, level, exps, exps_lost,
+                POOLS, SPLIT, WITH_INDEX, LONG, BP, ACC,
             )  # fmt: skip
     for t in range(full, last):
-        at = tl.cast(tl.multiple_of(t * BP, BP), tl.int64) * SP
         mask = cmask[:, None] & (t * BP + col < P)[None, :]
-        v = tl.load(tile + at, mask=mask, other=0.0).to(ACC)  # [BC, BP]
         total, squares, peak, index, level, exps, exps_lost = _pool_tile(
-            v, t, mask, total, squares, peak, index, level, exps, exps_lost, POOLS, SPLIT, WITH_INDEX, LONG
-        )
+            tile, t, SP, cmask, mask, total, squares, peak, index, level, exps, exps_lost,
+            POOLS, SPLIT, WITH_INDEX, LONG, BP, ACC,
+        )  # fmt: skip
 
     out = pooled + (n * SEGMENTS + seg) * ROWS * C + rc
     s = tl.sum(total, 1) + lost + s if LONG else tl.sum(total, 1)
