@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,7 +195,8 @@ def peak_bytes(device: str, step: Step) -> int:
     """Most bytes held at once by a call beyond what was held before it, its results included.
 
     On the CPU this is the running maximum over the allocator's events; memory that a kernel takes
-    from elsewhere than the allocator does not show.
+    from elsewhere than the allocator does not show. The call is a new thread's first one, so that what a thread
+    keeps from call to call (scratch of the CPU backend) counts.
     """
     step.call()
     if device == "cuda":
@@ -207,10 +209,20 @@ def peak_bytes(device: str, step: Step) -> int:
     from torch.profiler import ProfilerActivity, profile
 
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step.call()
+    profilers = []
+
+    def first_call() -> None:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            step.call()
+        profilers.append(profiler)
+
+    with profile(activities=[ProfilerActivity.CPU]):
+        pass  # its library complains where another thread than the main one is the first to use it
+    thread = threading.Thread(target=first_call)
+    thread.start()
+    thread.join()
     changes = []
-    pending = list(profiler.profiler.kineto_results.experimental_event_tree())
+    pending = list(profilers[0].profiler.kineto_results.experimental_event_tree())
     while pending:
         event = pending.pop()
         pending.extend(event.children)

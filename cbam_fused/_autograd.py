@@ -75,7 +75,7 @@ class _CBAM(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend: str, c: Config, eps: float, x: Tensor, *weights: Optional[Tensor]) -> Tensor:
         y, *saved = _ops.get(backend, "cbam_forward")(
-            x, *weights, eps, c.pools, c.spatial, c.ties, c.residual, True
+            x, *weights, eps, c.pools, c.spatial, c.ties, c.residual
         )
         ctx.save_for_backward(x, *weights, *saved)
         ctx.backend, ctx.config, ctx.eps = backend, c, eps
@@ -179,7 +179,11 @@ class _Scale(torch.autograd.Function):
 
 
 def _needs_grad(*tensors: Optional[Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def fused_cbam(backend: str, x: Tensor, p: Parameters, c: Config, folded: Folded = NO_NORM) -> Tensor:
@@ -188,8 +192,8 @@ def fused_cbam(backend: str, x: Tensor, p: Parameters, c: Config, folded: Folded
     weights = (*p, *norm)
     if _needs_grad(x, *weights):
         return _CBAM.apply(backend, c, eps, x, *weights)
-    forward = _ops.get(backend, "cbam_forward")
-    return forward(x, *weights, eps, c.pools, c.spatial, c.ties, c.residual, False)[0]
+    inference = _ops.get(backend, "cbam_inference")
+    return inference(x, *weights, eps, c.pools, c.spatial, c.ties, c.residual)
 
 
 def fused_cbam_with_norm(

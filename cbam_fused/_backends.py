@@ -205,12 +205,11 @@ def _refusal(b: Backend, x: Tensor, c: Config) -> Optional[str]:
     return reason
 
 
-# Neither has a public name; where a later PyTorch has others, its own errors say what it cannot do.
+# Neither this nor forward_ad's level has a public name; where a later PyTorch has others, its own errors say
+# what it cannot do.
 _in_functorch = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-
-
-def _in_forward_mode() -> bool:
-    return getattr(forward_ad, "_current_level", -1) >= 0
+# What torch.jit.is_tracing calls.
+_is_tracing = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
 
 
 def _plain_only() -> Optional[str]:
@@ -223,9 +222,9 @@ def _plain_only() -> Optional[str]:
     if torch.compiler.is_compiling():
         if not torch.compiler.is_dynamo_compiling() and torch.onnx.is_in_onnx_export():
             return "ONNX has plain operations alone"
-    elif torch.jit.is_tracing():
+    elif _is_tracing():
         return "torch.jit.trace, and ONNX export by way of it, record plain PyTorch operations alone"
-    elif _in_forward_mode():
+    elif getattr(forward_ad, "_current_level", -1) >= 0:
         return "forward-mode AD has rules for plain PyTorch operations alone"
     return None
 
@@ -240,8 +239,9 @@ def select(name: str, x: Tensor, c: Config) -> str:
     if name == "auto":
         device = x.device.type
         for b in TABLE:
-            if b.device == device and _refusal(b, x, c) is None:
-                return b.name
+            if b.device == device and unavailable(b.name) is None:
+                if b.covers is None or b.covers(x, c) is None:
+                    return b.name
         if device == "cpu":
             _say_once("cpu")
         return "reference"

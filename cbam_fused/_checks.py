@@ -102,23 +102,33 @@ def check_input(x: object, channels: Optional[int], dims: Optional[int]) -> None
         raise TypeError(f"x must have dtype float32, float64, bfloat16 or float16, got {x.dtype}")
     if x.layout != torch.strided:
         raise TypeError(f"x must be a strided tensor, got layout {x.layout}")
-    if isinstance(x.shape[1], Tensor):
+    shape = x.shape
+    if isinstance(shape[1], Tensor):
         return  # torch.jit.trace: a comparison of sizes would be a constant of the trace
-    if channels is not None and x.shape[1] != channels:
-        raise ValueError(
-            f"x must have {channels} channels in shape {wanted}, got {x.shape[1]} in {_shape(x)}"
-        )
-    if x.shape[1] < 1:
+    if channels is not None and shape[1] != channels:
+        raise ValueError(f"x must have {channels} channels in shape {wanted}, got {shape[1]} in {_shape(x)}")
+    if shape[1] < 1:
         raise ValueError(f"x must have at least 1 channel in shape {wanted}, got {_shape(x)}")
-    for size in x.shape[2:]:
+    for size in shape[2:]:
         if size == 0:
             raise ValueError(f"x must have spatial sizes of at least 1 in shape {wanted}, got {_shape(x)}")
 
 
-def check_placement(x: Tensor, named: Iterable[Tuple[str, Optional[Tensor]]]) -> None:
-    """Every parameter on x's device, in x's dtype or in float32 beside a 16-bit x."""
+_PLACED = (*Parameters._fields, "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var")
+
+
+def check_placement(x: Tensor, tensors: Sequence[Optional[Tensor]]) -> bool:
+    """Every parameter on x's device, in x's dtype or in float32 beside a 16-bit x; whether all have x's dtype.
+
+    tensors: the fields of Parameters, and after them those of a folded norm, if any.
+    """
     device, dtype = x.device, x.dtype
-    for name, t in named:
+    for t in tensors:
+        if t is not None and (t.dtype != dtype or t.device != device):
+            break
+    else:
+        return True
+    for name, t in zip(_PLACED, tensors):
         if t is None:
             continue
         if t.device != device:
@@ -128,6 +138,7 @@ def check_placement(x: Tensor, named: Iterable[Tuple[str, Optional[Tensor]]]) ->
         ):
             wanted = f"{dtype} or torch.float32" if dtype in LOW else f"{dtype}"
             raise TypeError(f"{name} must have the dtype of x, {wanted}, got {t.dtype}")
+    return False
 
 
 def check_norm(norm: object) -> None:

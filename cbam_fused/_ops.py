@@ -1,9 +1,10 @@
 """Owner of every op schema and fake. Backends implement these ops and define none.
 
-Each backend `b` has its own namespace `cbam_fused_<b>` with the same six ops:
+Each backend `b` has its own namespace `cbam_fused_<b>` with the same seven ops:
 
-- `cbam_forward`, `cbam_backward`: the whole block; BatchNorm, if any, is in eval mode and its
-  running statistics are folded into the spatial logits.
+- `cbam_inference`: the whole block, for callers that need no gradient; `cbam_forward`, `cbam_backward`: the
+  same with what backward needs. BatchNorm, if any, is in eval mode and its running statistics are folded
+  into the spatial logits.
 - `attention_forward`, `scale_forward` and their backwards: the block cut where BatchNorm in
   training needs statistics of the whole batch. `attention` goes from x to the channel gate and
   the spatial logits z; then the caller's norm runs on z; `scale` multiplies x by both gates.
@@ -32,7 +33,7 @@ not have is an empty tensor (0); with `save=False`, so is what only backward wou
 
 from __future__ import annotations
 
-from typing import Callable, Dict, Optional
+from typing import Callable, Dict, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -51,7 +52,8 @@ _SAVED = (
 _OPTIONS = "int pools, int spatial, int ties"
 
 SCHEMAS = {
-    "cbam_forward": f"(Tensor x, {_MLP}, {_CONV}, {_NORM}, {_OPTIONS}, bool residual, bool save)"
+    "cbam_inference": f"(Tensor x, {_MLP}, {_CONV}, {_NORM}, {_OPTIONS}, bool residual) -> Tensor y",
+    "cbam_forward": f"(Tensor x, {_MLP}, {_CONV}, {_NORM}, {_OPTIONS}, bool residual)"
     " -> (Tensor y, Tensor pooled, Tensor pool_index, Tensor channel_gate, Tensor spatial_pool,"
     " Tensor spatial_index, Tensor hidden, Tensor spatial_gate)",
     "cbam_backward": f"(Tensor dy, Tensor x, {_MLP}, {_CONV}, {_NORM}, {_SAVED}, Tensor spatial_gate,"
@@ -105,14 +107,18 @@ def _fake_saved(x: Tensor, w1: Optional[Tensor], pools: int, spatial: int, save:
     return pooled, pool_index, spatial_pool, spatial_index, hidden
 
 
+def _cbam_inference_fake(x, *rest):
+    return torch.empty_like(x)
+
+
 def _cbam_forward_fake(
     x, w1, b1, w2, b2, conv_weight, conv_bias, bn_weight, bn_bias, bn_mean, bn_var, bn_eps,
-    pools, spatial, ties, residual, save,
+    pools, spatial, ties, residual,
 ):  # fmt: skip
     n, c, sp = x.shape[0], x.shape[1], x.shape[2:]
-    pooled, pool_index, spatial_pool, spatial_index, hidden = _fake_saved(x, w1, pools, spatial, save)
-    gate = _acc(x, n, c) if pools and save else _acc(x, 0)
-    s = _acc(x, n, 1, *sp) if spatial and save else _acc(x, 0)
+    pooled, pool_index, spatial_pool, spatial_index, hidden = _fake_saved(x, w1, pools, spatial, True)
+    gate = _acc(x, n, c) if pools else _acc(x, 0)
+    s = _acc(x, n, 1, *sp) if spatial else _acc(x, 0)
     return torch.empty_like(x), pooled, pool_index, gate, spatial_pool, spatial_index, hidden, s
 
 
@@ -155,6 +161,7 @@ def _scale_backward_fake(dy, x, channel_gate, spatial_gate):
 
 
 FAKES: Dict[str, Callable] = {
+    "cbam_inference": _cbam_inference_fake,
     "cbam_forward": _cbam_forward_fake,
     "cbam_backward": _cbam_backward_fake,
     "attention_forward": _attention_forward_fake,
@@ -168,12 +175,16 @@ def namespace(backend: str) -> str:
     return f"cbam_fused_{backend}"
 
 
-def get(backend: str, op: str):
+_OVERLOADS: Dict[Tuple[str, str], Callable] = {}
+
+
+def get(backend: str, op: str) -> Callable:
     """The overload `cbam_fused_<backend>::<op>`."""
-    return getattr(getattr(torch.ops, namespace(backend)), op).default
+    return _OVERLOADS[backend, op]
 
 
 for _backend in BACKENDS:
     for _name, _schema in SCHEMAS.items():
         torch.library.define(f"{namespace(_backend)}::{_name}", _schema)
         torch.library.register_fake(f"{namespace(_backend)}::{_name}", FAKES[_name])
+        _OVERLOADS[_backend, _name] = getattr(getattr(torch.ops, namespace(_backend)), _name).default

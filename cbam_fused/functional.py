@@ -45,12 +45,6 @@ def _fold(norm: Optional[Norm]) -> Optional[Folded]:
     return None
 
 
-def _named(p: Parameters, folded: Optional[Folded]):
-    yield from zip(Parameters._fields, p)
-    if folded is not None and folded[2] is not None:
-        yield from zip(("norm.weight", "norm.bias", "norm.running_mean", "norm.running_var"), folded)
-
-
 def _upcast(x: Tensor, p: Parameters) -> Tuple[Tensor, Parameters]:
     """float32 for a 16-bit x beside float32 parameters, which plain PyTorch would refuse to mix."""
     if any(t is not None and t.dtype != x.dtype for t in p) and not torch.is_autocast_enabled(x.device.type):
@@ -95,7 +89,7 @@ def _cast(norm: Norm, wanted: torch.dtype, x: Tensor) -> Norm:
 def run(x: Tensor, p: Parameters, c: Config, norm: Optional[Norm], backend: str) -> Tensor:
     """CBAM of a checked x; the parameters' shapes are the caller's care."""
     folded = _fold(norm)
-    _checks.check_placement(x, _named(p, folded))
+    alike = _checks.check_placement(x, p if norm is None or folded is None else (*p, *folded[:4]))
     name = _backends.select(backend, x, c)
     if name == "reference":
         return _run_reference(x, p, c, norm)
@@ -103,7 +97,7 @@ def run(x: Tensor, p: Parameters, c: Config, norm: Optional[Norm], backend: str)
     if folded is None and x.shape[0] == 0:
         # No statistics to take from an empty batch; what the norm learns still gets zeros.
         return _run_reference(x, p, c, norm)
-    if torch.is_autocast_enabled(x.device.type):
+    if not alike and torch.is_autocast_enabled(x.device.type):
         p = Parameters(*(_beside(t, x) for t in p))
         folded = None if folded is None else (*(_beside(t, x) for t in folded[:4]), folded[4])
     if folded is not None:
@@ -115,7 +109,7 @@ def maps(
     x: Tensor, p: Parameters, c: Config, norm: Optional[Norm], backend: str
 ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
     """Channel gate (N, C) and spatial gate (N, 1, *spatial), None where the block has none."""
-    _checks.check_placement(x, _named(p, None))
+    _checks.check_placement(x, p)
     name = _backends.select(backend, x, c)
     # As in the kernels, gates are not rounded to a 16-bit dtype, whatever autocast would do.
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):

@@ -58,7 +58,7 @@ class _Attention(torch.autograd.Function):
 
 def _attention(x: Tensor, p: Parameters, c: Config, backend: str) -> Tensor:
     """Channel gate or spatial logits, in the accumulation dtype of x."""
-    _checks.check_placement(x, functional._named(p, None))
+    _checks.check_placement(x, p)
     name = _backends.select(backend, x, c)
     if name == "reference" or x.shape[0] == 0:
         xs, ps = functional._upcast(x, p)

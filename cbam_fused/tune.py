@@ -68,7 +68,7 @@ def _inputs(
 def _step(x: Tensor, weights: List[Tensor], norm: List[Tensor]) -> List[Tensor]:
     from .triton_kernels import launchers
 
-    y, *saved = launchers.cbam_forward(x, *weights, *norm, 1e-5, 3, 1, 0, False, True)
+    y, *saved = launchers.cbam_forward(x, *weights, *norm, 1e-5, 3, 1, 0, False)
     return [y, *launchers.cbam_backward(x, x, *weights, *norm, 1e-5, *saved, 3, 1, 0, False)]
 
 

@@ -36,6 +36,8 @@ inline int32_t code_of(ScalarType type) {
       return aoti_torch_dtype_int16();
     case ScalarType::Int:
       return aoti_torch_dtype_int32();
+    case ScalarType::Char:
+      return aoti_torch_dtype_int8();
     default:
       STD_TORCH_CHECK(false, "cbam_fused: no output has this dtype");
   }

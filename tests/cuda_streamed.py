@@ -319,7 +319,7 @@ def assert_hidden_layer(saved: Dict[str, Tensor], problem: Problem) -> None:
 
 
 class HostOps:
-    """The six ops of `_ops.py` with their own signatures, each a launch on `machine`.
+    """The ops of `_ops.py` with their own signatures, each a launch on `machine`.
 
     `installed(monkeypatch)` puts them in the place of backend "cuda", for tensors on the CPU.
     """
@@ -341,11 +341,16 @@ class HostOps:
         self.reports[name], self.traffic[name] = self.machine.report, self.machine.traffic
         return result
 
+    def cbam_inference(self, x, *rest):
+        weights, norm, options = rest[:6], rest[6:11], rest[11:]
+        return cbam_forward(x, Parameters(*weights), Config(*options), Norm(*norm), self.machine, save=False)[
+            "y"
+        ]
+
     def cbam_forward(self, x, *rest):
-        weights, norm, (pools, spatial, ties, residual, save) = rest[:6], rest[6:11], rest[11:]
-        c = Config(pools, spatial, ties, residual)
-        out = cbam_forward(x, Parameters(*weights), c, Norm(*norm), self.machine, save)
-        return tuple(t if save or name == "y" else t.new_empty(0) for name, t in out.items())
+        weights, norm, options = rest[:6], rest[6:11], rest[11:]
+        out = cbam_forward(x, Parameters(*weights), Config(*options), Norm(*norm), self.machine)
+        return tuple(out.values())
 
     def cbam_backward(self, dy, x, *rest):
         weights, norm, saved, options = rest[:6], rest[6:11], rest[11:18], rest[18:]

@@ -69,10 +69,11 @@ for line in sys.stdin:
                      x.new_empty((n, 1, *rest), dtype=acc))
             torch.ops.cbam_fused_cuda.cbam_backward(torch.empty_like(x), x, *arguments, *saved, *options)
         else:
-            for save in (True, False):
-                out = torch.ops.cbam_fused_cuda.cbam_forward(x, *arguments, *options, save)
+            for op in ("cbam_forward", "cbam_inference"):
+                out = getattr(torch.ops.cbam_fused_cuda, op)(x, *arguments, *options)
                 calls = calls or lib.fake_calls()
-                fake = _ops.FAKES["cbam_forward"](x, *arguments, *options, save)
+                fake = _ops.FAKES[op](x, *arguments, *options)
+                out, fake = (ts if isinstance(ts, tuple) else (ts,) for ts in (out, fake))
                 got, want = ([(tuple(t.shape), t.dtype) for t in ts] for ts in (out, fake))
                 if got != want:
                     raise RuntimeError(f"outputs are {{got}}, the fake's {{want}}")

@@ -14,7 +14,7 @@ CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_
 
 @pytest.fixture(params=FUSED or [None], ids=lambda t: "none" if t is None else t.backend)
 def ops(request):
-    """The six ops of a backend by name, and its device."""
+    """The ops of a backend by name, and its device."""
     if request.param is None:
         pytest.skip("no fused backend is available: see python -m cbam_fused")
     backend, device = request.param
@@ -22,7 +22,7 @@ def ops(request):
 
 
 def _calls(ops, device, name, dtype, layout, save=True):
-    """Arguments of each of the six ops for one configuration, the backwards' made by the forwards."""
+    """Arguments of each of the ops for one configuration, the backwards' made by the forwards."""
     problem = make_problem((2, 6, 5, 7), OPTIONS[name], dtype, device, layout)
     x, dy, p, c, norm = problem.x, problem.dy, problem.p, problem.c, problem.norm
     dy = dy if layout == "contiguous" else dy.to(memory_format=torch.channels_last)
@@ -31,8 +31,8 @@ def _calls(ops, device, name, dtype, layout, save=True):
         folded = (norm.weight.detach(), norm.bias.detach(), norm.running_mean, norm.running_var, norm.eps)
     options = (c.pools, c.spatial, c.ties)
     if norm is None or not norm.training:
-        forward = (x, *p, *folded, *options, c.residual, save)
-        yield "cbam_forward", forward
+        forward = (x, *p, *folded, *options, c.residual)
+        yield "cbam_forward" if save else "cbam_inference", forward
         if save:
             _, *saved = ops["cbam_forward"](*forward)
             yield "cbam_backward", (dy, x, *p, *folded, *saved, *options, c.residual)
@@ -76,7 +76,8 @@ def test_fakes_agree_with_kernels(ops, name, layout):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     table, device = ops
-    for op, arguments in _calls(table, device, name, torch.float32, layout):
+    calls = (_calls(table, device, name, torch.float32, layout, save) for save in (True, False))
+    for op, arguments in itertools.chain(*calls):
         real = table[op](*arguments)
         with FakeTensorMode() as mode:
             fake = table[op](*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
@@ -84,6 +85,15 @@ def test_fakes_agree_with_kernels(ops, name, layout):
         for i, (a, b) in enumerate(pairs):
             got, want = (a.shape, a.dtype, a.stride()), (b.shape, b.dtype, b.stride())
             assert got == want, f"{op} output {i}: the kernel gives {got}, the fake {want}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_inference_gives_what_forward_gives(ops, name, dtype):
+    table, device = ops
+    for op, arguments in _calls(table, device, name, dtype, "contiguous", save=False):
+        if op == "cbam_inference":
+            assert torch.equal(table[op](*arguments), table["cbam_forward"](*arguments)[0])
 
 
 def test_outputs_do_not_alias_inputs(ops):
@@ -130,3 +140,23 @@ def test_backprop_through_a_bare_op_is_refused(ops):
     if y.requires_grad:
         with pytest.raises(Exception, match="autograd kernel was not registered"):
             y.sum().backward()
+
+
+def test_a_cpu_call_allocates_its_outputs_and_nothing_else():
+    """Scratch is a thread's, once it has called; what comes and goes beside y can make the heap grow and shrink."""
+    if not any(t.backend == "cpu" for t in FUSED):
+        pytest.skip("the CPU kernels are not built")
+    problem = make_problem((2, 64, 28, 28), OPTIONS["plain"])
+    x, p, c = problem.x, problem.p, problem.c
+    arguments = (x, *p, *(None,) * 4, 0.0, c.pools, c.spatial, c.ties, c.residual)
+    op = _ops.get("cpu", "cbam_inference")
+    op(*arguments)
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        op(*arguments)
+    events = list(profiler.profiler.kineto_results.experimental_event_tree())
+    sizes = []
+    for event in events:
+        events.extend(event.children)
+        if event.tag.name == "Allocation" and event.extra_fields.alloc_size > 0:
+            sizes.append(event.extra_fields.alloc_size)
+    assert sizes == [x.nbytes]

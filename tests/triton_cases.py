@@ -600,15 +600,17 @@ def test_launches_of_a_norm_in_training(samples, backward):
 
 def test_nothing_is_saved_for_inference():
     x, weights, bn = make_inputs((2, 8, 5, 5), torch.float32, kernel=(3, 3), device="cpu")
-    forward, _ = run_ops(
-        x.to(DEVICE),
-        [t.to(DEVICE) for t in weights],
-        [t.to(DEVICE) for t in bn],
-        Config(),
-        save=False,
-        backward=False,
-    )
-    assert all(t.numel() == 0 for t in forward[1:])
+    _, *saved = launchers.attention_forward(x.to(DEVICE), *(t.to(DEVICE) for t in weights), 3, 1, 0, False)
+    pooled, pool_index, gate, *maps = saved
+    assert gate.numel() and all(t.numel() == 0 for t in (pooled, pool_index, *maps))
+
+
+@pytest.mark.parametrize("config", [Config(), Config(pools=0), Config(spatial=0), Config(pools=15)], ids=str)
+def test_inference_gives_what_training_gives(config):
+    x, weights, bn = make_inputs((2, 8, 5, 7), torch.float32, config, kernel=(3, 3), device="cpu")
+    x, weights, bn = x.to(DEVICE), [t.to(DEVICE) for t in weights], [t.to(DEVICE) for t in bn]
+    (y,), _ = run_ops(x, weights, bn, config, save=False, backward=False)
+    assert torch.equal(y, run_ops(x, weights, bn, config, backward=False)[0][0])
 
 
 @pytest.mark.parametrize("op", launchers.OPS)
@@ -622,7 +624,8 @@ def test_opcheck(op, config):
     (_, z, *_), _ = run_split_ops(x, weights, bn, config, backward=False)
     *kept, s = saved
     arguments = {
-        "cbam_forward": (x, *weights, *bn, 1e-5, *options, config.residual, True),
+        "cbam_inference": (x, *weights, *bn, 1e-5, *options, config.residual),
+        "cbam_forward": (x, *weights, *bn, 1e-5, *options, config.residual),
         "cbam_backward": (x, x, *weights, *bn, 1e-5, *saved, *options, config.residual),
         "attention_forward": (x, *weights, *options, True),
         "attention_backward": (x, x, *weights, *kept, s, z, kept[2] * 0.5, *options, config.residual),

@@ -182,7 +182,8 @@ def run_ops(
     from cbam_fused.triton_kernels import launchers
 
     options = (config.pools, config.spatial, config.ties)
-    forward = launchers.cbam_forward(x, *weights, *bn, eps, *options, config.residual, save)
+    arguments = (x, *weights, *bn, eps, *options, config.residual)
+    forward = launchers.cbam_forward(*arguments) if save else (launchers.cbam_inference(*arguments),)
     if not backward:
         return forward, None
     dy = torch.empty_like(x) if dy is None else dy

@@ -1,4 +1,4 @@
-"""Triton kernels of the six ops, forward and backward, for NVIDIA and AMD GPUs.
+"""Triton kernels of the ops, forward and backward, for NVIDIA and AMD GPUs.
 
 Importing this package does not import Triton. Files: `configurations` (launch table), `problem` (sizes
 and layouts of a call), `launchers` (the ops), and a file a kernel, in the order in which they run.

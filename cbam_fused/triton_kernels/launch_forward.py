@@ -102,15 +102,16 @@ def _scale_launch(
     )  # fmt: skip
 
 
-def cbam_forward(
-    x, w1, b1, w2, b2, conv_weight, conv_bias, bn_weight, bn_bias, bn_mean, bn_var, bn_eps,
-    pools, spatial, ties, residual, save,
+def _cbam(
+    save, x, w1, b1, w2, b2, conv_weight, conv_bias, bn_weight, bn_bias, bn_mean, bn_var, bn_eps,
+    pools, spatial, ties, residual,
 ):  # fmt: skip
+    """y, the saved tensors and the spatial gate, None where it is not saved."""
     x = dense_input(x)
     pr = pb.describe(x, w1, w2, conv_weight, pools, spatial, ties)
     y = torch.empty_like(x)
     saved = Saved(x, pr, save)
-    gate = x.new_empty((pr.n, 1, *x.shape[2:]) if spatial and save else (0,), dtype=pr.acc)
+    gate = x.new_empty((pr.n, 1, *x.shape[2:]) if spatial else (0,), dtype=pr.acc) if save else None
     mlp = weights_of(w1, b1, w2, b2)
     conv = weights_of(conv_weight, conv_bias)
     norm = (*weights_of(bn_weight, bn_bias, bn_mean, bn_var), bn_eps)
@@ -122,8 +123,18 @@ def cbam_forward(
                     parts = _pools_forward(x[rows], mlp, pr, saved, rows)
                 _scale_launch(
                     x[rows], y[rows], part_of(saved.channel_gate, rows), part_of(saved.spatial_pool, rows),
-                    part_of(saved.spatial_index, rows), parts, None, part_of(present(gate), rows), conv, norm, pr, residual,
+                    part_of(saved.spatial_index, rows), parts, None, None if gate is None else part_of(present(gate), rows), conv, norm, pr,
+                    residual,
                 )  # fmt: skip
+    return x, y, saved, gate
+
+
+def cbam_inference(*arguments):
+    return _cbam(False, *arguments)[1]
+
+
+def cbam_forward(*arguments):
+    x, y, saved, gate = _cbam(True, *arguments)
     return (y, *saved.tensors(x), gate)
 
 

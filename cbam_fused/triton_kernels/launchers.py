@@ -1,4 +1,4 @@
-"""The six ops of this backend and their registration."""
+"""The ops of this backend and their registration."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import torch
 from .._ops import SCHEMAS, namespace
 from . import configurations
 from .launch_backward import attention_backward, cbam_backward, scale_backward
-from .launch_forward import attention_forward, cbam_forward, scale_forward
+from .launch_forward import attention_forward, cbam_forward, cbam_inference, scale_forward
 
 OPS = {
+    "cbam_inference": cbam_inference,
     "cbam_forward": cbam_forward,
     "cbam_backward": cbam_backward,
     "attention_forward": attention_forward,

@@ -1,4 +1,4 @@
-// The six ops of cbam_fused/_ops.py for CUDA tensors, on LibTorch's stable ABI.
+// The ops of cbam_fused/_ops.py for CUDA tensors, on LibTorch's stable ABI.
 //
 // Every op goes one way: checks, device guard, allocate, stream, empty return, launch, launch check.
 
@@ -253,29 +253,40 @@ class Call {
   std::vector<Tensor> kept_;
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_forward(
-    const Tensor& x, const Optional& w1, const Optional& b1, const Optional& w2, const Optional& b2,
-    const Optional& conv_weight, const Optional& conv_bias, const Optional& bn_weight,
-    const Optional& bn_bias, const Optional& bn_mean, const Optional& bn_var, double bn_eps, int64_t pools,
-    int64_t spatial, int64_t ties, bool residual, bool save) {
+Tensor cbam_inference(const Tensor& x, const Optional& w1, const Optional& b1, const Optional& w2,
+                      const Optional& b2, const Optional& conv_weight, const Optional& conv_bias,
+                      const Optional& bn_weight, const Optional& bn_bias, const Optional& bn_mean,
+                      const Optional& bn_var, double bn_eps, int64_t pools, int64_t spatial, int64_t ties,
+                      bool residual) {
   Call call(x, {pools, spatial, ties, residual});
   call.take_weights({w1, b1, w2, b2, conv_weight, conv_bias});
   call.take_norm({bn_weight, bn_bias, bn_mean, bn_var, bn_eps});
   call.enter_device();
   Tensor y = call.output();
   call.p.y = y.data_ptr();
-  Saved s = call.make_saved(save, save);
+  call.make_saved(false, false);
   Tensor gate = spatial ? call.map() : call.nothing();
   if (spatial) call.p.spatial_gate = gate.data_ptr();
   call.run(kCbamForward);
-  return {y,
-          s.pooled,
-          s.pool_index,
-          s.channel_gate,
-          s.spatial_pool,
-          s.spatial_index,
-          s.hidden,
-          save ? gate : call.nothing()};
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_forward(
+    const Tensor& x, const Optional& w1, const Optional& b1, const Optional& w2, const Optional& b2,
+    const Optional& conv_weight, const Optional& conv_bias, const Optional& bn_weight,
+    const Optional& bn_bias, const Optional& bn_mean, const Optional& bn_var, double bn_eps, int64_t pools,
+    int64_t spatial, int64_t ties, bool residual) {
+  Call call(x, {pools, spatial, ties, residual});
+  call.take_weights({w1, b1, w2, b2, conv_weight, conv_bias});
+  call.take_norm({bn_weight, bn_bias, bn_mean, bn_var, bn_eps});
+  call.enter_device();
+  Tensor y = call.output();
+  call.p.y = y.data_ptr();
+  Saved s = call.make_saved(true, true);
+  Tensor gate = spatial ? call.map() : call.nothing();
+  if (spatial) call.p.spatial_gate = gate.data_ptr();
+  call.run(kCbamForward);
+  return {y, s.pooled, s.pool_index, s.channel_gate, s.spatial_pool, s.spatial_index, s.hidden, gate};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_backward(
@@ -382,6 +393,7 @@ std::tuple<Tensor, Tensor> scale_backward(const Tensor& dy, const Tensor& x, con
 }  // namespace cbam
 
 STABLE_TORCH_LIBRARY_IMPL(cbam_fused_cuda, CUDA, m) {
+  m.impl("cbam_inference", TORCH_BOX(&cbam::cbam_inference));
   m.impl("cbam_forward", TORCH_BOX(&cbam::cbam_forward));
   m.impl("cbam_backward", TORCH_BOX(&cbam::cbam_backward));
   m.impl("attention_forward", TORCH_BOX(&cbam::attention_forward));
