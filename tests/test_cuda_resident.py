@@ -174,7 +174,7 @@ def test_bytes(monkeypatch, shape, dtype, layout, split):
         got = run(problem.x, problem.p, problem.c, None, "cuda")
     assert torch.equal(got, expected)
     saved = ("pooled", "channel_gate", "spatial_pool", "spatial_gate", "scratch")
-    assert not any(ops.traffic["cbam_forward"].get(name, 0) for name in saved)
+    assert not any(ops.traffic["cbam_inference"].get(name, 0) for name in saved)
 
 
 # Every shape of the usual networks: ResNet-18 and 50, MobileNetV1, YOLOv8 n, s and l at 640 (v5s is n), Faster R-CNN

@@ -607,8 +607,8 @@ def test_nothing_is_saved_for_inference():
 
 @pytest.mark.parametrize("config", [Config(), Config(pools=0), Config(spatial=0), Config(pools=15)], ids=str)
 def test_inference_gives_what_training_gives(config):
-    x, weights, bn = make_inputs((2, 8, 5, 7), torch.float32, config, kernel=(3, 3), device="cpu")
-    x, weights, bn = x.to(DEVICE), [t.to(DEVICE) for t in weights], [t.to(DEVICE) for t in bn]
+    x, *parameters = make_inputs((2, 8, 5, 7), torch.float32, config, kernel=(3, 3), device="cpu")
+    x, (weights, bn) = x.to(DEVICE), ([None if t is None else t.to(DEVICE) for t in ts] for ts in parameters)
     (y,), _ = run_ops(x, weights, bn, config, save=False, backward=False)
     assert torch.equal(y, run_ops(x, weights, bn, config, backward=False)[0][0])
 
