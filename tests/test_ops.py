@@ -1,6 +1,7 @@
 """The ops themselves: schemas, fakes and what a backend returns, with torch.library.opcheck."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -160,3 +161,32 @@ def test_a_cpu_call_allocates_its_outputs_and_nothing_else():
         if event.tag.name == "Allocation" and event.extra_fields.alloc_size > 0:
             sizes.append(event.extra_fields.alloc_size)
     assert sizes == [x.nbytes]
+
+
+def test_what_an_earlier_call_left_in_scratch_does_not_matter():
+    """Calls of a new thread, whose scratch is poisoned, and after one on nothing but NaN."""
+    if not any(t.backend == "cpu" for t in FUSED):
+        pytest.skip("the CPU kernels are not built")
+    problem = make_problem((3, 24, 9, 11), OPTIONS["all-pools"])
+    c = problem.c
+    norm, options = (*(None,) * 4, 0.0), (c.pools, c.spatial, c.ties, c.residual)
+    forward, backward = _ops.get("cpu", "cbam_forward"), _ops.get("cpu", "cbam_backward")
+
+    def both(x):
+        y, *saved = forward(x, *problem.p, *norm, *options)
+        return (y, *saved, *backward(problem.dy, x, *problem.p, *norm, *saved, *options))
+
+    def in_a_new_thread():
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(both, problem.x).result()
+
+    kept = both(problem.x)
+    both(torch.full_like(problem.x, float("nan")))
+    after_nan = both(problem.x)
+    torch.use_deterministic_algorithms(True)  # fills new memory, as float32 with 3.4e38
+    try:
+        poisoned = in_a_new_thread()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for other in (after_nan, poisoned):
+        assert all(torch.equal(a, b) for a, b in zip(kept, other))

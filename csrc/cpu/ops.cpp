@@ -409,17 +409,18 @@ Tensor make_output(const Tensor& x) {
   return make_like(x);
 }
 
-// What forward leaves for backward; empty tensors where the configuration or `save` has none.
+// What forward leaves for backward, and the channel gate; empty tensors where the configuration or `save` has
+// none.
 struct Saved {
   Tensor pooled, pool_index, channel_gate, spatial_pool, spatial_index, hidden;
 };
 
-Saved make_saved(Call& call, bool save, bool gate) {
+Saved make_saved(Call& call, bool save) {
   Problem& p = call.p;
   const int64_t pools = __builtin_popcount(p.pools & 15);
   Saved s{save && pools ? make({p.N, pools, p.C}, call.accumulate) : call.nothing(),
           save && p.pools & kMax ? make({p.N, p.C}, Call::index_type(p.P)) : call.nothing(ScalarType::Short),
-          gate && p.pools ? call.per_channel() : call.nothing(),
+          p.pools ? call.per_channel() : call.nothing(),
           save && p.spatial ? make(call.map_size(2), call.accumulate) : call.nothing(),
           save && p.spatial ? make(call.map_size(0), Call::index_type(p.C)) : call.nothing(ScalarType::Short),
           save && p.hidden ? make({p.N, call.passes(), p.hidden}, call.accumulate) : call.nothing()};
@@ -475,7 +476,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_
   Call call(x, {pools, spatial, ties, residual});
   call.take_weights({w1, b1, w2, b2, conv_weight, conv_bias});
   if (call.p.spatial) call.take_norm(conv_bias, {bn_weight, bn_bias, bn_mean, bn_var, bn_eps});
-  Saved saved = make_saved(call, true, true);
+  Saved saved = make_saved(call, true);
   Tensor s = call.p.spatial ? make(call.map_size(1), call.accumulate) : call.nothing();
   Tensor y = make_output(x);
   call.p.out = y.data_ptr();
@@ -498,7 +499,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_for
   Call call(x, {pools, spatial, ties});
   call.take_weights({w1, b1, w2, b2, conv_weight, conv_bias});
   if (call.p.spatial) call.take_norm(conv_bias, kNoNorm);
-  Saved saved = make_saved(call, save, true);
+  Saved saved = make_saved(call, save);
   Tensor z = call.p.spatial ? make(call.map_size(1), call.accumulate) : call.nothing();
   call.p.z = z.numel() ? z.data_ptr() : nullptr;
   if (x.numel()) call.forward(Stage::kAttention);
