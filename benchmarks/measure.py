@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import statistics
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Dict, List, Sequence, Tuple
@@ -209,20 +209,18 @@ def peak_bytes(device: str, step: Step) -> int:
     from torch.profiler import ProfilerActivity, profile
 
     gc.collect()
-    profilers = []
 
-    def first_call() -> None:
+    def first_call() -> profile:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             step.call()
-        profilers.append(profiler)
+        return profiler
 
     with profile(activities=[ProfilerActivity.CPU]):
         pass  # its library complains where another thread than the main one is the first to use it
-    thread = threading.Thread(target=first_call)
-    thread.start()
-    thread.join()
+    with ThreadPoolExecutor(1) as new_thread:
+        profiler = new_thread.submit(first_call).result()
     changes = []
-    pending = list(profilers[0].profiler.kineto_results.experimental_event_tree())
+    pending = list(profiler.profiler.kineto_results.experimental_event_tree())
     while pending:
         event = pending.pop()
         pending.extend(event.children)

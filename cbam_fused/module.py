@@ -92,13 +92,10 @@ def _readable(layer: nn.Module, name: str) -> nn.Module:
 def _check_geometry(conv: Any, name: str) -> None:
     """What the kernels compute: stride 1, zeros around the map, as many as keep its size."""
     kernel = conv.kernel_size
-    if type(conv.padding) is tuple and conv.padding_mode == "zeros":  # as torch.nn's convolutions keep them
-        for k, around, step, apart in zip(kernel, conv.padding, conv.stride, conv.dilation):
-            if 2 * around + 1 != k or step != 1 or apart != 1:
-                break
-        else:
-            return
-    halves, ones = tuple(k // 2 for k in kernel), (1,) * len(kernel)
+    ones = (1,) * len(kernel)
+    halves = tuple([k // 2 for k in kernel])
+    if conv.padding == halves and conv.padding_mode == "zeros" and conv.stride == conv.dilation == ones:
+        return  # as torch.nn's convolutions keep it
 
     def each(value: Any) -> Tuple[int, ...]:
         return (value,) * len(kernel) if isinstance(value, int) else tuple(value)

@@ -328,6 +328,11 @@ def test_a_convolution_that_is_another_is_refused(change):
     module(torch.randn(2, 8, 9, 9))
     module.spatial_gate.conv.padding, module.spatial_gate.conv.stride = 3, [1, 1]
     module(torch.randn(2, 8, 9, 9))
+    module.spatial_gate.conv.padding, module.spatial_gate.conv.stride = (3, 3), 1
+    module(torch.randn(2, 8, 9, 9))
+    module.spatial_gate.conv.padding = (3,)
+    with pytest.raises(ValueError, match="must have stride 1, dilation 1 and zeros around the map"):
+        module(torch.randn(2, 8, 9, 9))
     module = FusedCBAM(8, 2, 1)
     module.spatial_gate.conv = nn.Conv2d(2, 1, 1, bias=False, padding_mode="circular", dilation=2)
     module(torch.randn(2, 8, 9, 9))

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from oracle import FUSED, OPTIONS, make_problem
+from oracle import FUSED, OPTIONS, make_problem, poisoned_allocations
 
 from cbam_fused import _ops
 
@@ -163,30 +163,58 @@ def test_a_cpu_call_allocates_its_outputs_and_nothing_else():
     assert sizes == [x.nbytes]
 
 
-def test_what_an_earlier_call_left_in_scratch_does_not_matter():
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", ["plain", "all-pools", "light", "split", "channel-only", "spatial-only"])
+def test_what_an_earlier_call_left_in_scratch_does_not_matter(name, layout):
     """Calls of a new thread, whose scratch is poisoned, and after one on nothing but NaN."""
     if not any(t.backend == "cpu" for t in FUSED):
         pytest.skip("the CPU kernels are not built")
-    problem = make_problem((3, 24, 9, 11), OPTIONS["all-pools"])
-    c = problem.c
+    problem = make_problem((3, 24, 9, 11), OPTIONS[name], layout=layout)
+    c, dy = problem.c, problem.dy
+    dy = dy if layout == "contiguous" else dy.to(memory_format=torch.channels_last)
     norm, options = (*(None,) * 4, 0.0), (c.pools, c.spatial, c.ties, c.residual)
     forward, backward = _ops.get("cpu", "cbam_forward"), _ops.get("cpu", "cbam_backward")
 
     def both(x):
         y, *saved = forward(x, *problem.p, *norm, *options)
-        return (y, *saved, *backward(problem.dy, x, *problem.p, *norm, *saved, *options))
-
-    def in_a_new_thread():
-        with ThreadPoolExecutor(1) as pool:
-            return pool.submit(both, problem.x).result()
+        return (y, *saved, *backward(dy, x, *problem.p, *norm, *saved, *options))
 
     kept = both(problem.x)
     both(torch.full_like(problem.x, float("nan")))
     after_nan = both(problem.x)
-    torch.use_deterministic_algorithms(True)  # fills new memory, as float32 with 3.4e38
-    try:
-        poisoned = in_a_new_thread()
-    finally:
-        torch.use_deterministic_algorithms(False)
+    with poisoned_allocations(), ThreadPoolExecutor(1) as new_thread:
+        poisoned = new_thread.submit(both, problem.x).result()
     for other in (after_nan, poisoned):
         assert all(torch.equal(a, b) for a, b in zip(kept, other))
+
+
+@pytest.mark.parametrize("spatial", [True, False])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [
+        ((2, 401, 28, 28), torch.float32),
+        ((3, 513, 27, 27), torch.float32),
+        ((6, 400, 28, 28), torch.float32),  # past the caches
+        ((2, 200, 28, 28), torch.float64),
+        ((2, 701, 28, 28), torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_samples_that_a_cache_does_not_hold_beside_their_output(shape, dtype, threads, spatial):
+    """y is x times the gates that the op hands out, to the bit, whichever channels are written first."""
+    if not any(t.backend == "cpu" for t in FUSED):
+        pytest.skip("the CPU kernels are not built")
+    problem = make_problem(shape, OPTIONS["plain" if spatial else "channel-only"], dtype)
+    x, c = problem.x, problem.c
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y, _, _, gate, *_, s = _ops.get("cpu", "cbam_forward")(
+            x, *problem.p, *(None,) * 4, 0.0, c.pools, c.spatial, c.ties, c.residual
+        )
+    finally:
+        torch.set_num_threads(before)
+    want = x.to(gate.dtype) * gate[:, :, None, None]
+    want = want * s if spatial else want
+    assert not c.residual and torch.equal(y, want.to(dtype))
