@@ -10,6 +10,9 @@ from oracle import FUSED, OPTIONS, make_problem, poisoned_allocations
 from cbam_fused import _ops
 
 NATIVE = tuple(t for t in FUSED if t.backend in ("cpu", "cuda"))
+needs_cpu = pytest.mark.skipif(
+    not any(t.backend == "cpu" for t in FUSED), reason="the CPU kernels are not built"
+)
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
@@ -92,9 +95,11 @@ def test_fakes_agree_with_kernels(ops, name, layout):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_inference_gives_what_forward_gives(ops, name, dtype):
     table, device = ops
-    for op, arguments in _calls(table, device, name, dtype, "contiguous", save=False):
-        if op == "cbam_inference":
-            assert torch.equal(table[op](*arguments), table["cbam_forward"](*arguments)[0])
+    arguments = dict(_calls(table, device, name, dtype, "contiguous", save=False)).get("cbam_inference")
+    if arguments is None:  # the block is cut in two
+        assert make_problem((2, 6, 5, 7), OPTIONS[name]).norm.training
+        return
+    assert torch.equal(table["cbam_inference"](*arguments), table["cbam_forward"](*arguments)[0])
 
 
 def test_outputs_do_not_alias_inputs(ops):
@@ -143,10 +148,9 @@ def test_backprop_through_a_bare_op_is_refused(ops):
             y.sum().backward()
 
 
+@needs_cpu
 def test_a_cpu_call_allocates_its_outputs_and_nothing_else():
     """Scratch is a thread's, once it has called; what comes and goes beside y can make the heap grow and shrink."""
-    if not any(t.backend == "cpu" for t in FUSED):
-        pytest.skip("the CPU kernels are not built")
     problem = make_problem((2, 64, 28, 28), OPTIONS["plain"])
     x, p, c = problem.x, problem.p, problem.c
     arguments = (x, *p, *(None,) * 4, 0.0, c.pools, c.spatial, c.ties, c.residual)
@@ -163,12 +167,11 @@ def test_a_cpu_call_allocates_its_outputs_and_nothing_else():
     assert sizes == [x.nbytes]
 
 
+@needs_cpu
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("name", ["plain", "all-pools", "light", "split", "channel-only", "spatial-only"])
 def test_what_an_earlier_call_left_in_scratch_does_not_matter(name, layout):
     """Calls of a new thread, whose scratch is poisoned, and after one on nothing but NaN."""
-    if not any(t.backend == "cpu" for t in FUSED):
-        pytest.skip("the CPU kernels are not built")
     problem = make_problem((3, 24, 9, 11), OPTIONS[name], layout=layout)
     c, dy = problem.c, problem.dy
     dy = dy if layout == "contiguous" else dy.to(memory_format=torch.channels_last)
@@ -188,6 +191,7 @@ def test_what_an_earlier_call_left_in_scratch_does_not_matter(name, layout):
         assert all(torch.equal(a, b) for a, b in zip(kept, other))
 
 
+@needs_cpu
 @pytest.mark.parametrize("spatial", [True, False])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
@@ -203,8 +207,6 @@ def test_what_an_earlier_call_left_in_scratch_does_not_matter(name, layout):
 )
 def test_samples_that_a_cache_does_not_hold_beside_their_output(shape, dtype, threads, spatial):
     """y is x times the gates that the op hands out, to the bit, whichever channels are written first."""
-    if not any(t.backend == "cpu" for t in FUSED):
-        pytest.skip("the CPU kernels are not built")
     problem = make_problem(shape, OPTIONS["plain" if spatial else "channel-only"], dtype)
     x, c = problem.x, problem.c
     before = torch.get_num_threads()
