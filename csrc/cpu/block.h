@@ -695,8 +695,8 @@ struct Block {
     const int64_t p0 = t * tile, p1 = tile_end(t);
     if (period && p.C * p.P * int64_t(sizeof(T)) > int64_t(1) << 20) {
       // More than a second-level cache holds beside y: from the last channels back, which it still has, so
-      // that y pushes out those that it would have lost anyway. ((512, 28, 28), 2 MiB of cache: forward
-      // 0.96.)
+      // that y pushes out those that it would have lost anyway. ((512, 28, 28), 2 MiB of cache: 396 us
+      // to 370.)
       repeat(s.s);
       for (int64_t c1 = p.C, c0; c1 > 0; c1 = c0) {
         c0 = (c1 - 1) / kChunk * kChunk;
