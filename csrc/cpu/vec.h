@@ -398,26 +398,44 @@ CBAM_INLINE V fold_to_lanes(const V (&v)[kCount], Op op) {
   }
 }
 
+#if CBAM_VECTOR_BYTES == 64
 CBAM_INLINE bool any_nan(VecF v) {
-#if CBAM_VECTOR_BYTES == 64
   return _mm512_cmp_ps_mask(bit_cast<__m512>(v), bit_cast<__m512>(v), _CMP_UNORD_Q) != 0;
-#else
-  return min_lanes<float>(v != v) != 0;
-#endif
-}
-CBAM_INLINE bool any_equal(VecF a, VecF b) {
-#if CBAM_VECTOR_BYTES == 64
-  return _mm512_cmp_ps_mask(bit_cast<__m512>(a), bit_cast<__m512>(b), _CMP_EQ_OQ) != 0;
-#else
-  return min_lanes<float>(a == b) != 0;
-#endif
-}
-CBAM_INLINE bool any_equal(VecD a, VecD b) {
-  return min_lanes<double>(a == b) != 0;
 }
 CBAM_INLINE bool any_nan(VecD v) {
-  return min_lanes<double>(v != v) != 0;
+  return _mm512_cmp_pd_mask(bit_cast<__m512d>(v), bit_cast<__m512d>(v), _CMP_UNORD_Q) != 0;
 }
+CBAM_INLINE bool any_equal(VecF a, VecF b) {
+  return _mm512_cmp_ps_mask(bit_cast<__m512>(a), bit_cast<__m512>(b), _CMP_EQ_OQ) != 0;
+}
+CBAM_INLINE bool any_equal(VecD a, VecD b) {
+  return _mm512_cmp_pd_mask(bit_cast<__m512d>(a), bit_cast<__m512d>(b), _CMP_EQ_OQ) != 0;
+}
+#else
+// Whether any lane of a comparison holds.
+template <class A>
+CBAM_INLINE bool any_lane(VecInt<A> mask) {
+#if CBAM_VECTOR_BYTES == 32
+  return _mm256_movemask_epi8(bit_cast<__m256i>(mask)) != 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_epi8(bit_cast<__m128i>(mask)) != 0;
+#else
+  return min_lanes<A>(mask) != 0;
+#endif
+}
+CBAM_INLINE bool any_nan(VecF v) {
+  return any_lane<float>(v != v);
+}
+CBAM_INLINE bool any_nan(VecD v) {
+  return any_lane<double>(v != v);
+}
+CBAM_INLINE bool any_equal(VecF a, VecF b) {
+  return any_lane<float>(a == b);
+}
+CBAM_INLINE bool any_equal(VecD a, VecD b) {
+  return any_lane<double>(a == b);
+}
+#endif
 
 // exp to about one unit in the last place; NaN stays, overflow gives infinity, underflow zero.
 CBAM_INLINE VecF exp(VecF x) {
