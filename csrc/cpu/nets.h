@@ -33,65 +33,104 @@ CBAM_INLINE void for_together(int64_t count, F&& f) {
   for (; i < count; ++i) f(i, Rows<1>{});
 }
 
+// sums(first vector, first row, of M vectors by R rows) of w[r][c] * v[i][c] over the columns [c0, c1), for
+// the rows [r0, r1) of a panel that stays in the first-level cache while the vectors v pass. v begins at
+// column c0.
+template <class W, class A, class Sums>
+CBAM_INLINE void panel_sums(const W* w, int64_t r0, int64_t r1, int64_t cols, int64_t c0, int64_t c1, const A* v,
+                            int64_t v_stride, int count, int64_t ahead, Sums sums) {
+  constexpr int L = kLanes<A>;
+  for_together(count, [&](int64_t first, auto vectors) CBAM_INLINE_LAMBDA {
+    constexpr int M = decltype(vectors)::value;
+    const A* in = v + first * v_stride - c0;
+    for_blocks(r0, r1, [&](int64_t r, auto block) CBAM_INLINE_LAMBDA {
+      constexpr int R = decltype(block)::value;
+      const RowPointers<const W, R> ws(w, cols, r, 1);
+      Vec<A> acc[M * R];
+      for (auto& a : acc) a = Vec<A>{};
+      auto take = [&](auto fetch) CBAM_INLINE_LAMBDA {
+        Vec<A> k[R];
+        for (int u = 0; u < R; ++u) k[u] = in_register(fetch(ws.row[u]));
+        for (int i = 0; i < M; ++i) {
+          const Vec<A> of = in_register(fetch(in + i * v_stride));
+          for (int u = 0; u < R; ++u) acc[i * R + u] += k[u] * of;
+        }
+      };
+      int64_t c = c0;
+      for (; c + L <= c1; c += L) {
+        if (ahead && !first) {
+          for (int u = 0; u < R; ++u) __builtin_prefetch(ws.row[u] + ahead + c);
+        }
+        take([c](auto* row) CBAM_INLINE_LAMBDA { return load(row + c); });
+      }
+      // The rest with zeros beside it: left to itself, a compiler rounds it as suits the number of vectors.
+      const int rest = int(c1 - c);
+      if (rest) take([=](auto* row) CBAM_INLINE_LAMBDA { return load_first(row + c, rest); });
+      A sum[M * R];
+      sum_each<A>(acc, sum);
+      sums(first, r, Rows<M>{}, Rows<R>{}, sum);
+    });
+  });
+}
+
 // y[i][r] = sum_c w[r][c] * v[i][c] for i < count; v rows are v_stride apart, y rows y_stride.
-// A panel of rows stays in the first-level cache while the vectors v pass. It has as many rows as a vector
-// has lanes, where they are short: rows of y may be a multiple of 4 KiB apart and then compete for the same
-// few lines of that cache, which is noticed where there is a store a number (measured, (2048, 128), 8
-// vectors on a Xeon: 63 us to 44, of 4 vectors 26 to 23).
+// Long rows go by strips, and the strips of v are copied next to each other: rows of w and of v that are a
+// multiple of 4 KiB apart compete for the same few lines of the first-level cache. Of short rows, a panel has
+// as many as a vector has lanes, for the same reason: rows of y do it too, and it is noticed where there is a
+// store a number (measured, (2048, 128), 8 vectors on a Xeon: 63 us to 44, of 4 vectors 26 to 23).
 template <class W, class A>
 void matvec(const W* w, int64_t rows, int64_t cols, const A* v, int64_t v_stride, int count, A* y,
             int64_t y_stride) {
-  constexpr int L = kLanes<A>;
-  const int64_t bytes = cols * int64_t(sizeof(W)),
-                panel = bytes * L <= (16 << 10) ? std::max(L, kBlock) : kBlock;
-  const bool ahead = bytes <= kLongRow;  // longer ones would push out this panel's
-  for (int64_t r0 = 0; r0 < rows; r0 += panel) {
-    const int64_t r1 = std::min(r0 + panel, rows);
-    for_together(count, [&](int64_t first, auto vectors) CBAM_INLINE_LAMBDA {
-      constexpr int M = decltype(vectors)::value;
-      const A* in = v + first * v_stride;
-      A total[M][std::max(L, kBlock)];
-      for_blocks(r0, r1, [&](int64_t r, auto block) CBAM_INLINE_LAMBDA {
-        constexpr int R = decltype(block)::value;
-        const RowPointers<const W, R> ws(w, cols, r, 1);
-        Vec<A> acc[M * R];
-        for (auto& a : acc) a = Vec<A>{};
-        auto take = [&](auto fetch) CBAM_INLINE_LAMBDA {
-          Vec<A> k[R];
-          for (int u = 0; u < R; ++u) k[u] = fetch(ws.row[u]);
-          for (int i = 0; i < M; ++i) {
-            const Vec<A> of = fetch(in + i * v_stride);
-            for (int u = 0; u < R; ++u) acc[i * R + u] += k[u] * of;
-          }
-        };
-        int64_t c = 0;
-        for (; c + L <= cols; c += L) {
-          if (ahead) ws.prefetch(c);
-          take([c](auto* row) CBAM_INLINE_LAMBDA { return load(row + c); });
-        }
-        // The rest with zeros beside it: left to itself, a compiler rounds it as suits the number of vectors.
-        const int rest = int(cols - c);
-        if (rest) take([=](auto* row) CBAM_INLINE_LAMBDA { return load_first(row + c, rest); });
-        A sum[M * R];
-        sum_each<A>(acc, sum);
-        for (int i = 0; i < M; ++i) {
-          for (int u = 0; u < R; ++u) total[i][r - r0 + u] = sum[i * R + u];
-        }
-      });
-      for (int i = 0; i < M; ++i) std::copy_n(total[i], r1 - r0, y + (first + i) * y_stride + r0);
-    });
+  constexpr int L = kLanes<A>, kMost = std::max(L, kBlock), kVectors = 16;
+  constexpr int64_t kStrip = 32 * L;
+  if (cols <= 2 * kStrip || count < 4) {
+    const int64_t bytes = cols * int64_t(sizeof(W)), panel = bytes * L <= (16 << 10) ? kMost : kBlock;
+    const int64_t ahead = bytes <= kLongRow ? panel * cols : 0;  // longer ones would push out this panel's
+    A total[kTogether][kMost];
+    for (int64_t r0 = 0; r0 < rows; r0 += panel) {
+      const int64_t r1 = std::min(r0 + panel, rows);
+      panel_sums(w, r0, r1, cols, 0, cols, v, v_stride, count, ahead,
+                 [&](int64_t first, int64_t r, auto vectors, auto block, auto& sum) CBAM_INLINE_LAMBDA {
+                   constexpr int M = decltype(vectors)::value, R = decltype(block)::value;
+                   for (int i = 0; i < M * R; ++i) total[i / R][r - r0 + i % R] = sum[i];
+                   if (r + R < r1) return;
+                   for (int i = 0; i < M; ++i)
+                     std::copy_n(total[i], r1 - r0, y + (first + i) * y_stride + r0);
+                 });
+    }
+    return;
+  }
+  alignas(64) A strips[kVectors * kStrip];
+  for (int i0 = 0; i0 < count; i0 += kVectors) {
+    const int some = std::min(kVectors, count - i0);
+    for (int64_t c0 = 0; c0 < cols; c0 += kStrip) {
+      const int64_t c1 = std::min(c0 + kStrip, cols);
+      for (int i = 0; i < some; ++i) std::copy_n(v + (i0 + i) * v_stride + c0, c1 - c0, strips + i * kStrip);
+      for (int64_t r0 = 0; r0 < rows; r0 += kBlock) {
+        panel_sums(w, r0, std::min(r0 + kBlock, rows), cols, c0, c1, strips, kStrip, some, 0,
+                   [&](int64_t first, int64_t r, auto vectors, auto block, auto& sum) CBAM_INLINE_LAMBDA {
+                     constexpr int M = decltype(vectors)::value, R = decltype(block)::value;
+                     for (int i = 0; i < M * R; ++i) {
+                       A& to = y[(i0 + first + i / R) * y_stride + r + i % R];
+                       to = c0 ? to + sum[i] : sum[i];
+                     }
+                   });
+      }
+    }
   }
 }
 
 // y[i][c] = sum_r w[r][c] * v[i][r]: the transposed product, in an order that depends on the sizes alone.
-// Rows are taken in blocks of which the first-level cache holds a strip of U vectors, so that it serves all
-// vectors v; the sums of a block join the total.
+// Rows are taken in blocks, whose sums join the total, and of a block a strip of U vectors at a time. The first
+// vectors v leave a copy of it for the others: its rows may be a multiple of 4 KiB apart and then do not stay
+// in the first-level cache together.
 template <class W, class A>
 void matvec_transposed(const W* w, int64_t rows, int64_t cols, const A* v, int64_t v_stride, int count, A* y,
                        int64_t y_stride) {
-  constexpr int L = kLanes<A>, U = 4;
+  constexpr int L = kLanes<A>, U = 4, kMost = 128;
   const int64_t block =
-      std::min<int64_t>(std::max<int64_t>((16 << 10) / (cols * int64_t(sizeof(W))), 16), 256);
+      std::min<int64_t>(std::max<int64_t>((16 << 10) / (cols * int64_t(sizeof(W))), 16), kMost);
+  alignas(64) A strips[kMost * U * L];
   for (int64_t r0 = 0; r0 < rows; r0 += block) {
     const int64_t r1 = std::min(r0 + block, rows);
     auto strip = [&](int64_t c, auto width) CBAM_INLINE_LAMBDA {
@@ -102,13 +141,24 @@ void matvec_transposed(const W* w, int64_t rows, int64_t cols, const A* v, int64
         for (int i = 0; i < M; ++i) {
           for (int u = 0; u < S; ++u) acc[i][u] = Vec<A>{};
         }
-        for (int64_t r = r0; r < r1; ++r) {
-          Vec<A> k[S];
-          for (int u = 0; u < S; ++u) k[u] = load(w + r * cols + c + u * L);
-          for (int i = 0; i < M; ++i) {
-            const Vec<A> in = splat<A>(v[(first + i) * v_stride + r]);
-            for (int u = 0; u < S; ++u) acc[i][u] += k[u] * in;
+        auto go = [&](auto* from, int64_t stride, bool leave) CBAM_INLINE_LAMBDA {
+          A* copy = strips;
+          for (int64_t r = r0; r < r1; ++r, from += stride, copy += S * L) {
+            Vec<A> k[S];
+            for (int u = 0; u < S; ++u) k[u] = in_register(load(from + u * L));
+            for (int u = 0; leave && u < S; ++u) store(copy + u * L, k[u]);
+            for (int i = 0; i < M; ++i) {
+              const Vec<A> in = splat<A>(v[(first + i) * v_stride + r]);
+              for (int u = 0; u < S; ++u) acc[i][u] += k[u] * in;
+            }
           }
+        };
+        if (first) {
+          go(static_cast<const A*>(strips), S * L, false);
+        } else if (count > M) {
+          go(w + r0 * cols + c, cols, true);
+        } else {
+          go(w + r0 * cols + c, cols, false);
         }
         for (int i = 0; i < M; ++i) {
           for (int u = 0; u < S; ++u) {
