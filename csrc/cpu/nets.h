@@ -37,8 +37,8 @@ CBAM_INLINE void for_together(int64_t count, F&& f) {
 // the rows [r0, r1) of a panel that stays in the first-level cache while the vectors v pass. v begins at
 // column c0.
 template <class W, class A, class Sums>
-CBAM_INLINE void panel_sums(const W* w, int64_t r0, int64_t r1, int64_t cols, int64_t c0, int64_t c1, const A* v,
-                            int64_t v_stride, int count, int64_t ahead, Sums sums) {
+CBAM_INLINE void panel_sums(const W* w, int64_t r0, int64_t r1, int64_t cols, int64_t c0, int64_t c1,
+                            const A* v, int64_t v_stride, int count, int64_t ahead, Sums sums) {
   constexpr int L = kLanes<A>;
   for_together(count, [&](int64_t first, auto vectors) CBAM_INLINE_LAMBDA {
     constexpr int M = decltype(vectors)::value;
@@ -121,9 +121,9 @@ void matvec(const W* w, int64_t rows, int64_t cols, const A* v, int64_t v_stride
 }
 
 // y[i][c] = sum_r w[r][c] * v[i][r]: the transposed product, in an order that depends on the sizes alone.
-// Rows are taken in blocks, whose sums join the total, and of a block a strip of U vectors at a time. The first
-// vectors v leave a copy of it for the others: its rows may be a multiple of 4 KiB apart and then do not stay
-// in the first-level cache together.
+// Rows are taken in blocks, whose sums join the total, and of a block a strip of U vectors at a time. The
+// first vectors v leave a copy of it for the others: its rows may be a multiple of 4 KiB apart and then do
+// not stay in the first-level cache together.
 template <class W, class A>
 void matvec_transposed(const W* w, int64_t rows, int64_t cols, const A* v, int64_t v_stride, int count, A* y,
                        int64_t y_stride) {
@@ -337,17 +337,21 @@ void convolve_rows(const Padded& g, const A* const* maps, const A* weights, bool
 template <int kIn, int kOut, class A>
 void convolve(const Padded& g, const A* const* maps, const A* weights, bool reversed, int64_t i0, int64_t i1,
               A* const* out) {
-  constexpr int L = kLanes<A>, R = 4, U = kTogether / kOut, kAlone = 4 / kOut;
+  constexpr bool kLarge = kVectorBytes == 64;
+  constexpr int L = kLanes<A>, R = kLarge ? 4 : 2, U = kLarge ? 4 / kOut : 4, kAlone = 4;
   int64_t i = i0;
   // Rows together, unless filling up their last vectors costs more than sharing the loads gains. (Measured on
-  // a 56 x 56 map: 0.6 of the time where every load that is not aligned crosses a line; no gain with 32-byte
-  // vectors.)
-  const bool together = kVectorBytes == 64 && g.kH > 1 && 2 * ((g.pW + L - 1) / L * L) <= 3 * g.pW;
-  for (; together && i + R * g.pW <= i1; i += R * g.pW) {
-    for (int64_t j = 0; j < g.pW; j += U * L) {
-      with_constant<1, U>(std::min<int64_t>(U, (g.pW - j + L - 1) / L), [&](auto vectors) CBAM_INLINE_LAMBDA {
-        convolve_rows<kIn, kOut, R, decltype(vectors)::value>(g, maps, weights, reversed, i + j, out);
+  // a 56 x 56 map: 0.6 of the time with 64-byte vectors, where every load that is not aligned crosses a line;
+  // 0.75 with 32-byte ones, and the gradient, which has eight sums at work with one row, gains nothing.)
+  const int64_t vectors = (g.pW + L - 1) / L, pieces = (vectors + U - 1) / U;
+  const bool pays = kLarge ? 2 * vectors * L <= 3 * g.pW : kVectorBytes == 32 && kOut == 1 && vectors > 6;
+  for (; pays && g.kH > 1 && i + R * g.pW <= i1; i += R * g.pW) {
+    for (int64_t k = 0, j = 0; k < pieces; ++k) {
+      const int64_t most = (vectors - j + pieces - k - 1) / (pieces - k);  // of equal size
+      with_constant<1, U>(most, [&](auto width) CBAM_INLINE_LAMBDA {
+        convolve_rows<kIn, kOut, R, decltype(width)::value>(g, maps, weights, reversed, i + j * L, out);
       });
+      j += most;
     }
   }
   for (; i < i1; i += kAlone * L) convolve_rows<kIn, kOut, 1, kAlone>(g, maps, weights, reversed, i, out);

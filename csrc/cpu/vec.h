@@ -282,8 +282,8 @@ CBAM_INLINE V rotate(V v, I) {
 #endif
 }
 
-// v where it is greater than m, else m, also where either is NaN. (Spelt as an instruction, since GCC makes two
-// in a row of the comparison beside it.)
+// v where it is greater than m, else m, also where either is NaN. (Spelt as an instruction, since GCC makes
+// two in a row of the comparison beside it.)
 CBAM_INLINE VecF greater_of(VecF v, VecF m) {
 #if CBAM_VECTOR_BYTES == 64
   return bit_cast<VecF>(_mm512_max_ps(bit_cast<__m512>(v), bit_cast<__m512>(m)));
