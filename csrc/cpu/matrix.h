@@ -52,19 +52,29 @@ CBAM_INLINE void for_slots(const Slots<A>& s, F&& f) {
   for (int64_t k = 0; k < full; ++k) f(k * kLanes<A>, k, Full{});
   if (s.tail_count) f(s.tail_start, full, Tail<A>{s});
 }
-// The same, after ahead(first lane) for each line of memory of a row of T.
-template <class T, class A, class Ahead, class F>
-CBAM_INLINE void for_lines(const Slots<A>& s, Ahead&& ahead, F&& f) {
+// Slots whose sums join (RowSums).
+constexpr int64_t kSegment = 32;
+
+// The same, after ahead(first lane) for each line of memory of a row of T, with join(last slot) after each
+// kSegment of them.
+template <class T, class A, class Ahead, class F, class Join>
+CBAM_INLINE void for_lines(const Slots<A>& s, Ahead&& ahead, F&& f, Join&& join) {
   constexpr int L = kLanes<A>, n = std::max<int>(1, 64 / (L * int(sizeof(T))));
   const int64_t full = s.full;
-  int64_t k = 0;
-  for (; k + n <= full; k += n) {
-    ahead(k * L);
-    for (int u = 0; u < n; ++u) f((k + u) * L, k + u, Full{});
+  for (int64_t k = 0; k < full;) {
+    const int64_t end = std::min(k + kSegment, full), whole = end - (end - k) % n;
+    for (; k < whole; k += n) {
+      ahead(k * L);
+      for (int u = 0; u < n; ++u) f((k + u) * L, k + u, Full{});
+    }
+    if (k < end) ahead(k * L);
+    for (; k < end; ++k) f(k * L, k, Full{});
+    if (end % kSegment == 0) join(end - 1);
   }
-  if (k < full || s.tail_count) ahead(k * L);
-  for (; n > 1 && k < full; ++k) f(k * L, k, Full{});
-  if (s.tail_count) f(s.tail_start, full, Tail<A>{s});
+  if (s.tail_count) {
+    ahead(s.tail_start);
+    f(s.tail_start, full, Tail<A>{s});
+  }
 }
 template <class T>
 CBAM_INLINE Vec<Acc<T>> load(const T* p, Full) {
@@ -493,7 +503,7 @@ void reduce_columns(const T* x, int64_t stride, int64_t r0, int64_t r1, const Sl
       for (int u = 0; u < R; ++u) scale[u] = splat<A>(row_scale[r + u * step]);
     }
     auto ahead = [=](int64_t l) CBAM_INLINE_LAMBDA { xs.prefetch(l); };
-    for_lines<T>(slots, ahead, [=](int64_t l, int64_t k, auto tag) CBAM_INLINE_LAMBDA {
+    auto take = [=](int64_t l, int64_t k, auto tag) CBAM_INLINE_LAMBDA {
       Vec<A> m = load(max + k * L);
       VecInt<A> i{};
       if constexpr (kIndex) i = load(index + k * L);
@@ -521,7 +531,8 @@ void reduce_columns(const T* x, int64_t stride, int64_t r0, int64_t r1, const Sl
       store(max + k * L, m);
       if constexpr (kIndex) store(index + k * L, i);
       also(r, step, l, tag, rows);
-    });
+    };
+    for_lines<T>(slots, ahead, take, Nothing{});
   };
   for_chunks(r0, r1, [&](int64_t c0, int64_t c1) {
     for_streams<T>(c0, c1, stride, block);
@@ -565,16 +576,16 @@ void weigh_product(const T* x, const T* dy, int64_t stride, int64_t r0, int64_t 
         xs.prefetch(l);
         dys.prefetch(l);
       };
-      for_lines<T>(slots, ahead, [=, &sums](int64_t l, int64_t k, auto tag) CBAM_INLINE_LAMBDA {
-        Vec<A> lane = load(lane_weight + l), product[R];
+      auto take = [=, &sums](int64_t l, int64_t k, auto tag) CBAM_INLINE_LAMBDA {
+        Vec<A> lane = in_register(load(lane_weight + l)), product[R];
         for (int u = 0; u < R; ++u) {
           Vec<A> t = load(xs.row[u] + l, tag) * load(dys.row[u] + l, tag);  // [R, lanes]
           sums.add(u, only_fresh(t * lane, tag, Vec<A>{}));
           product[u] = t * weight[u];
         }
         store(part + k * L, load(part + k * L) + sum_block(product));
-        sums.join(k);
-      });
+      };
+      for_lines<T>(slots, ahead, take, [&](int64_t k) CBAM_INLINE_LAMBDA { sums.join(k); });
       A sum[R];
       sums.total(total);
       sum_lanes<A>(total, sum);
@@ -592,13 +603,13 @@ CBAM_INLINE void sum_rows(const T* x, int64_t stride, int64_t r0, int64_t r1, co
     constexpr int R = decltype(rows)::value;
     const RowPointers<const T, R> xs(x, stride, r, step);
     RowSums<A, R> sums;
-    for_slots(slots, [&](int64_t l, int64_t k, auto tag) CBAM_INLINE_LAMBDA {
+    auto take = [&, xs](int64_t l, int64_t, auto tag) CBAM_INLINE_LAMBDA {
       for (int u = 0; u < R; ++u) {
         Vec<A> v = load(xs.row[u] + l, tag);  // [R, lanes]
         sums.add(u, only_fresh(f(v, r + u * step, l), tag, Vec<A>{}));
       }
-      sums.join(k);
-    });
+    };
+    for_lines<T>(slots, Nothing{}, take, [&](int64_t k) CBAM_INLINE_LAMBDA { sums.join(k); });
     Vec<A> total[R];
     A sum[R];
     sums.total(total);
