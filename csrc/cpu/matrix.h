@@ -499,9 +499,7 @@ void reduce_columns(const T* x, int64_t stride, int64_t r0, int64_t r1, const Sl
     constexpr int R = decltype(rows)::value;
     const RowPointers<const T, R> xs(x, stride, r, step);
     Vec<A> scale[R];
-    if constexpr (kScaled) {
-      for (int u = 0; u < R; ++u) scale[u] = splat<A>(row_scale[r + u * step]);
-    }
+    for (int u = 0; u < R; ++u) scale[u] = kScaled ? splat<A>(row_scale[r + u * step]) : Vec<A>{};
     auto ahead = [=](int64_t l) CBAM_INLINE_LAMBDA { xs.prefetch(l); };
     auto take = [=](int64_t l, int64_t k, auto tag) CBAM_INLINE_LAMBDA {
       Vec<A> m = load(max + k * L);

@@ -39,7 +39,7 @@ CBAM_INLINE void for_together(int64_t count, F&& f) {
 template <class W, class A, class Sums>
 CBAM_INLINE void panel_sums(const W* w, int64_t r0, int64_t r1, int64_t cols, int64_t c0, int64_t c1,
                             const A* v, int64_t v_stride, int count, int64_t ahead, Sums sums) {
-  constexpr int L = kLanes<A>;
+  constexpr int L = kLanes<A>, kLine = 64 / int(sizeof(W));
   for_together(count, [&](int64_t first, auto vectors) CBAM_INLINE_LAMBDA {
     constexpr int M = decltype(vectors)::value;
     const A* in = v + first * v_stride - c0;
@@ -58,7 +58,7 @@ CBAM_INLINE void panel_sums(const W* w, int64_t r0, int64_t r1, int64_t cols, in
       };
       int64_t c = c0;
       for (; c + L <= c1; c += L) {
-        if (ahead && !first) {
+        if (ahead && !first && c % kLine < L) {
           for (int u = 0; u < R; ++u) __builtin_prefetch(ws.row[u] + ahead + c);
         }
         take([c](auto* row) CBAM_INLINE_LAMBDA { return load(row + c); });
@@ -83,9 +83,10 @@ void matvec(const W* w, int64_t rows, int64_t cols, const A* v, int64_t v_stride
             int64_t y_stride) {
   constexpr int L = kLanes<A>, kMost = std::max(L, kBlock), kVectors = 16;
   constexpr int64_t kStrip = 32 * L;
-  if (cols <= 2 * kStrip || count < 4) {
+  if (cols <= 2 * kStrip) {
     const int64_t bytes = cols * int64_t(sizeof(W)), panel = bytes * L <= (16 << 10) ? kMost : kBlock;
-    const int64_t ahead = bytes <= kLongRow ? panel * cols : 0;  // longer ones would push out this panel's
+    const int64_t ahead = bytes <= kLongRow ? (count > 1 ? panel : kBlock) * cols
+                                            : 0;  // longer ones would push out this panel's
     A total[kTogether][kMost];
     for (int64_t r0 = 0; r0 < rows; r0 += panel) {
       const int64_t r1 = std::min(r0 + panel, rows);
@@ -100,22 +101,30 @@ void matvec(const W* w, int64_t rows, int64_t cols, const A* v, int64_t v_stride
     }
     return;
   }
+  // A strip of a panel, with `some` vectors from i0 on, whose strips are `stride` apart.
+  auto strip = [&](int64_t r0, int64_t c0, const A* in, int64_t stride, int i0, int some) {
+    panel_sums(w, r0, std::min(r0 + kBlock, rows), cols, c0, std::min(c0 + kStrip, cols), in, stride, some, 0,
+               [&](int64_t first, int64_t r, auto vectors, auto block, auto& sum) CBAM_INLINE_LAMBDA {
+                 constexpr int M = decltype(vectors)::value, R = decltype(block)::value;
+                 for (int i = 0; i < M * R; ++i) {
+                   A& to = y[(i0 + first + i / R) * y_stride + r + i % R];
+                   to = c0 ? to + sum[i] : sum[i];
+                 }
+               });
+  };
+  if (count < 4) {  // the copies would not pay; the same sums in the order of memory
+    for (int64_t r0 = 0; r0 < rows; r0 += kBlock) {
+      for (int64_t c0 = 0; c0 < cols; c0 += kStrip) strip(r0, c0, v + c0, v_stride, 0, count);
+    }
+    return;
+  }
   alignas(64) A strips[kVectors * kStrip];
   for (int i0 = 0; i0 < count; i0 += kVectors) {
     const int some = std::min(kVectors, count - i0);
     for (int64_t c0 = 0; c0 < cols; c0 += kStrip) {
-      const int64_t c1 = std::min(c0 + kStrip, cols);
-      for (int i = 0; i < some; ++i) std::copy_n(v + (i0 + i) * v_stride + c0, c1 - c0, strips + i * kStrip);
-      for (int64_t r0 = 0; r0 < rows; r0 += kBlock) {
-        panel_sums(w, r0, std::min(r0 + kBlock, rows), cols, c0, c1, strips, kStrip, some, 0,
-                   [&](int64_t first, int64_t r, auto vectors, auto block, auto& sum) CBAM_INLINE_LAMBDA {
-                     constexpr int M = decltype(vectors)::value, R = decltype(block)::value;
-                     for (int i = 0; i < M * R; ++i) {
-                       A& to = y[(i0 + first + i / R) * y_stride + r + i % R];
-                       to = c0 ? to + sum[i] : sum[i];
-                     }
-                   });
-      }
+      const int64_t width = std::min(kStrip, cols - c0);
+      for (int i = 0; i < some; ++i) std::copy_n(v + (i0 + i) * v_stride + c0, width, strips + i * kStrip);
+      for (int64_t r0 = 0; r0 < rows; r0 += kBlock) strip(r0, c0, strips, kStrip, i0, some);
     }
   }
 }
