@@ -266,7 +266,8 @@ struct RowSums {
 };
 
 // Row state of a row of some length, its sum in kBlock chains: one alone takes the time of as many additions
-// as the row has slots (measured, 25 slots: 1.5 times that of four).
+// as the row has slots (measured in cache with 32-byte vectors, 25 slots: 1.15 times that of four; 98: 2.2
+// times).
 template <bool kIndex, class A, class Value>
 CBAM_INLINE RowState<A, kIndex> reduce_row(const Slots<A>& slots, Value value) {
   constexpr int L = kLanes<A>;
