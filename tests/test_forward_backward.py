@@ -162,10 +162,19 @@ def test_threads(fused, threads, count, batch):
 
 
 # Channels and positions in several chunks, the last one short; in fewer chunks than threads; a map that ends within
-# a vector, and one of several tiles. Batches that go through the MLP in groups, and others.
+# a vector, and one of several tiles. Batches that go through the MLP in groups, and others; channels for which its
+# matrices are taken by strips.
 @pytest.mark.parametrize(
     "shape",
-    [(1, 130, 14, 14), (1, 300, 7, 9), (1, 19, 30, 31), (1, 257, 61, 67), (5, 300, 7, 9), (8, 700, 3, 5)],
+    [
+        (1, 130, 14, 14),
+        (1, 300, 7, 9),
+        (1, 19, 30, 31),
+        (1, 257, 61, 67),
+        (5, 300, 7, 9),
+        (8, 700, 3, 5),
+        (9, 1100, 2, 3),
+    ],
     ids=_id,
 )
 @pytest.mark.parametrize(
@@ -184,7 +193,9 @@ def test_any_number_of_threads_gives_the_same_bits(threads, layout, name, shape)
             assert got is want is None or torch.equal(got, want)
 
 
-@pytest.mark.parametrize("shape", [(7, 300, 7, 9), (3, 257, 61, 67), (18, 24, 14, 14)], ids=_id)
+@pytest.mark.parametrize(
+    "shape", [(7, 300, 7, 9), (3, 257, 61, 67), (18, 24, 14, 14), (20, 1100, 2, 3)], ids=_id
+)
 @pytest.mark.parametrize("name", ["plain", "norm-eval", "all-pools", "split", "light"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.skipif(all(t.backend != "cpu" for t in FUSED), reason="the CPU kernels are not built")

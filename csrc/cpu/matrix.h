@@ -55,8 +55,8 @@ CBAM_INLINE void for_slots(const Slots<A>& s, F&& f) {
 // Slots whose sums join (RowSums).
 constexpr int64_t kSegment = 32;
 
-// The same, after ahead(first lane) for each line of memory of a row of T, with join(last slot) after each
-// kSegment of them.
+// The same, after ahead(first lane) for as many slots of a row of T as a line of memory holds, with join(last
+// slot) after each kSegment of them.
 template <class T, class A, class Ahead, class F, class Join>
 CBAM_INLINE void for_lines(const Slots<A>& s, Ahead&& ahead, F&& f, Join&& join) {
   constexpr int L = kLanes<A>, n = std::max<int>(1, 64 / (L * int(sizeof(T))));

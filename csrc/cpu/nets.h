@@ -35,7 +35,7 @@ CBAM_INLINE void for_together(int64_t count, F&& f) {
 
 // sums(first vector, first row, of M vectors by R rows) of w[r][c] * v[i][c] over the columns [c0, c1), for
 // the rows [r0, r1) of a panel that stays in the first-level cache while the vectors v pass. v begins at
-// column c0.
+// column c0. `ahead`: elements from a row to the one that is fetched ahead meanwhile, 0 for none.
 template <class W, class A, class Sums>
 CBAM_INLINE void panel_sums(const W* w, int64_t r0, int64_t r1, int64_t cols, int64_t c0, int64_t c1,
                             const A* v, int64_t v_stride, int count, int64_t ahead, Sums sums) {
@@ -74,10 +74,11 @@ CBAM_INLINE void panel_sums(const W* w, int64_t r0, int64_t r1, int64_t cols, in
 }
 
 // y[i][r] = sum_c w[r][c] * v[i][c] for i < count; v rows are v_stride apart, y rows y_stride.
-// Long rows go by strips, and the strips of v are copied next to each other: rows of w and of v that are a
-// multiple of 4 KiB apart compete for the same few lines of the first-level cache. Of short rows, a panel has
-// as many as a vector has lanes, for the same reason: rows of y do it too, and it is noticed where there is a
-// store a number (measured, (2048, 128), 8 vectors on a Xeon: 63 us to 44, of 4 vectors 26 to 23).
+// Rows of more than 64 vectors go by strips, whose sums join in y, and the strips of four vectors v and more
+// are copied next to each other: rows of w and of v that are a multiple of 4 KiB apart compete for the same
+// few lines of the first-level cache. Of short rows, a panel has as many as a vector has lanes, for the same
+// reason: rows of y do it too, and it is noticed where there is a store a number (measured, (2048, 128), 8
+// vectors on a Xeon: 63 us to 44, of 4 vectors 26 to 23).
 template <class W, class A>
 void matvec(const W* w, int64_t rows, int64_t cols, const A* v, int64_t v_stride, int count, A* y,
             int64_t y_stride) {

@@ -393,19 +393,21 @@ template <class A>
 CBAM_INLINE void sum_lanes(const Vec<A> (&v)[1], A (&out)[1]) {
   out[0] = sum_lanes<A>(v[0]);
 }
-// One vector of n totals from n = kLanes vectors: lane u is the reduction of v[u], by the same trees.
+// One vector of n totals from n = kLanes vectors: lane u is the reduction of v[u], by the same trees but
+// for the order of op's two arguments.
 template <class A, int kSegment = kLanes<A>, class V, int kCount, class Op>
 CBAM_INLINE V fold_to_lanes(const V (&v)[kCount], Op op) {
   using I = VecInt<A>;
   if constexpr (kCount == 1) {
     return v[0];
   } else if constexpr (kCount == 8 && kLanes<A> == 8) {
-    // Within halves of 16 bytes where it can be, which take two steps a cycle, and put in order at the end.
+    // Within halves of a vector after the first step, which is cheaper with 32-byte vectors, and put in order
+    // at the end.
     V two[4], four[2];
     for (int k = 0; k < 4; ++k) {
       const V a = v[2 * k], b = v[2 * k + 1];
       two[k] = op(iota<A>() < 4 ? a : b,
-                  gather_lanes<I>(a, b, [](int i) { return i + 4; }));  // sums of 4 lanes: a's, b's
+                  gather_lanes<I>(a, b, [](int i) { return i + 4; }));  // four lanes left of each: a's, b's
     }
     for (int k = 0; k < 2; ++k) {
       const V a = two[2 * k], b = two[2 * k + 1];
