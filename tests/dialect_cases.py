@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import itertools
 from typing import Any, Callable, Dict, NamedTuple, Tuple
 
 import plain_cbam as plain
@@ -148,14 +147,18 @@ def run(module, x, dy):
     return found
 
 
-def mirrored(module, sides):
-    """The module that does to a mirrored x what `module` does to x."""
+def neighbour(module, dy, seed):
+    """Another problem of the same kind: weights and dy off by a thousandth at random, each its own way."""
+    g = torch.Generator().manual_seed(seed)
+
+    def off(t):
+        return t * (1 + 1e-3 * torch.randn(t.shape, generator=g).to(t))
+
     twin = copy.deepcopy(module)
     with torch.no_grad():
-        for leaf in twin.modules():
-            if isinstance(leaf, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-                leaf.weight.copy_(leaf.weight.flip([s for s in sides if s > 1]))
-    return twin
+        for parameter in twin.parameters():
+            parameter.copy_(off(parameter))
+    return twin, off(dy)
 
 
 def assert_same_numbers(original, fused, x, training):
@@ -163,29 +166,23 @@ def assert_same_numbers(original, fused, x, training):
 
     Outputs, the input's gradient, the parameters' in order, and the running statistics.
 
-    The original's error is the largest over mirror images of the problem, which add up in other orders:
-    that of a gradient which is one number may be zero by luck.
+    The original's error is the largest over this problem and sixteen neighbours: in a gradient of few
+    numbers, or whose sums cancel, that of one problem may be next to nothing by luck. x stays as it is, or
+    the maxima of its ties would move.
     """
     dy = torch.randn(original.eval()(x).shape, device=x.device)
     original.train(training)
     fused.train(training)
     errors = {}
-    axes = [0, *range(2, x.dim())]
-    for sides in itertools.chain.from_iterable(itertools.combinations(axes, n) for n in range(len(axes) + 1)):
-        twin = mirrored(original, sides)
-        xs, dys = x.flip(sides), dy.flip([s for s in sides if dy.shape[s] > 1])
-        exact = run(copy.deepcopy(twin).double(), xs.double(), dys.double())
-        low = run(twin, xs, dys)
+    for module, dys in [(original, dy), *(neighbour(original, dy, seed) for seed in range(16))]:
+        exact = run(copy.deepcopy(module).double(), x.double(), dys.double())
+        low = run(copy.deepcopy(module), x, dys)
         for name, value in exact.items():
             error = (low[name].double() - value).abs().max().item()
             errors[name] = max(error, errors.get(name, 0.0))
-    exact, got = run(copy.deepcopy(original).double(), x.double(), dy.double()), run(fused, x, dy)
+    exact = run(copy.deepcopy(original).double(), x.double(), dy.double())
+    got = run(fused, x, dy)
     assert len(got) == len(exact)
     got = dict(zip(exact, got.values()))
     for name, value in exact.items():
-        # A BatchNorm's two gradients are sums of the same terms, weighted by values about 1: one budget.
-        layer = name.rsplit(".", 1)[0]
-        error = max(
-            e for n, e in errors.items() if n == name or (value.numel() == 1 and n.startswith(layer + "."))
-        )
-        assert_within(name, got[name], value, (value + error).float())
+        assert_within(name, got[name], value, [(value + errors[name]).float()])

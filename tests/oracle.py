@@ -342,6 +342,8 @@ def reference_errors_scaled(
 
 def budget(exact: Tensor, low: Sequence[Tensor], dtype: torch.dtype) -> float:
     """2 * (error of the reference in this precision + eps * max|ref|): what an honest kernel may be off."""
+    # A tensor is a sequence too, of rows, which would broadcast against all of exact.
+    assert all(t.shape == exact.shape for t in low), "low holds results of the shape of exact"
     if exact.numel() == 0:
         return 0.0
     error = max((t.double() - exact).abs().max().item() for t in low)

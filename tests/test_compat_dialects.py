@@ -4,6 +4,7 @@ import copy
 import inspect
 import pickle
 
+import dialect_cases
 import pytest
 import torch
 import torch.nn as nn
@@ -29,6 +30,25 @@ def test_numbers(case, training, target):
     original, fused = original.to(target.device), fused.to(target.device)
     for x in inputs(case.width).values():
         assert_same_numbers(copy.deepcopy(original), copy.deepcopy(fused), x.to(target.device), training)
+
+
+@pytest.mark.parametrize("part", ["y", "dx", "weight", "bias"])
+def test_the_comparison_finds_one_number_that_is_off(part, monkeypatch):
+    """By a hundredth of a thousandth, in one sample or one row of what it compares."""
+    original, fused = CASES["official"].pair()
+    x = inputs(CASES["official"].width)["dense"]
+
+    def planted(module, *arguments, run=dialect_cases.run):
+        found = run(module, *arguments)
+        if type(module) is type(fused):
+            name = part if part in found else [n for n in found if n.endswith(part)][0]
+            found[name].view(-1)[found[name].abs().argmax()] *= 1 + 1e-5
+        return found
+
+    assert_same_numbers(original, fused, x, True)
+    monkeypatch.setattr(dialect_cases, "run", planted)
+    with pytest.raises(AssertionError, match="is off by"):
+        assert_same_numbers(original, fused, x, True)
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n.startswith(("official", "pytorchcv", "timm"))])
