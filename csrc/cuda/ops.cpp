@@ -253,22 +253,33 @@ class Call {
   std::vector<Tensor> kept_;
 };
 
+struct Forward {
+  Tensor y, spatial_gate;
+  Saved saved;
+};
+Forward whole_forward(const Tensor& x, const Weights& weights, const Norm& norm, const Options& options,
+                      bool save) {
+  Call call(x, options);
+  call.take_weights(weights);
+  call.take_norm(norm);
+  call.enter_device();
+  Tensor y = call.output();
+  call.p.y = y.data_ptr();
+  Saved saved = call.make_saved(save, save);
+  Tensor gate = options.spatial ? call.map() : call.nothing();
+  if (options.spatial) call.p.spatial_gate = gate.data_ptr();
+  call.run(kCbamForward);
+  return {y, gate, saved};
+}
+
 Tensor cbam_inference(const Tensor& x, const Optional& w1, const Optional& b1, const Optional& w2,
                       const Optional& b2, const Optional& conv_weight, const Optional& conv_bias,
                       const Optional& bn_weight, const Optional& bn_bias, const Optional& bn_mean,
                       const Optional& bn_var, double bn_eps, int64_t pools, int64_t spatial, int64_t ties,
                       bool residual) {
-  Call call(x, {pools, spatial, ties, residual});
-  call.take_weights({w1, b1, w2, b2, conv_weight, conv_bias});
-  call.take_norm({bn_weight, bn_bias, bn_mean, bn_var, bn_eps});
-  call.enter_device();
-  Tensor y = call.output();
-  call.p.y = y.data_ptr();
-  call.make_saved(false, false);
-  Tensor gate = spatial ? call.map() : call.nothing();
-  if (spatial) call.p.spatial_gate = gate.data_ptr();
-  call.run(kCbamForward);
-  return y;
+  return whole_forward(x, {w1, b1, w2, b2, conv_weight, conv_bias},
+                       {bn_weight, bn_bias, bn_mean, bn_var, bn_eps}, {pools, spatial, ties, residual}, false)
+      .y;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_forward(
@@ -276,16 +287,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_
     const Optional& conv_weight, const Optional& conv_bias, const Optional& bn_weight,
     const Optional& bn_bias, const Optional& bn_mean, const Optional& bn_var, double bn_eps, int64_t pools,
     int64_t spatial, int64_t ties, bool residual) {
-  Call call(x, {pools, spatial, ties, residual});
-  call.take_weights({w1, b1, w2, b2, conv_weight, conv_bias});
-  call.take_norm({bn_weight, bn_bias, bn_mean, bn_var, bn_eps});
-  call.enter_device();
-  Tensor y = call.output();
-  call.p.y = y.data_ptr();
-  Saved s = call.make_saved(true, true);
-  Tensor gate = spatial ? call.map() : call.nothing();
-  if (spatial) call.p.spatial_gate = gate.data_ptr();
-  call.run(kCbamForward);
+  const auto [y, gate, s] =
+      whole_forward(x, {w1, b1, w2, b2, conv_weight, conv_bias},
+                    {bn_weight, bn_bias, bn_mean, bn_var, bn_eps}, {pools, spatial, ties, residual}, true);
   return {y, s.pooled, s.pool_index, s.channel_gate, s.spatial_pool, s.spatial_index, s.hidden, gate};
 }
 
