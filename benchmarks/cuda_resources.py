@@ -91,15 +91,17 @@ def read_report(text: str) -> List[Kernel]:
         vector, layout, last = map(int, values)
         traits = f"{MANGLED[element[1]]}, {vector}, {LAYOUTS[layout]}{LAST_TRAIT[name[1]][last]}"
 
-        def number(pattern: str, part: str = part) -> int:
+        def number(pattern: str, part: str = part, optional: bool = False) -> int:
             found = re.search(pattern, part)
+            if not found and not optional:
+                raise ValueError(f"ptxas does not say {pattern!r} in {part!r}")
             return int(found[1]) if found else 0
 
         kernels.append(
             Kernel(
                 name[1], name[2], traits, number(r"Used (\d+) registers"),
                 number(r"(\d+) bytes stack frame"), number(r"(\d+) bytes spill stores"),
-                number(r"(\d+) bytes spill loads"), number(r"(\d+) bytes smem"),
+                number(r"(\d+) bytes spill loads"), number(r"(\d+) bytes smem", optional=True),
             )
         )  # fmt: skip
     if not kernels:

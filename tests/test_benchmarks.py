@@ -414,9 +414,10 @@ def test_plain_and_fused_learn_the_same_from_real_digits(threads):
     rows = train.train(train.Plan("small CNN", 8, 32, 60, 0.01, seconds=600), "cpu", "auto")
     plain, fused, control = (train.of(rows, "small CNN", name) for name in ("plain", "fused", "control"))
     assert len(plain) == len(fused) == len(control) == 60
-    # The first loss differs by rounding alone; what grows from it later stays far below the loss itself.
-    assert abs(plain[0]["loss"] - fused[0]["loss"]) < 1e-5
-    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(plain, fused)) < 1e-2
+    # The losses differ by rounding alone, as those of the control do, which is plain with a last bit changed; 1.7e-5
+    # is what they differ by without the gradient of the MLP's second layer.
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(plain, control)) < 5e-6
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(plain, fused)) < 5e-6
     assert plain[-1]["loss"] < 0.7 * plain[0]["loss"]
     assert fused[0]["test_accuracy"] > 0.5 and fused[0]["peak_bytes"] > 0
     assert "small CNN at 8 x 8, fused" in train.summary(rows)

@@ -1,4 +1,4 @@
-"""The CPU kernels are valid C++17, without a warning, to GCC and to Clang alike, on x86-64 and on ARM."""
+"""The CPU kernels are valid C++17, without a warning of the front end, to GCC and to Clang alike, on x86-64 and ARM."""
 
 import os
 import shutil

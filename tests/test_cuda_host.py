@@ -91,7 +91,12 @@ def library() -> Path:
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", *(f"-D{name}=fake_{name}" for name in RENAMED)]
     flags += [f"-I{p}" for p in (SOURCES, include, TOOLKIT)]
     libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
-    parts = (source, *sorted(SOURCES.glob("*.h")), *sorted(SOURCES.glob("*.cpp")))
+    parts = (
+        source,
+        SOURCES.parent / "tensors.h",
+        *sorted(SOURCES.glob("*.h")),
+        *sorted(SOURCES.glob("*.cpp")),
+    )
     text = "".join((torch.__version__, *flags, *libraries, *(p.read_text() for p in parts)))
     library = build.CACHE / f"cuda_host-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
     if not library.exists():

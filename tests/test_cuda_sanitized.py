@@ -15,10 +15,11 @@ if shutil.which("g++") is None:
 from simt import build
 
 HERE = Path(__file__).parent
-# Each pass over x of each layout, folded rows, chunks and the MLP cut into items; both splits of the
+# Each pass over x of each layout, folded rows, chunks and an MLP that is cut into items; both splits of the
 # resident tier. All in float32: an element type is one more library, whose compilation takes longest.
 STREAMED = (
     "(test_options and (plain or norm-train)) or (test_shapes and float32 and (folded or chunks or seven))"
+    " or (test_large_mlp_is_cut_into_items and hidden=210)"
 )
 RESIDENT = "(test_shapes and (3-D or fewer)) or (test_options and plain)"
 CASES = {"streamed": ("test_cuda_simt.py", STREAMED), "resident": ("test_cuda_resident.py", RESIDENT)}

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from dialect_cases import randomise
 from whole_models import assert_trains_alike
 
-from cbam_fused import FusedCBAM, fuse
+from cbam_fused import fuse
 
 
 @pytest.fixture(autouse=True)
@@ -57,10 +57,18 @@ def test_timm_squeeze_and_excitation():
     ).eval()
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
+        # A fresh model's last norm of each block is zero, and what the gate scales with it.
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm2d) and not m.weight.any():
+                nn.init.constant_(m.weight, 0.5)
         expected = model(x)
         report = fuse(model)
         assert report.swapped and not report.left
         torch.testing.assert_close(model(x), expected)
+        for swapped in report.swapped:
+            for p in model.get_submodule(swapped.name).parameters():
+                p.mul_(1.01)
+        assert not torch.allclose(model(x), expected)
 
 
 def test_segmentation_models_scse_is_left_and_its_encoder_is_fused():
@@ -69,6 +77,7 @@ def test_segmentation_models_scse_is_left_and_its_encoder_is_fused():
     )
     model = smp.Unet("se_resnet50", encoder_weights=None, decoder_attention_type="scse").eval()
     x = torch.randn(1, 3, 64, 64)
+    scse = [m for m in model.modules() if type(m).__name__ == "SCSEModule"]
     with torch.no_grad():
         expected = model(x)
         report = fuse(model)
@@ -76,7 +85,7 @@ def test_segmentation_models_scse_is_left_and_its_encoder_is_fused():
         assert all(s.source == "segmentation_models_pytorch.SEModule" for s in report.swapped)
         torch.testing.assert_close(model(x), expected)
     # scSE adds its two gated maps instead of chaining the gates: no CBAM.
-    assert all(type(m).__name__ != "SCSEModule" or not isinstance(m, FusedCBAM) for m in model.modules())
+    assert scse and scse == [m for m in model.modules() if type(m).__name__ == "SCSEModule"]
 
 
 def test_pytorchcv_resnet():

@@ -112,5 +112,5 @@ def test_a_transform_around_a_compiled_block(device):
     module, plain = pair("plain", device)
     x = draw(device)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: grad(loss(module))(x), backend="aot_eager")
+    compiled = torch.compile(lambda x: grad(loss(module))(x), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), grad(loss(plain))(x))

@@ -81,6 +81,7 @@ def test_long_sums_stay_precise_when_compiled():
     torch.testing.assert_close(pooled[:, 0].double(), x.double().mean((2, 3)), rtol=5e-7, atol=0)
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_kernels(name):
     shape, dtype, channels_last, config = CASES[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -113,9 +114,16 @@ def test_a_wrong_result_never_wins(monkeypatch):
         tune, "_step",
         lambda *_: [torch.ones(1) if configurations._look_up(*KEY) == pinned else torch.tensor([float("nan")])],
     )  # fmt: skip
-    prices = iter(range(10_000, 0, -1))
-    monkeypatch.setattr(tune, "_milliseconds", lambda _: float(next(prices)))
-    assert all(row["kernel"] != KEY[0] or row["layout"] != KEY[2] for row in tune.tune(lambda _: None))
+    # Each candidate is faster than all before it, by more than noise.
+    prices = iter(0.9**i for i in range(10_000))
+    monkeypatch.setattr(tune, "_milliseconds", lambda _: next(prices))
+    rows = {(row["kernel"], row["layout"]): row for row in tune.tune(lambda _: None)}
+    # What is right is replaced by the last candidate. Of the one kernel only the pinned configuration is right.
+    assert rows.keys() == set(
+        itertools.product(configurations.kernels("large"), ("contiguous", "channels_last"))
+    )
+    found = rows[KEY[0], KEY[2]]
+    assert (found["meta"], found["warps"], found["fill"]) == (pinned.meta, pinned.warps, pinned.fill)
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from typing import Dict, List, Optional, Sequence, Tuple
 
 import oracle
@@ -179,6 +180,7 @@ class Case:
             budget = 2 * (max((run[name] - ref).abs().max().item() for run in low) + eps * scale)
             if self.dtype == torch.float64:
                 budget = 2 * eps * self.terms * max(1.0, scale)
+            assert math.isfinite(budget), f"{name}: the reference is not finite in its own precision"
             if error > budget:
                 over.append(f"{name}: error {error:.3e}, budget {budget:.3e}")
         return over

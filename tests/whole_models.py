@@ -37,9 +37,15 @@ def assert_trains_alike(model, x, loss_of, count):
     for u, v in zip(*([t] if isinstance(t, torch.Tensor) else t for t in (a, b))):
         if isinstance(u, torch.Tensor):
             assert (u - v).abs().max() <= 1e-10 * v.abs().max()
+    for m in (model, expected):
+        m.train()
+        loss_of(m, x).backward()
+    for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        assert p.grad is None or (p.grad - q.grad).abs().max() <= 1e-8 * q.grad.abs().max() + 1e-12, name
     losses, wanted = train(model, x, loss_of), train(expected, x, loss_of)
     assert losses[-1] != losses[0]
-    # Ten steps amplify a difference of 1e-15 some thousandfold; a wrong gradient shows in the second loss.
+    # Ten steps amplify a difference of 1e-15 some thousandfold.
     assert all(abs(p - q) <= 1e-8 * abs(q) for p, q in zip(losses, wanted)), (losses, wanted)
 
 

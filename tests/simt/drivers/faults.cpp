@@ -322,6 +322,80 @@ HANDOVER(handover_relaxed_signal, __syncthreads(), add_relaxed, load_acquire, __
 HANDOVER(handover_relaxed_poll, __syncthreads(), add_release, load_relaxed, __ldcg)    // FAULT
 HANDOVER(handover_read_only, __syncthreads(), add_release, load_acquire, __ldg)        // FAULT
 
+// After a write and a barrier, so that a race is reported and not a read of what nobody wrote: each kind that
+// the detector tells apart.
+FAULT(shared_written_twice, .grid = 1, .block = 64) {
+  CBAM_SHARED(s, float[64]);
+  s[threadIdx.x] = 1.0f;       // FAULT
+  s[63 - threadIdx.x] = 2.0f;  // FAULT
+  out[threadIdx.x] = 0.0f;
+}
+FAULT(global_written_twice, .grid = 2, .block = 32) {
+  out[threadIdx.x] = x[threadIdx.x];  // FAULT
+}
+FAULT(shared_written_behind_readers, .grid = 1, .block = 128) {
+  CBAM_SHARED(s, float[1]);
+  if (threadIdx.x == 0) s[0] = 1.0f;
+  __syncthreads();
+  if (threadIdx.x >= 32) out[threadIdx.x] = s[0];  // three warps, one of which the writer waits for
+  if (threadIdx.x < 64) named_barrier_sync(1, 64);
+  if (threadIdx.x == 0) s[0] = 2.0f;  // FAULT
+}
+FAULT(global_written_behind_readers, .grid = 1, .block = 128) {
+  if (threadIdx.x == 0) out[0] = 1.0f;
+  __syncthreads();
+  if (threadIdx.x >= 32) out[threadIdx.x] = out[0];
+  if (threadIdx.x < 64) named_barrier_sync(1, 64);
+  if (threadIdx.x == 0) out[0] = 2.0f;  // FAULT
+}
+FAULT(bytes_of_a_word, .grid = 1, .block = 64) {
+  CBAM_SHARED(s, unsigned char[64]);
+  s[threadIdx.x] = 0;
+  __syncthreads();
+  s[threadIdx.x] = 1;                     // FAULT
+  out[threadIdx.x] = s[threadIdx.x ^ 1];  // FAULT
+}
+FAULT(halves_of_a_word, .grid = 1, .block = 64) {
+  auto* halves = reinterpret_cast<unsigned short*>(out);
+  halves[threadIdx.x] = 0;
+  __syncthreads();
+  halves[threadIdx.x] = 1;                             // FAULT
+  halves[64 + threadIdx.x] = halves[threadIdx.x ^ 1];  // FAULT
+}
+FAULT(named_barrier_not_waited, .grid = 1, .block = 64) {
+  CBAM_SHARED(s, float[32]);
+  if (threadIdx.x < 32) {
+    s[threadIdx.x] = x[threadIdx.x];
+    named_barrier_arrive(1, 64);
+    s[threadIdx.x] = 0.0f;  // FAULT
+  } else {
+    named_barrier_sync(1, 64);
+    out[threadIdx.x] = s[threadIdx.x - 32];  // FAULT
+  }
+}
+FAULT(bulk_never_waited, .grid = 1, .block = 32, .shared = 512) {
+  CBAM_DYNAMIC_SHARED(smem);
+  auto* barrier = reinterpret_cast<std::uint64_t*>(smem + 256);
+  if (threadIdx.x == 0) {
+    barrier_init(barrier, 1);
+    barrier_init_fence();
+    barrier_arrive_expect(barrier, 256);
+    bulk_load(smem, x, 256, barrier);  // FAULT
+  }
+}
+FAULT(bulk_store_early_fence, .grid = 1, .block = 64, .shared = 512) {
+  CBAM_DYNAMIC_SHARED(smem);
+  auto* s = reinterpret_cast<float*>(smem);
+  fence_proxy_async();  // before what it would have to order
+  s[threadIdx.x] = x[threadIdx.x];
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    bulk_store(out, smem, 256);  // FAULT
+    bulk_commit();
+    bulk_wait<0>();
+  }
+}
+
 FAULT(ring_overwritten, .grid = 2, .block = 32) {
   if (blockIdx.x == 0) {
     for (unsigned i = 0; i < 3; ++i) {

@@ -238,7 +238,7 @@ void bulk_wait(unsigned keep, bool, Where) {
 
 void proxy_fence() {
   Thread& t = me();
-  t.proxy_fence = t.clock;
+  t.proxy_fence = t.clock++;  // a store that follows is later than it
   t.fenced_since_acquire = true;
 }
 
