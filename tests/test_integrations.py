@@ -67,6 +67,19 @@ def build(config):
     return model
 
 
+@torch.no_grad()
+def awaken(model):
+    """A fresh detector's answer hardly hangs on its image: norms of what flows through it, and a head that looks."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+            module.reset_running_stats()
+    model.train()(torch.rand(8, 3, 64, 64))
+    for module in model.eval().model[-1].modules():
+        if isinstance(module, nn.Conv2d) and module.bias is not None:
+            nn.init.normal_(module.weight, 0, 0.3)
+
+
 def batch(dtype=torch.float32):
     g = torch.Generator().manual_seed(4)
     boxes = torch.rand(5, 4, generator=g) * 0.4 + 0.2
@@ -177,7 +190,8 @@ def test_a_yolo_model_before_and_after_fuse(monkeypatch):
 
 
 def test_checkpoints_pass_between_stock_fused_and_registered(monkeypatch):
-    plain = stock(monkeypatch).eval()
+    plain = stock(monkeypatch)
+    awaken(plain)
     state = plain.state_dict()
     fused = copy.deepcopy(plain)
     assert len(fuse(fused).swapped) == 3
@@ -198,7 +212,7 @@ def test_checkpoints_pass_between_stock_fused_and_registered(monkeypatch):
     with torch.no_grad():
         expected = plain(x)[0]
         for model in (fused, ours):
-            torch.testing.assert_close(model(x)[0], expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(model(x)[0], expected, rtol=1e-4, atol=1e-3)
 
 
 def test_export(registered, tmp_path, monkeypatch):
@@ -210,9 +224,18 @@ def test_export(registered, tmp_path, monkeypatch):
     path = tmp_path / "yolov8n-cbam.yaml"
     path.write_text(yaml.safe_dump(yolo(ROWS)))
     model = ultralytics.YOLO(path, verbose=False)
+    awaken(model.model)
     exported = torch.jit.load(model.export(format="torchscript", imgsz=64, verbose=False))
     kinds = {node.kind() for node in exported.inlined_graph.nodes()}
     assert "aten::sigmoid" in kinds and not any(kind.startswith("cbam_fused") for kind in kinds)
     plain = model.model.eval().fuse(verbose=False)
     x = torch.rand(1, 3, 64, 64)
-    torch.testing.assert_close(exported(x), plain(x)[0], rtol=1e-4, atol=1e-4)
+    answer = exported(x)
+    torch.testing.assert_close(answer, plain(x)[0], rtol=1e-4, atol=1e-3)
+    for i in (2, 5, 7):
+        other = copy.deepcopy(plain)
+        with torch.no_grad():
+            for p in other.model[i].parameters():
+                p.mul_(1.05)
+        assert not torch.allclose(answer, other(x)[0], rtol=1e-2, atol=1e-1), f"block {i} does not show"
+
