@@ -238,4 +238,3 @@ def test_export(registered, tmp_path, monkeypatch):
             for p in other.model[i].parameters():
                 p.mul_(1.05)
         assert not torch.allclose(answer, other(x)[0], rtol=1e-2, atol=1e-1), f"block {i} does not show"
-

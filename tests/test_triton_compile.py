@@ -7,6 +7,7 @@ GPU would get. Shapes and options are chosen so that every row of the table is l
 from __future__ import annotations
 
 import os
+import re
 from typing import Iterator, List
 
 import pytest
@@ -16,7 +17,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile in this process", allow_module_level=True)
 
-from triton_recording import DEVICES, TARGETS, Launch, inspect_all, make_inputs, recording, run_ops
+from triton_recording import DEVICES, TARGETS, Launch, cuobjdump, inspect_all, make_inputs, recording, run_ops
 
 from cbam_fused._config import Config
 from cbam_fused.triton_kernels import configurations
@@ -75,11 +76,26 @@ def check(some: List[Launch], target: str, wide: bool = False) -> None:
         assert used.shared <= TARGETS[target][3], f"{where} needs {used.shared} bytes of shared memory"
         if wide and launch.name in READERS:
             assert used.wide_loop, f"{where} has no 16-byte load in a loop"
+        # It streams two tensors, and reads nothing else of 2 bytes: the one's wide loads do not stand for the other's.
+        if wide and launch.name == "scale_backward_kernel":
+            assert not used.narrow_loop, f"{where} has 2-byte loads in a loop"
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_configuration(target):
     check(launches(target), target, wide=True)
+
+
+def test_machine_code_has_the_loads_of_the_ptx():
+    """What the other tests read in PTX: ptxas neither splits wide loads nor keeps narrow ones beside them."""
+    wanted = {
+        launch.name: launch for launch in launches("sm_90", (torch.bfloat16,), shapes=(SHAPES["large"],))
+    }
+    for name in READERS & wanted.keys():
+        compiled = wanted[name].compile("sm_90")
+        ptx = len(re.findall(r"\bld\.global\S*\.v4\.b32", compiled.asm["ptx"]))
+        sass = len(re.findall(r"\bLDG\.E\S*\.128", cuobjdump(compiled, "-sass")))
+        assert 0 < ptx <= sass, name
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -210,13 +210,29 @@ def run_split_ops(x, weights, bn, config: Config, save: bool = True, backward: b
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel uses: registers a thread, spills (instructions that touch a stack, or AMD's
-    vector registers), bytes of shared memory; and whether some loop has a 16-byte load from global memory."""
+    """What a compiled kernel uses: registers a thread, what spills (bytes of stack, or AMD's vector registers), bytes
+    of shared memory; and whether some loop has a load from global memory of 16 bytes, and of 2."""
 
     registers: int
     spilled: int
     shared: int
     wide_loop: bool
+    narrow_loop: bool
+
+
+# A label, a jump back to one, and loads of 16 bytes or more, and of 2, in each language.
+_PTX = (
+    r"(\$L\w+):",
+    r"\bbra\S*\s+(\$L\w+)",
+    r"\bld\.global\S*\.(v4\.b32|v2\.b64|v8\.b32|v4\.b64)",
+    r"\bld\.global\S*\.[bu]16",
+)
+_AMD = (
+    r"(\.L\w+):",
+    r"s_c?branch\w*\s+(\.L\w+)",
+    r"(global|buffer)_load_dwordx4",
+    r"(global|buffer)_load_(ushort|short_d16)",
+)
 
 
 def resources(compiled, target: str) -> Resources:
@@ -228,42 +244,34 @@ def resources(compiled, target: str) -> Resources:
             return int(text.split(f".{name}:")[1].split()[0])
 
         # Spilled scalar registers go to lanes of a vector register, not to memory.
-        return Resources(field("vgpr_count"), field("vgpr_spill_count"), shared, _wide_loop_amd(text))
-    report = _cuobjdump(compiled)
-    registers = int(re.search(r"\bREG:(\d+)", report).group(1))
-    return Resources(registers, len(re.findall(r"\b(?:STL|LDL)\b", report)), shared, _wide_loop(report))
+        return Resources(
+            field("vgpr_count"), field("vgpr_spill_count"), shared, *_loads_in_loops(text, *_AMD)
+        )
+    report = cuobjdump(compiled, "-res-usage")
+    used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
+    loops = _loads_in_loops(compiled.asm["ptx"], *_PTX)
+    return Resources(used["REG"], used["STACK"] + used["LOCAL"], shared, *loops)
 
 
-def _cuobjdump(compiled) -> str:
-    """SASS and the report of resources of a kernel compiled for NVIDIA."""
+def cuobjdump(compiled, *options: str) -> str:
+    """What NVIDIA's tool says of a compiled kernel. To disassemble it takes as long as to compile it."""
     import triton
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(path)]
+        command = [triton.knobs.nvidia.cuobjdump.path, *options, str(path)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _inside(loops: List[Tuple[int, int]], loads: List[int]) -> bool:
-    return any(first <= at <= last for first, last in loops for at in loads)
-
-
-def _wide_loop(sass: str) -> bool:
-    code = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass)]
-    loads = [at for at, text in code if re.search(r"\bLDG\.E[\w.]*\.(128|256)", text)]
-    jumps = [(at, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for at, text in code]
-    loops = [(int(m[1], 16), at) for at, m in jumps if m and int(m[1], 16) < at]
-    return _inside(loops, loads)
-
-
-def _wide_loop_amd(text: str) -> bool:
+def _loads_in_loops(text: str, label: str, jump: str, *loads: str) -> List[bool]:
+    """For each pattern of a load, whether one is between a label and a jump back to it."""
     lines = text.splitlines()
-    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"(\.L\w+):", line))}
-    loads = [i for i, line in enumerate(lines) if re.search(r"(global|buffer)_load_dwordx4", line)]
-    jumps = [(i, re.search(r"s_c?branch\w*\s+(\.L\w+)", line)) for i, line in enumerate(lines)]
-    loops = [(labels[m[1]], i) for i, m in jumps if m and labels.get(m[1], i) < i]
-    return _inside(loops, loads)
+    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(label, line))}
+    jumps = [(i, m[1]) for i, line in enumerate(lines) if (m := re.search(jump, line))]
+    loops = [(labels[to], i) for i, to in jumps if labels.get(to, i) < i]
+    inside = {i for first, last in loops for i in range(first, last)}
+    return [any(re.search(load, lines[i]) for i in inside) for load in loads]
 
 
 _work: Tuple[List[Launch], str] = ([], "")
