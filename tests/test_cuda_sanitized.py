@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 # resident tier. All in float32: an element type is one more library, whose compilation takes longest.
 STREAMED = (
     "(test_options and (plain or norm-train)) or (test_shapes and float32 and (folded or chunks or seven))"
-    " or (test_large_mlp_is_cut_into_items and hidden=210)"
+    " or (test_large_mlp_is_cut_into_items and 210)"
 )
 RESIDENT = "(test_shapes and (3-D or fewer)) or (test_options and plain)"
 CASES = {"streamed": ("test_cuda_simt.py", STREAMED), "resident": ("test_cuda_resident.py", RESIDENT)}
