@@ -7,8 +7,9 @@
     machine.small_bytes["cbam_forward"]                 # of them, at most what is not of x's size: weights, saved
 
 `log` lists all results in order and `result` is the last. A launch raises ptxcpu's KernelError on a race in
-shared memory, an access that is out of bounds or misaligned, and a barrier that not all reach; counters that are
-not zero again fail here. Where `unavailable()` is not None, tests skip with what it says. Kernels are compiled
+shared memory (in the streamed tier: through mbarriers, for which the resident one waits, ptxcpu does not look),
+an access that is out of bounds or misaligned, and a barrier that not all reach; counters that are not zero again
+fail here. Where `unavailable()` is not None, tests skip with what it says. Kernels are compiled
 without the rarer options (CBAM_USUAL_OPTIONS), which would take several times as long to translate.
 """
 

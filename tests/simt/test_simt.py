@@ -235,13 +235,18 @@ FAULTS = {
     "named_barrier_not_waited": "race: (store .* shared memory .* read by|read .* shared memory .* last written by)",
     "bulk_never_waited": "returned before the bulk copy of .* landed in its shared memory",
     "bulk_store_early_fence": "no fence.proxy.async",
+    "mbarrier_arrivals_too_many": "more arrivals at an mbarrier than its count of 2",
+    "cluster_not_waited": "returned between a cluster arrive and its wait",
+    "cluster_arrived_twice": "a second arrive without a wait between",
+    "atomic_beside_plain": "race: (read .* shared memory .* last written by|.* shared memory .* read by)",
 }
 # Reported when the last thread has gone: of the block, not of a thread.
 OF_A_BLOCK = {"bulk_never_waited"}
 # Found without hooks: through helpers, barriers and the scheduler.
 WITHOUT_HOOKS = {
     "async_never_waited", "bulk_expect_too_much", "bulk_misaligned", "bulk_store_overwritten",
-    "bulk_store_never_waited", "bulk_never_waited", "early_return", "two_barriers", "barrier_deadlock", "cluster_deadlock", "livelock",
+    "bulk_store_never_waited", "bulk_never_waited", "mbarrier_arrivals_too_many", "cluster_not_waited",
+    "cluster_arrived_twice", "early_return", "two_barriers", "barrier_deadlock", "cluster_deadlock", "livelock",
     "shuffle_absent_lane", "shuffle_returned_lane", "shuffle_partial_warp", "shuffle_outside_mask",
     "shuffle_divergent", "misaligned_ldg", "global_load_bounds",
 }  # fmt: skip

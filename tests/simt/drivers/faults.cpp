@@ -396,6 +396,38 @@ FAULT(bulk_store_early_fence, .grid = 1, .block = 64, .shared = 512) {
   }
 }
 
+FAULT(mbarrier_arrivals_too_many, .grid = 1, .block = 64, .shared = 512) {
+  CBAM_DYNAMIC_SHARED(smem);
+  auto* barrier = reinterpret_cast<std::uint64_t*>(smem);
+  if (threadIdx.x == 0) {
+    barrier_init(barrier, 2);
+    barrier_init_fence();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) barrier_arrive_expect(barrier, 16);  // its phase stays open: the bytes never come
+  __syncthreads();
+  if (threadIdx.x == 1 || threadIdx.x == 2) barrier_arrive(barrier);  // FAULT
+  out[threadIdx.x] = 0.0f;
+}
+FAULT(cluster_not_waited, .grid = 2, .block = 32, .cluster = 2) {
+  out[threadIdx.x + 32 * blockIdx.x] = x[threadIdx.x];
+  cluster_arrive();  // FAULT
+}
+FAULT(cluster_arrived_twice, .grid = 2, .block = 32, .cluster = 2) {
+  cluster_arrive();
+  cluster_arrive();  // FAULT
+  cluster_wait();
+}
+FAULT(atomic_beside_plain, .grid = 1, .block = 64) {
+  CBAM_SHARED(s, unsigned[1]);
+  if (threadIdx.x == 0) s[0] = 0;
+  __syncthreads();
+  if (threadIdx.x >= 32)
+    atomicAdd(&s[0], 1u);  // FAULT
+  else
+    out[threadIdx.x] = float(s[0]);  // FAULT
+}
+
 FAULT(ring_overwritten, .grid = 2, .block = 32) {
   if (blockIdx.x == 0) {
     for (unsigned i = 0; i < 3; ++i) {

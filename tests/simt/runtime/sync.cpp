@@ -259,6 +259,7 @@ void cluster_arrive(bool release, Where where) {
   Cluster& c = *t.block->cluster;
   if (t.cluster_arrived) fail(where, "cluster barrier: a second arrive without a wait between");
   t.cluster_arrived = true;
+  t.where = where;  // of the report, should it never wait
   Rendezvous& r = c.barrier;
   if (r.clocks.local.empty()) r.clocks.local.resize(c.parties);
   if (release && device.instrumented) join(r.clocks, t);
