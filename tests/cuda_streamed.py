@@ -117,7 +117,7 @@ class Machine:
         for name, size in zip(SCRATCH, sizes.tolist()):
             if size:
                 parts[name] = (at, size)
-            at += -(-size // 256) * 256
+                at += -(-size // 256) * 256 + 256  # kScratchGap
         assert at == self.report["scratch"], (parts, self.report)
         return build.Array(np.zeros(max(at, 1), np.uint8), "scratch", unwritten=True, parts=parts)
 

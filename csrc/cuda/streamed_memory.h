@@ -141,12 +141,20 @@ void visit_scratch(Streamed& k, Visit visit) {
   take(w.conv_parts, runs(kConvGrad) || s.gather_tiles, n * s.conv_items * (2 * taps(p) + 2) * a);
 }
 
+// Behind each tensor of scratch: where the host checks accesses by address, what runs out of one must not
+// land in the next.
+#ifdef CBAM_SIMT
+constexpr int64_t kScratchGap = 256;
+#else
+constexpr int64_t kScratchGap = 0;
+#endif
+
 // Bytes of scratch; with a base, also points k.w into it.
 inline int64_t lay_out_scratch(Streamed& k, char* base) {
   int64_t used = 0;
   visit_scratch(k, [&](int64_t bytes) -> void* {
     const int64_t at = used;
-    used += policy::round_up(bytes, 256);
+    used += policy::round_up(bytes, 256) + (bytes ? kScratchGap : 0);
     return base && bytes ? base + at : nullptr;
   });
   return used;
