@@ -369,7 +369,8 @@ def _limits(rows: Dict[str, List], families: bool) -> Dict[str, float]:
     limits = {name: budget(exact, low, got.dtype) for name, (got, exact, low) in rows.items()}
     sizes = {name: exact.abs().max().item() if exact.numel() else 0.0 for name, (_, exact, _) in rows.items()}
     of_dz = [limits[name] for name in rows if name in SUMS_OF_DZ]
-    # Not of those that are noise: where a gate is saturated, fewer than half of the places are left of some.
+    # Not of those that are noise: where a gate is saturated, fewer than half of the places are left of some, or of
+    # 16 bits fewer than all but three.
     trusted = [0.0]
     for name, (got, *_) in rows.items():
         eps = torch.finfo(got.dtype).eps

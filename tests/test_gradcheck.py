@@ -49,9 +49,12 @@ def test_gradgradcheck(target, options):
     f, inputs = _function(options, (2, 3, 2, 3), target)
     assert gradgradcheck(f, inputs, fast_mode=True, nondet_tol=0.0, atol=1e-4)
     # Of the first gradients as that path has them, which are not those of a plain backward.
-    for once, twice in zip(*(torch.autograd.grad(f(*inputs).square().sum(), inputs, create_graph=create)
-                             for create in (False, True)), strict=True):  # fmt: skip
-        torch.testing.assert_close(once, twice, rtol=1e-9, atol=1e-11)
+    once, twice = (
+        torch.autograd.grad(f(*inputs).square().sum(), inputs, create_graph=create)
+        for create in (False, True)
+    )
+    for a, b in zip(once, twice, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", ["plain", "norm-train", "norm-eval", "residual-norm-train", "spatial-only"])
