@@ -32,3 +32,12 @@
 
 #include "problem.h"
 #include "team.h"
+
+namespace cbam_fused {
+// Whether rows are better fetched ahead into the second-level cache than into the first (matrix.h).
+#if defined(__x86_64__)
+inline const bool kFetchFar = (__builtin_cpu_init(), __builtin_cpu_is("amd"));
+#else
+inline const bool kFetchFar = false;
+#endif
+}  // namespace cbam_fused
