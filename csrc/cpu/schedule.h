@@ -8,13 +8,14 @@
 template <class T, bool kChannelsLast>
 struct Schedule : Backward<T, kChannelsLast> {
   using Base = Backward<T, kChannelsLast>;
-  using Base::apply, Base::apply_rows, Base::blend, Base::by_rows, Base::call, Base::count_chunks, Base::dx,
-      Base::gate_logits_gradient, Base::group, Base::L, Base::load_gate, Base::load_pool_gradients,
-      Base::load_saved, Base::logits_gradient, Base::maps_gradient, Base::merge_chunks, Base::mlp,
-      Base::mlp_backward, Base::mlp_gate, Base::mlp_hidden, Base::norm_gradient, Base::p, Base::pad,
-      Base::period, Base::planes_gradient, Base::pool, Base::pool_chunk, Base::prepare, Base::products,
-      Base::repeat, Base::rest_of_gate_gradient, Base::run_team, Base::spatial_gate, Base::spatial_pool,
-      Base::tile_dgate, Base::tile_end, Base::tiles, Base::weight_gradients;
+  using Base::apply, Base::apply_rows, Base::backward, Base::blend, Base::by_rows, Base::call,
+      Base::count_chunks, Base::dx, Base::gate_logits_gradient, Base::group, Base::L, Base::load_gate,
+      Base::load_pool_gradients, Base::load_saved, Base::logits_gradient, Base::maps_gradient,
+      Base::merge_chunks, Base::mlp, Base::mlp_backward, Base::mlp_gate, Base::mlp_hidden,
+      Base::norm_gradient, Base::p, Base::pad, Base::period, Base::planes_gradient, Base::pool,
+      Base::pool_chunk, Base::prepare, Base::products, Base::repeat, Base::rest_of_gate_gradient,
+      Base::run_team, Base::spatial_gate, Base::spatial_pool, Base::tile_dgate, Base::tile_end, Base::tiles,
+      Base::weight_gradients;
   using Base::Base;
   using typename Base::A;
 
@@ -37,15 +38,32 @@ struct Schedule : Backward<T, kChannelsLast> {
     });
   }
 
+  // Whether a call begins with the last samples, so that of tensors larger than the caches it finds what the
+  // op before it left there: the end of dy, and the end of x where that op went from its beginning. (Measured
+  // on Zen 4, training steps of 8 x (256, 56, 56): 0.93 of the time.)
+  bool from_the_end(Stage stage) const {
+    return backward ? stage != Stage::kAttention : stage == Stage::kAttention;
+  }
+
+  // The group that is drawn as the i-th. From the end they go in turns of one a thread, so that a thread that
+  // keeps up with the others comes by the samples that it had before.
+  int64_t drawn(int64_t i, int64_t groups, bool from_the_end) const {
+    const int64_t turns = groups / p.threads, turn = i / p.threads;
+    return from_the_end && turn < turns ? (turns - 1 - turn) * p.threads + i % p.threads : i;
+  }
+
   // solo(n0, n1, worker) over groups drawn by the threads, then team(member, worker, n) for what is left
   // over, then last(member).
   template <class Solo, class Team, class Last>
-  void run_samples(Solo solo, Team team, Last last) const {
-    const int64_t even = p.N / p.threads * p.threads;
+  void run_samples(Stage stage, Solo solo, Team team, Last last) const {
+    const int64_t even = p.N / p.threads * p.threads, groups = (even + group - 1) / group;
+    const bool reversed = from_the_end(stage);
     run_team([&](Member& m) {
       Worker<A> w = call.workers[m.index];
-      m.draw((even + group - 1) / group,
-             [&](int64_t g) { solo(g * group, std::min(even, (g + 1) * group), int(m.index)); });
+      m.draw(groups, [&](int64_t i) {
+        const int64_t g = drawn(i, groups, reversed);
+        solo(g * group, std::min(even, (g + 1) * group), int(m.index));
+      });
       for (int64_t n = even; n < p.N; ++n) team(m, w, n);
       last(m);
     });
@@ -74,6 +92,7 @@ struct Schedule : Backward<T, kChannelsLast> {
     prepare();
     const bool pools = p.pools && stage != Stage::kScale;
     run_samples(
+        stage,
         [&](int64_t n0, int64_t n1, int worker) {
           Worker<A>& w = call.workers[worker];
           Sample<A>& s = call.samples[worker * group];
@@ -148,6 +167,7 @@ struct Schedule : Backward<T, kChannelsLast> {
       rest_of_gate_gradient(t, w, s);
     };
     run_samples(
+        stage,
         [&](int64_t n0, int64_t n1, int worker) {
           Worker<A>& w = call.workers[worker];
           for (int64_t n = n0; n < n1; ++n) {
