@@ -13,8 +13,8 @@ INCLUDES = Path(torch.__file__).resolve().parent / "include"
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-isystem{INCLUDES}"]
 # A cross compiler stands for a processor without the sets of instructions of the other two files.
 FILES = {
-    "g++": ["isa_baseline.cpp", "isa_avx2.cpp", "isa_avx512.cpp", "ops.cpp"],
-    "clang++": ["isa_baseline.cpp", "isa_avx2.cpp", "isa_avx512.cpp", "ops.cpp"],
+    "g++": ["isa_baseline.cpp", "isa_avx2.cpp", "isa_avx512.cpp", "isa_avx512_bf16.cpp", "ops.cpp"],
+    "clang++": ["isa_baseline.cpp", "isa_avx2.cpp", "isa_avx512.cpp", "isa_avx512_bf16.cpp", "ops.cpp"],
     "aarch64-linux-gnu-g++": ["isa_baseline.cpp", "ops.cpp"],
 }
 

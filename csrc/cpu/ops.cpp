@@ -39,12 +39,16 @@ struct InstructionSet {
 // The widest that this processor has, or what CBAM_FUSED_ISA names.
 const Kernels& kernels() {
   static const Kernels* chosen = [] {
-    const InstructionSet sets[] = {
 #if defined(__x86_64__)
-        {"avx512",
-         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),
-         kernels_avx512},
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#endif
+    const InstructionSet sets[] = {
+#if defined(CBAM_HAS_AVX512_BF16)
+        {"avx512_bf16", avx512 && __builtin_cpu_supports("avx512bf16"), kernels_avx512_bf16},
+#endif
+#if defined(__x86_64__)
+        {"avx512", avx512, kernels_avx512},
         {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), kernels_avx2},
 #endif
         {"baseline", true, kernels_baseline},

@@ -1,8 +1,9 @@
 // Vectors of the widest registers of the instruction set at hand, with loads and stores that convert.
 //
 // Included inside a namespace of its own by each isa_*.cpp, which defines CBAM_VECTOR_BYTES: 64 with
-// AVX-512, 32 with AVX2 and F16C, else 16. So there is no include guard and no include here.
-// GCC and Clang vector types: `a > b` is a lane mask of -1 and 0, `mask ? a : b` selects.
+// AVX-512, 32 with AVX2 and F16C, else 16, and CBAM_BF16_ALONE for the kernels that use AVX-512's conversions
+// to bfloat16. So there is no include guard and no include here. GCC and Clang vector types: `a > b` is a
+// lane mask of -1 and 0, `mask ? a : b` selects.
 
 constexpr int kVectorBytes = CBAM_VECTOR_BYTES;
 
@@ -147,6 +148,11 @@ CBAM_INLINE void store_bytes(T* p, const V& v) {
   __builtin_memcpy(p, &v, sizeof(v));
 }
 CBAM_INLINE VecU16 to_bf16(VecF f) {
+#if defined(CBAM_BF16_ALONE)
+  // One instruction, but for subnormal numbers, of which it would make zeros.
+  if (__builtin_expect(!_mm512_fpclass_ps_mask(bit_cast<__m512>(f), 0x20), 1))
+    return bit_cast<VecU16>(_mm512_cvtneps_pbh(bit_cast<__m512>(f)));
+#endif
   // Round to nearest even, in the upper halves; a NaN keeps its top bits and stays quiet.
   VecFU u = bit_cast<VecFU>(f);
   VecFU rounded = u + 0x7fffu + ((u >> 16) & 1u);
