@@ -11,7 +11,7 @@ import torch
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cpu"
 INCLUDES = Path(torch.__file__).resolve().parent / "include"
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-isystem{INCLUDES}"]
-# A cross compiler stands for a processor without the sets of instructions of the other two files.
+# A cross compiler stands for a processor without the instructions of the other files.
 FILES = {
     "g++": ["isa_baseline.cpp", "isa_avx2.cpp", "isa_avx512.cpp", "isa_avx512_bf16.cpp", "ops.cpp"],
     "clang++": ["isa_baseline.cpp", "isa_avx2.cpp", "isa_avx512.cpp", "isa_avx512_bf16.cpp", "ops.cpp"],

@@ -145,9 +145,9 @@ CBAM_INLINE void for_streams(int64_t begin, int64_t end, int64_t stride, F&& f) 
 // channels_last, C = 1024 and 2048 at 14x14 and 7x7, products: 0.7 to 0.8 of the time in cache; C = 256 and
 // 512 from memory: 0.8). Rows of less than 1 KiB lose by it.
 //
-// On AMD's processors other rows gain by it too, fetched twice as far ahead (measured on Zen 4 beyond the
-// second-level cache, products: 0.85 to 0.9 of the time at (256, 56, 56) and (512, 28, 28); rows of less than
-// 1 KiB lose up to a sixth).
+// On AMD's processors other rows gain by it too, and all are fetched twice as far ahead (measured on Zen 4
+// from beyond the second-level cache, products: 0.85 to 0.9 of the time at (256, 56, 56) and (512, 28, 28);
+// rows of less than 1 KiB lose up to a sixth).
 template <class T, int R>
 struct RowPointers {
   T* row[R];
@@ -686,18 +686,21 @@ CBAM_INLINE void map_block(const RowPointers<const T, R>& in, const RowPointers<
 // time, but lines are read and written in the order of memory. (Measured on a Xeon, four rows at a time took
 // longer: dx of (256, 56, 56) 1.35 times, y of (64, 56, 56) 1.7, dx 1.2, of small maps as long or 1.1. Not so
 // bf16 of (256, 56, 56), which is bound by its conversions: y and dx 0.87 in cache, 1.1 and 0.96 streamed.)
-// Where a tile's rows are pieces of longer ones, the processor does not see the next piece coming; the one
-// kRowsAhead further is fetched for it. (Measured on Zen 4, dx of (256, 56, 56), streamed: 0.78 of the time.)
+// Where a tile's rows are pieces of longer ones, the processor does not see the next piece coming; on AMD's
+// the one kRowsAhead further is fetched for it. (Measured on Zen 4, dx of (256, 56, 56), streamed: 0.78 of
+// the time.)
 constexpr int64_t kRowsAhead = 8;
 template <Write kWrite, class T, class A, class F>
 CBAM_INLINE void map_rows(const T* in, T* out, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots,
                           F f) {
-  const int64_t ahead = slots.full * kLanes<A> < stride - kLanes<A> ? kRowsAhead * stride : 0;
+  const int64_t count = slots.full * kLanes<A> + slots.tail_count, line = 64 / int64_t(sizeof(T));
+  const bool pieces = kFetchFar && count < stride;
   for (int64_t r = r0; r < r1; ++r) {
     const RowPointers<const T, 1> from(in, stride, r, 1);
     const RowPointers<T, 1> to(out, stride, r, 1);
-    for (int64_t l = 0; ahead && l < slots.full * kLanes<A>; l += 64 / int64_t(sizeof(T))) {
-      __builtin_prefetch(from.row[0] + l + ahead, 0, 2);
+    if (pieces && r + kRowsAhead < r1) {
+      const T* ahead = from.row[0] + kRowsAhead * stride;
+      for (int64_t l = 0; l < count; l += line) __builtin_prefetch(ahead + l, 0, 2);
     }
     for_slots(slots, [&](int64_t l, int64_t, auto tag)
                          CBAM_INLINE_LAMBDA { map_block<kWrite>(from, to, r, 1, l, tag, f); });

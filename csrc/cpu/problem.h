@@ -76,7 +76,7 @@ const Kernels* kernels_baseline();
 #if defined(__x86_64__)
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
-#if defined(__clang__) ? __clang_major__ >= 10 : __GNUC__ >= 11  // that know the instructions
+#if defined(__clang__) ? __clang_major__ >= 10 : __GNUC__ >= 11  // compilers that surely know it
 #define CBAM_HAS_AVX512_BF16 1
 const Kernels* kernels_avx512_bf16();
 #endif

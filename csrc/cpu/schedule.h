@@ -46,25 +46,26 @@ struct Schedule : Backward<T, kChannelsLast> {
   }
 
   // The group that is drawn as the i-th. From the end they go in turns of one a thread, so that a thread that
-  // keeps up with the others comes by the samples that it had before.
+  // keeps up with the others comes by the samples that it had before; those of an incomplete turn go last.
   int64_t drawn(int64_t i, int64_t groups, bool from_the_end) const {
     const int64_t turns = groups / p.threads, turn = i / p.threads;
     return from_the_end && turn < turns ? (turns - 1 - turn) * p.threads + i % p.threads : i;
   }
 
-  // solo(n0, n1, worker) over groups drawn by the threads, then team(member, worker, n) for what is left
-  // over, then last(member).
+  // solo(n0, n1, worker) over groups drawn by the threads, and team(member, worker, n) for the samples behind
+  // them that are left over, then last(member).
   template <class Solo, class Team, class Last>
   void run_samples(Stage stage, Solo solo, Team team, Last last) const {
     const int64_t even = p.N / p.threads * p.threads, groups = (even + group - 1) / group;
     const bool reversed = from_the_end(stage);
     run_team([&](Member& m) {
       Worker<A> w = call.workers[m.index];
+      for (int64_t n = p.N; reversed && n-- > even;) team(m, w, n);
       m.draw(groups, [&](int64_t i) {
         const int64_t g = drawn(i, groups, reversed);
         solo(g * group, std::min(even, (g + 1) * group), int(m.index));
       });
-      for (int64_t n = even; n < p.N; ++n) team(m, w, n);
+      for (int64_t n = even; !reversed && n < p.N; ++n) team(m, w, n);
       last(m);
     });
   }
