@@ -146,7 +146,7 @@ CBAM_INLINE void for_streams(int64_t begin, int64_t end, int64_t stride, F&& f) 
 // 512 from memory: 0.8). Rows of less than 1 KiB lose by it.
 //
 // On AMD's processors other rows gain by it too, and all are fetched twice as far ahead (measured on Zen 4
-// from beyond the second-level cache, products: 0.85 to 0.9 of the time at (256, 56, 56) and (512, 28, 28);
+// from beyond the second-level cache, products: 0.85 to 0.95 of the time at (256, 56, 56) and (512, 28, 28);
 // rows of less than 1 KiB lose up to a sixth).
 template <class T, int R>
 struct RowPointers {
