@@ -15,17 +15,7 @@
 namespace cbam_fused {
 namespace avx2 {
 namespace {
-#include "vec.h"
-
-#include "matrix.h"
-
-#include "nets.h"
-
-#include "block.h"
-
-#include "backward.h"
-
-#include "schedule.h"
+#include "stages.h"
 }  // namespace
 }  // namespace avx2
 const Kernels* kernels_avx2() {

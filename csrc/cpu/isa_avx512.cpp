@@ -17,17 +17,7 @@
 namespace cbam_fused {
 namespace avx512 {
 namespace {
-#include "vec.h"
-
-#include "matrix.h"
-
-#include "nets.h"
-
-#include "block.h"
-
-#include "backward.h"
-
-#include "schedule.h"
+#include "stages.h"
 }  // namespace
 }  // namespace avx512
 const Kernels* kernels_avx512() {

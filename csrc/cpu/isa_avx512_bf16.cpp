@@ -20,17 +20,7 @@
 namespace cbam_fused {
 namespace avx512_bf16 {
 namespace {
-#include "vec.h"
-
-#include "matrix.h"
-
-#include "nets.h"
-
-#include "block.h"
-
-#include "backward.h"
-
-#include "schedule.h"
+#include "stages.h"
 
 const Kernels& kernels(DType dtype) {
   return dtype == DType::kBFloat16 ? kKernels : *kernels_avx512();

@@ -5,17 +5,7 @@
 namespace cbam_fused {
 namespace baseline {
 namespace {
-#include "vec.h"
-
-#include "matrix.h"
-
-#include "nets.h"
-
-#include "block.h"
-
-#include "backward.h"
-
-#include "schedule.h"
+#include "stages.h"
 }  // namespace
 }  // namespace baseline
 const Kernels* kernels_baseline() {
