@@ -18,7 +18,7 @@ PYTEST = $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 SOURCES := $(shell find csrc -type f 2>/dev/null)
-CLANG_FORMATTED = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.hpp')
+CLANG_FORMATTED = $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.hpp')
 # Without a build environment of its own, pip uses the torch in .venv and does not fetch a second one.
 INSTALL = $(BIN)/python -m pip install -q --no-build-isolation
 

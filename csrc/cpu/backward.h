@@ -252,17 +252,21 @@ struct Backward : Block<T, kChannelsLast> {
     const int64_t p0 = t * tile, p1 = tile_end(t);
     const A *gate = s.gate, *sp = s.s, *da = s.da, *dq_max = s.dq_max, *dq_mean = s.dq_mean;
     const Int* q_index = s.q_index;
+    // Of what products read of x and dy only as much as fits is still in the second-level cache.
+    const bool fetch = 2 * p.C * p.P * int64_t(sizeof(T)) > p.second_level;
     if constexpr (kChannelsLast) {
-      map_rows<kWrite>(dy(s.n), out(s.n), p.C, p0, p1, make_slots<A>(p.C, 0),
-                       [=](Vec<A> d, auto rows, int64_t l, auto) {
-                         Vec<A> inner = d * rows(sp) + rows(dq_mean);
-                         if constexpr (kOnTheWay) {
-                           VecInt<A> hit = iota<A>() + splat_int<A>(l) == splat_int<A>(q_index[rows.r]);
-                           inner = hit ? inner + rows(dq_max) : inner;
-                         }
-                         Vec<A> v = load(gate + l) * inner + load(da + l);
-                         return kResidual ? v + d : v;
-                       });
+      map_rows<kWrite>(
+          dy(s.n), out(s.n), p.C, p0, p1, make_slots<A>(p.C, 0),
+          [=](Vec<A> d, auto rows, int64_t l, auto) {
+            Vec<A> inner = d * rows(sp) + rows(dq_mean);
+            if constexpr (kOnTheWay) {
+              VecInt<A> hit = iota<A>() + splat_int<A>(l) == splat_int<A>(q_index[rows.r]);
+              inner = hit ? inner + rows(dq_max) : inner;
+            }
+            Vec<A> v = load(gate + l) * inner + load(da + l);
+            return kResidual ? v + d : v;
+          },
+          fetch);
     } else {
       auto f = [=](Vec<A> d, auto rows, int64_t l, auto) {
         Vec<A> inner = d * load(sp + l) + load(dq_mean + l);
@@ -276,10 +280,11 @@ struct Backward : Block<T, kChannelsLast> {
       if (period) {
         repeat(s.s), repeat(s.dq_mean);
         if (kOnTheWay) repeat(s.dq_max), repeat(s.q_index);
-        map_flat<kWrite>(dy(s.n), out(s.n), p.C, p.P, period, f);
+        map_flat<kWrite>(dy(s.n), out(s.n), p.C, p.P, period, f, fetch);
       } else {
-        map_rows<kWrite>(dy(s.n) + p0, out(s.n) + p0, p.P, 0, p.C, make_slots<A>(p1 - p0, p0),
-                         [=](Vec<A> d, auto rows, int64_t l, auto tag) { return f(d, rows, p0 + l, tag); });
+        map_rows<kWrite>(
+            dy(s.n) + p0, out(s.n) + p0, p.P, 0, p.C, make_slots<A>(p1 - p0, p0),
+            [=](Vec<A> d, auto rows, int64_t l, auto tag) { return f(d, rows, p0 + l, tag); }, fetch);
       }
     }
     const T* d = dy(s.n);

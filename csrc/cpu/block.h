@@ -182,13 +182,17 @@ struct Block {
   // or in training x, y, dy and dx, takes more than two thirds of the last one. A cached y comes to be read
   // before it is written, and drives x out that backward will read. Measured with 32 MiB of cache: inference
   // at 6 MiB of x loses a fifth by it and gains a tenth at 12 MiB; a training step loses 5 % at 3 MiB and
-  // gains 15 to 20 % at 6.
+  // gains 15 to 20 % at 6. Where the last level is slow (caches.h), outputs stay in cache if x and y fit the
+  // threads' second levels, and in backward twice that: at 3 MiB of x and 4 of second levels forward takes
+  // 0.8 to 0.9 of the time streamed, and backward 0.95 at 14x14, but 1.1 at 7x7, where dx_as pays for it.
   static bool can_stream(const Problem& p, bool backward, int64_t tiles) {
     const int64_t whole = !kChannelsLast && tiles == 1 ? p.C : 1, width = L * int64_t(sizeof(T));
     const int64_t row = whole * (kChannelsLast ? p.C : p.P) * int64_t(sizeof(T));
     const int64_t tensors = backward || p.pooled || p.spatial_gate ? 4 : 2;
+    const int64_t size = p.N * p.C * p.P * int64_t(sizeof(T));
     return row % width == 0 && reinterpret_cast<uintptr_t>(p.out) % size_t(width) == 0 &&
-           3 * tensors * p.N * p.C * p.P * int64_t(sizeof(T)) > 2 * p.cache_bytes;
+           (p.slow_last_level ? (backward ? 1 : 2) * size > p.threads * p.second_level
+                              : 3 * tensors * size > 2 * p.cache_bytes);
   }
 
   Block(const Problem& problem, bool is_backward, Carver& carver)
@@ -360,7 +364,7 @@ struct Block {
                                      int(std::min<int64_t>(L, c1 - c0 - l)), e);
                               });
       } else {
-        reduce_rows<false, kIndex>(xs, p.P, c0, c1, make_slots<A>(p.P, 0), p.P, (const A*)nullptr,
+        reduce_rows<false, kIndex>(xs, p.P, c0, c1, make_slots<A>(p.P, 0), p.P, (const A*)nullptr, true,
                                    [&](int64_t c, int rows, const Extrema<A>& e) { done(c, 0, rows, e); });
       }
     };
@@ -540,7 +544,8 @@ struct Block {
           store_lanes(s.q_mean + pos, e.sum / A(p.C), 0, rows);
           if (kIndex) store_lanes(s.q_index + pos, e.index, 0, rows);
         };
-        reduce_rows<true, kIndex>(xs, p.C, p0, p1, make_slots<A>(p.C, 0), p.C, s.gate, done, also);
+        const bool fetch = p.C * p.P * int64_t(sizeof(T)) > p.second_level;
+        reduce_rows<true, kIndex>(xs, p.C, p0, p1, make_slots<A>(p.C, 0), p.C, s.gate, fetch, done, also);
       } else {
         auto slots = make_slots<A>(p1 - p0, p0);
         reduce_columns<true, kIndex>(xs + p0, p.P, 0, p.C, slots, s.gate,

@@ -34,10 +34,17 @@
 #include "team.h"
 
 namespace cbam_fused {
-// Whether rows are better fetched ahead into the second-level cache than into the first (matrix.h).
+// What is fetched ahead by hand beside what the processor sees coming (matrix.h says what each is worth).
+struct Fetch {
+  bool far;     // blocks of rows: twice as far, and into the second-level cache
+  bool pieces;  // pieces of rows, where outputs are written
+  bool run;     // rows that are read one by one
+};
 #if defined(__x86_64__)
-inline const bool kFetchFar = (__builtin_cpu_init(), __builtin_cpu_is("amd"));
+inline const bool kAmd = (__builtin_cpu_init(), __builtin_cpu_is("amd"));
+inline const bool kIntel = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
 #else
-inline const bool kFetchFar = false;
+inline const bool kAmd = false, kIntel = false;
 #endif
+inline const Fetch kFetch = {kAmd, kAmd || kIntel, kIntel};
 }  // namespace cbam_fused

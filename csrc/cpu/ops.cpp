@@ -12,17 +12,13 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <fstream>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#if defined(__linux__)
-#include <unistd.h>
-#endif
-
 #include "../tensors.h"
+#include "caches.h"
 #include "problem.h"
 
 namespace cbam_fused {
@@ -64,29 +60,6 @@ const Kernels& kernels() {
                     wanted);
   }();
   return *chosen;
-}
-
-// Bytes of the last-level cache that a core sees. sysconf can give the sum over all of a processor's
-// caches (an EPYC: 320 MiB where each core sees 32), so Linux's own table comes first.
-int64_t last_level_cache() {
-  static const int64_t bytes = [] {
-    int64_t size = 0;
-#if defined(__linux__)
-    for (int index = 0; index < 8; ++index) {
-      const std::string path = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/size";
-      std::ifstream file(path);
-      int64_t number = 0;
-      char unit = 0;
-      if (file >> number >> unit) size = std::max(size, number << (unit == 'M' ? 20 : unit == 'K' ? 10 : 0));
-    }
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-    if (size <= 0) size = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    if (size <= 0) size = sysconf(_SC_LEVEL2_CACHE_SIZE);
-#endif
-#endif
-    return size > 0 ? size : int64_t(8) << 20;
-  }();
-  return bytes;
 }
 
 DType dtype_of(const Tensor& t) {
@@ -230,10 +203,7 @@ class Call {
     const int64_t useful = 1 + bytes / (int64_t(32) << 10);
     const int64_t threads = torch::stable::get_num_threads();
     p.threads = int(threads < useful ? threads : useful);
-    // A core's share, since the rest of a large cache serves other cores, in a virtual machine of strangers.
-    // (Measured on two cores of a Xeon that says 260 MiB: reads and writes slow down to memory's speed
-    // at 80.)
-    p.cache_bytes = std::min(last_level_cache(), std::max<int64_t>(32, 4 * threads) << 20);
+    set_caches(p, threads);
   }
 
   void* same_layout(const Tensor& t, const char* name) const {

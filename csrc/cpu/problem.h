@@ -59,7 +59,10 @@ struct Problem {
 
   char* scratch = nullptr;  // scratch_bytes(problem) bytes, aligned to 64
   int threads = 1;
-  int64_t cache_bytes = 0;  // of the last level for this call; large outputs bypass it (block.h)
+  // Large outputs bypass the caches (block.h), by what this call has of the last level, or where that is slow
+  // of the second: of it each core has so many bytes.
+  int64_t cache_bytes = 0, second_level = int64_t(1) << 20;
+  bool slow_last_level = false;
   Parallel parallel = nullptr;
 };
 

@@ -1,4 +1,4 @@
-// The order of the stages and their split over threads, and the entry points.
+// The order of the stages and their split over threads.
 //
 // Samples in plenty: threads draw groups of samples and work alone, stage after stage in cache.
 // A group is one sample, or as many as make reading the MLP's weights worth it. The samples left
@@ -212,50 +212,3 @@ struct Schedule : Backward<T, kChannelsLast> {
         });
   }
 };
-
-// ---- entry points
-
-// Calls f(Schedule&) for the dtype and layout of a problem.
-template <class F>
-void with_schedule(const Problem& p, DType dtype, bool backward, char* scratch, F f) {
-  auto run = [&](auto element) {
-    using T = decltype(element);
-    Carver carver{scratch};
-    if (p.channels_last) {
-      Schedule<T, true> s(p, backward, carver);
-      f(s, carver);
-    } else {
-      Schedule<T, false> s(p, backward, carver);
-      f(s, carver);
-    }
-  };
-  switch (dtype) {
-    case DType::kBFloat16:
-      return run(bf16{});
-#if !defined(CBAM_BF16_ALONE)
-    case DType::kFloat:
-      return run(float{});
-    case DType::kDouble:
-      return run(double{});
-    case DType::kHalf:
-      return run(half{});
-#else
-    default:  // for the kernels of another file
-      return;
-#endif
-  }
-}
-
-int64_t scratch_bytes(const Problem& p, DType dtype, bool backward) {
-  int64_t bytes = 0;
-  with_schedule(p, dtype, backward, nullptr, [&](auto&, Carver& c) { bytes = c.used + 64; });
-  return bytes;
-}
-void forward(const Problem& p, DType dtype, Stage stage) {
-  with_schedule(p, dtype, false, p.scratch, [&](auto& s, Carver&) { s.forward(stage); });
-}
-void backward(const Problem& p, DType dtype, Stage stage) {
-  with_schedule(p, dtype, true, p.scratch, [&](auto& s, Carver&) { s.backward_pass(stage); });
-}
-
-const Kernels kKernels = {scratch_bytes, forward, backward};

@@ -12,3 +12,5 @@
 #include "backward.h"
 
 #include "schedule.h"
+
+#include "entry.h"
