@@ -78,12 +78,14 @@ struct Timed : Backward<T, kChannelsLast> {
   CBAM_TIMED(spatial_pool, kSpatialPool)
   CBAM_TIMED(spatial_gate, kSpatialGate)
   CBAM_TIMED(apply, kApply)
-  // The same where threads share a sample.
+  // The same where threads share a sample, or the MLP.
   CBAM_TIMED(mlp_hidden, kMlp)
   CBAM_TIMED(mlp_gate, kMlp)
   CBAM_TIMED(pool_chunk, kSpatialPool)
   CBAM_TIMED(merge_chunks, kSpatialPool)
   CBAM_TIMED(apply_rows, kApply)
+  CBAM_TIMED(mlp_backward_hidden, kMlpBackward)
+  CBAM_TIMED(mlp_backward_input, kMlpBackward)
   CBAM_TIMED(load_saved, kLoadSaved)
   CBAM_TIMED(products, kProducts)
   CBAM_TIMED(logits_gradient, kLogitsGradient)

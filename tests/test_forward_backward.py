@@ -162,7 +162,7 @@ def test_threads(fused, threads, count, batch):
 
 # Channels and positions in several chunks, the last one short; in fewer chunks than threads; a map that ends within
 # a vector, and one of several tiles. Batches that go through the MLP in groups, and others; channels for which its
-# matrices are taken by strips.
+# matrices are taken by strips, and so many that threads share the MLP, in a round of samples and in several.
 @pytest.mark.parametrize(
     "shape",
     [
@@ -173,6 +173,8 @@ def test_threads(fused, threads, count, batch):
         (5, 300, 7, 9),
         (8, 700, 3, 5),
         (9, 1100, 2, 3),
+        (9, 2600, 2, 3),
+        (13, 2600, 9, 9),
     ],
     ids=_id,
 )

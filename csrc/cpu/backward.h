@@ -164,26 +164,19 @@ struct Backward : Block<T, kChannelsLast> {
     }
   }
 
-  // The MLP's backward for the samples [n0, n1): dpooled from dlogits.
-  void mlp_backward(int64_t n0, int64_t n1) const {
+  // The MLP's backward for the samples [n0, n1), dpooled from dlogits, in two steps that threads may share:
+  // the units [j0, j1) of the hidden layer, then the channels [c0, c1). Parts begin at multiples of kPart.
+  static constexpr int64_t kPart = 64;
+  void mlp_backward_hidden(int64_t n0, int64_t n1, int64_t j0, int64_t j1) const {
     const int64_t h = p.hidden, M = passes, C = p.C;
-    Base::blend(n0, n1, 0, C);
-    mlp_hidden(n0, n1, 0, h);
-    if (!h) {
-      with_matrix(p.w2, [&](auto* w2) {
-        matvec_transposed(w2, C, C, call.dlogits + n0 * C, C, int(n1 - n0), call.dpooled + n0 * M * C, M * C);
-      });
-      for (int64_t n = n0; n < n1; ++n) {
-        for (int64_t k = 1; k < M; ++k)
-          std::copy_n(call.dpooled + n * M * C, C, call.dpooled + (n * M + k) * C);
-      }
-      return;
-    }
+    if (!h) return;
+    mlp_hidden(n0, n1, j0, j1);
     with_matrix(p.w2, [&](auto* w2) {
-      matvec_transposed(w2, C, h, call.dlogits + n0 * C, C, int(n1 - n0), call.dhidden + n0 * M * h, M * h);
+      matvec_transposed(w2, C, h, j0, j1, call.dlogits + n0 * C, C, int(n1 - n0), call.dhidden + n0 * M * h,
+                        M * h);
     });
     for (int64_t n = n0; n < n1; ++n) {
-      for (int64_t j = 0; j < h; ++j) {
+      for (int64_t j = j0; j < j1; ++j) {
         const A d = call.dhidden[n * M * h + j];
         // ReLU's backward lets the gradient through where the result is not <= 0, NaN included.
         for (int64_t k = 0; k < M; ++k) {
@@ -192,10 +185,29 @@ struct Backward : Block<T, kChannelsLast> {
         }
       }
     }
-    with_matrix(p.w1, [&](auto* w1) {
-      matvec_transposed(w1, h, C, call.dhidden + n0 * M * h, h, int((n1 - n0) * M), call.dpooled + n0 * M * C,
-                        C);
+  }
+  void mlp_backward_input(int64_t n0, int64_t n1, int64_t c0, int64_t c1) const {
+    const int64_t h = p.hidden, M = passes, C = p.C;
+    if (h) {
+      with_matrix(p.w1, [&](auto* w1) {
+        matvec_transposed(w1, h, C, c0, c1, call.dhidden + n0 * M * h, h, int((n1 - n0) * M),
+                          call.dpooled + n0 * M * C, C);
+      });
+      return;
+    }
+    with_matrix(p.w2, [&](auto* w2) {
+      matvec_transposed(w2, C, C, c0, c1, call.dlogits + n0 * C, C, int(n1 - n0), call.dpooled + n0 * M * C,
+                        M * C);
     });
+    for (int64_t n = n0; n < n1; ++n) {
+      const A* first = call.dpooled + n * M * C;
+      for (int64_t k = 1; k < M; ++k) std::copy(first + c0, first + c1, call.dpooled + (n * M + k) * C + c0);
+    }
+  }
+  void mlp_backward(int64_t n0, int64_t n1) const {
+    Base::blend(n0, n1, 0, p.C);
+    mlp_backward_hidden(n0, n1, 0, p.hidden);
+    mlp_backward_input(n0, n1, 0, p.C);
   }
 
   // The pools' gradients of the sample, in the terms in which dx uses them.

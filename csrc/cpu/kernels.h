@@ -36,9 +36,10 @@
 namespace cbam_fused {
 // What is fetched ahead by hand beside what the processor sees coming (matrix.h says what each is worth).
 struct Fetch {
-  bool far;     // blocks of rows: twice as far, and into the second-level cache
-  bool pieces;  // pieces of rows, where outputs are written
-  bool run;     // rows that are read one by one
+  bool far;       // blocks of rows: twice as far, and into the second-level cache
+  bool pieces;    // pieces of rows, where outputs are written
+  bool run;       // rows that are read one by one
+  bool matrices;  // long rows of the MLP's matrices (nets.h)
 };
 #if defined(__x86_64__)
 inline const bool kAmd = (__builtin_cpu_init(), __builtin_cpu_is("amd"));
@@ -46,5 +47,5 @@ inline const bool kIntel = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
 #else
 inline const bool kAmd = false, kIntel = false;
 #endif
-inline const Fetch kFetch = {kAmd, kAmd || kIntel, kIntel};
+inline const Fetch kFetch = {kAmd, kAmd || kIntel, kIntel, kIntel};
 }  // namespace cbam_fused

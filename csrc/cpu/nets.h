@@ -104,7 +104,8 @@ void matvec(const W* w, int64_t rows, int64_t cols, const A* v, int64_t v_stride
   }
   // A strip of a panel, with `some` vectors from i0 on, whose strips are `stride` apart.
   auto strip = [&](int64_t r0, int64_t c0, const A* in, int64_t stride, int i0, int some) {
-    panel_sums(w, r0, std::min(r0 + kBlock, rows), cols, c0, std::min(c0 + kStrip, cols), in, stride, some, 0,
+    panel_sums(w, r0, std::min(r0 + kBlock, rows), cols, c0, std::min(c0 + kStrip, cols), in, stride, some,
+               kFetch.matrices ? 2 * kBlock * cols : 0,
                [&](int64_t first, int64_t r, auto vectors, auto block, auto& sum) CBAM_INLINE_LAMBDA {
                  constexpr int M = decltype(vectors)::value, R = decltype(block)::value;
                  for (int i = 0; i < M * R; ++i) {
@@ -130,13 +131,13 @@ void matvec(const W* w, int64_t rows, int64_t cols, const A* v, int64_t v_stride
   }
 }
 
-// y[i][c] = sum_r w[r][c] * v[i][r]: the transposed product, in an order that depends on the sizes alone.
-// Rows are taken in blocks, whose sums join the total, and of a block a strip of U vectors at a time. The
-// first vectors v leave a copy of it for the others: its rows may be a multiple of 4 KiB apart and then do
-// not stay in the first-level cache together.
+// y[i][c] = sum_r w[r][c] * v[i][r] for the columns [c0, c1): the transposed product, in an order that
+// depends on the matrix's size alone. Rows are taken in blocks, whose sums join the total, and of a block a
+// strip of U vectors at a time. The first vectors v leave a copy of it for the others: its rows may be a
+// multiple of 4 KiB apart and then do not stay in the first-level cache together.
 template <class W, class A>
-void matvec_transposed(const W* w, int64_t rows, int64_t cols, const A* v, int64_t v_stride, int count, A* y,
-                       int64_t y_stride) {
+void matvec_transposed(const W* w, int64_t rows, int64_t cols, int64_t c0, int64_t c1, const A* v,
+                       int64_t v_stride, int count, A* y, int64_t y_stride) {
   constexpr int L = kLanes<A>, U = 4, kMost = 128;
   const int64_t block =
       std::min<int64_t>(std::max<int64_t>((16 << 10) / (cols * int64_t(sizeof(W))), 16), kMost);
@@ -151,10 +152,12 @@ void matvec_transposed(const W* w, int64_t rows, int64_t cols, const A* v, int64
         for (int i = 0; i < M; ++i) {
           for (int u = 0; u < S; ++u) acc[i][u] = Vec<A>{};
         }
+        const bool fetch = kFetch.matrices && !first;
         auto go = [&](auto* from, int64_t stride, bool leave) CBAM_INLINE_LAMBDA {
           A* copy = strips;
           for (int64_t r = r0; r < r1; ++r, from += stride, copy += S * L) {
             Vec<A> k[S];
+            for (int u = 0; fetch && u < S; ++u) __builtin_prefetch(from + u * L + 16 * stride, 0, 2);
             for (int u = 0; u < S; ++u) k[u] = in_register(load(from + u * L));
             for (int u = 0; leave && u < S; ++u) store(copy + u * L, k[u]);
             for (int i = 0; i < M; ++i) {
@@ -178,10 +181,10 @@ void matvec_transposed(const W* w, int64_t rows, int64_t cols, const A* v, int64
         }
       });
     };
-    int64_t c = 0;
-    for (; c + U * L <= cols; c += U * L) strip(c, Rows<U>{});
-    for (; c + L <= cols; c += L) strip(c, Rows<1>{});
-    for (; c < cols; ++c) {
+    int64_t c = c0;
+    for (; c + U * L <= c1; c += U * L) strip(c, Rows<U>{});
+    for (; c + L <= c1; c += L) strip(c, Rows<1>{});
+    for (; c < c1; ++c) {
       for (int i = 0; i < count; ++i) {
         A acc = 0;
         for (int64_t r = r0; r < r1; ++r) acc += load_one(w + r * cols + c) * v[i * v_stride + r];

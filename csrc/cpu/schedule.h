@@ -9,12 +9,13 @@ template <class T, bool kChannelsLast>
 struct Schedule : Backward<T, kChannelsLast> {
   using Base = Backward<T, kChannelsLast>;
   using Base::apply, Base::apply_rows, Base::backward, Base::blend, Base::by_rows, Base::call,
-      Base::count_chunks, Base::dx, Base::gate_logits_gradient, Base::group, Base::L, Base::load_gate,
-      Base::load_pool_gradients, Base::load_saved, Base::logits_gradient, Base::maps_gradient,
-      Base::merge_chunks, Base::mlp, Base::mlp_backward, Base::mlp_gate, Base::mlp_hidden,
-      Base::norm_gradient, Base::p, Base::pad, Base::period, Base::planes_gradient, Base::pool,
-      Base::pool_chunk, Base::prepare, Base::products, Base::repeat, Base::rest_of_gate_gradient,
-      Base::run_team, Base::spatial_gate, Base::spatial_pool, Base::tile_dgate, Base::tile_end, Base::tiles,
+      Base::count_chunks, Base::dx, Base::gate_logits_gradient, Base::group, Base::kPart, Base::L,
+      Base::load_gate, Base::load_pool_gradients, Base::load_saved, Base::logits_gradient,
+      Base::maps_gradient, Base::merge_chunks, Base::mlp, Base::mlp_backward, Base::mlp_backward_hidden,
+      Base::mlp_backward_input, Base::mlp_gate, Base::mlp_hidden, Base::norm_gradient, Base::p, Base::pad,
+      Base::period, Base::planes_gradient, Base::pool, Base::pool_chunk, Base::prepare, Base::products,
+      Base::repeat, Base::rest_of_gate_gradient, Base::round, Base::rounds, Base::run_team,
+      Base::spatial_gate, Base::spatial_pool, Base::tile_dgate, Base::tile_end, Base::tiles, Base::together,
       Base::weight_gradients;
   using Base::Base;
   using typename Base::A;
@@ -52,19 +53,39 @@ struct Schedule : Backward<T, kChannelsLast> {
     return from_the_end && turn < turns ? (turns - 1 - turn) * p.threads + i % p.threads : i;
   }
 
-  // solo(n0, n1, worker) over groups drawn by the threads, and team(member, worker, n) for the samples behind
-  // them that are left over, then last(member).
-  template <class Solo, class Team, class Last>
-  void run_samples(Stage stage, Solo solo, Team team, Last last) const {
+  // first(n0, n1, place, worker), middle(n0, n1) and second(n0, n1, place, worker) over groups drawn by the
+  // threads, `place` being that of the group's arrays in call.samples; where the MLP is shared, first and
+  // second over a round of groups at a time, one a thread, and between them shared(member, n0, n1) over all
+  // its samples. team(member, worker, n) for the samples behind them that are left over, then last(member).
+  template <class First, class Middle, class Shared, class Second, class Team, class Last>
+  void run_samples(Stage stage, First first, Middle middle, Shared shared, Second second, Team team,
+                   Last last) const {
     const int64_t even = p.N / p.threads * p.threads, groups = (even + group - 1) / group;
     const bool reversed = from_the_end(stage);
     run_team([&](Member& m) {
       Worker<A> w = call.workers[m.index];
       for (int64_t n = p.N; reversed && n-- > even;) team(m, w, n);
-      m.draw(groups, [&](int64_t i) {
-        const int64_t g = drawn(i, groups, reversed);
-        solo(g * group, std::min(even, (g + 1) * group), int(m.index));
-      });
+      for (int64_t i = 0; i < rounds(); ++i) {
+        const int64_t n0 = (reversed ? rounds() - 1 - i : i) * round(), n1 = std::min(n0 + round(), even);
+        const int64_t parts = (n1 - n0 + group - 1) / group;
+        auto of_part = [&](auto f) {
+          m.phase(parts, [&](int64_t part) {
+            const int64_t begin = n0 + part * group;
+            f(begin, std::min(begin + group, n1), part * group, w);
+          });
+        };
+        of_part(first);
+        shared(m, n0, n1);
+        of_part(second);
+      }
+      if (!together) {
+        m.draw(groups, [&](int64_t i) {
+          const int64_t n0 = drawn(i, groups, reversed) * group, n1 = std::min(even, n0 + group);
+          first(n0, n1, m.index * group, w);
+          middle(n0, n1);
+          second(n0, n1, m.index * group, w);
+        });
+      }
       for (int64_t n = even; !reversed && n < p.N; ++n) team(m, w, n);
       last(m);
     });
@@ -94,17 +115,37 @@ struct Schedule : Backward<T, kChannelsLast> {
     const bool pools = p.pools && stage != Stage::kScale;
     run_samples(
         stage,
-        [&](int64_t n0, int64_t n1, int worker) {
-          Worker<A>& w = call.workers[worker];
-          Sample<A>& s = call.samples[worker * group];
-          for (int64_t n = n0; pools && n < n1; ++n) pool(n, 0, p.C, w, s);
+        [&](int64_t n0, int64_t n1, int64_t place, Worker<A>& w) {
+          for (int64_t n = n0; pools && n < n1; ++n) {
+            pool(n, 0, p.C, w, call.samples[place]);
+            blend(n, n + 1, 0, p.C);
+          }
+        },
+        [&](int64_t n0, int64_t n1) {
           if (pools) mlp(n0, n1);
+        },
+        [&](Member& m, int64_t n0, int64_t n1) {
+          if (pools) share_mlp(m, n0, n1);
+        },
+        [&](int64_t n0, int64_t n1, int64_t place, Worker<A>& w) {
+          Sample<A>& s = call.samples[place];
           for (int64_t n = n1; n-- > n0;) {  // the last one read is still in cache
             load_gate(n, s);
             forward_tiles(w, s, stage);
           }
         },
         [&](Member& m, Worker<A>& w, int64_t n) { share_forward(m, w, n, stage); }, [](Member&) {});
+  }
+
+  // The MLP of the samples [n0, n1), whose pools are known, by all members.
+  void share_mlp(Member& m, int64_t n0, int64_t n1) const {
+    m.in_parts(p.hidden, [&](int64_t j0, int64_t j1) { mlp_hidden(n0, n1, j0, j1); }, kBlock);
+    m.in_parts(p.C, [&](int64_t c0, int64_t c1) { mlp_gate(n0, n1, c0, c1); }, kPart);
+  }
+  void share_mlp_backward(Member& m, int64_t n0, int64_t n1) const {
+    m.in_parts(n1 - n0, [&](int64_t i0, int64_t i1) { blend(n0 + i0, n0 + i1, 0, p.C); });
+    m.in_parts(p.hidden, [&](int64_t j0, int64_t j1) { mlp_backward_hidden(n0, n1, j0, j1); }, kPart);
+    m.in_parts(p.C, [&](int64_t c0, int64_t c1) { mlp_backward_input(n0, n1, c0, c1); }, kPart);
   }
 
   // A sample of all members, phase by phase.
@@ -169,10 +210,9 @@ struct Schedule : Backward<T, kChannelsLast> {
     };
     run_samples(
         stage,
-        [&](int64_t n0, int64_t n1, int worker) {
-          Worker<A>& w = call.workers[worker];
+        [&](int64_t n0, int64_t n1, int64_t place, Worker<A>& w) {
           for (int64_t n = n0; n < n1; ++n) {
-            Sample<A>& s = call.samples[worker * group + n - n0];
+            Sample<A>& s = call.samples[place + n - n0];
             load_saved(n, s, stage);
             chase([&](int64_t t) { first_half(t, w, s); },
                   [&](int64_t t) {
@@ -182,10 +222,16 @@ struct Schedule : Backward<T, kChannelsLast> {
             if (p.spatial && rest) planes_gradient(0, TapTiles(pad).count(pad), s);
             if (p.spatial && rest && p.dnorm) norm_gradient(w, s);
           }
-          if (!rest) return;
-          if (p.pools) mlp_backward(n0, n1);
-          for (int64_t n = n1; n-- > n0;) {
-            Sample<A>& s = call.samples[worker * group + n - n0];
+        },
+        [&](int64_t n0, int64_t n1) {
+          if (rest && p.pools) mlp_backward(n0, n1);
+        },
+        [&](Member& m, int64_t n0, int64_t n1) {
+          if (rest && p.pools) share_mlp_backward(m, n0, n1);
+        },
+        [&](int64_t n0, int64_t n1, int64_t place, Worker<A>&) {
+          for (int64_t n = n1; rest && n-- > n0;) {
+            Sample<A>& s = call.samples[place + n - n0];
             load_pool_gradients(s);
             for (int64_t t = 0; t < tiles; ++t) dx(t, s);
           }
@@ -202,9 +248,9 @@ struct Schedule : Backward<T, kChannelsLast> {
           m.alone([&] {
             if (p.spatial && rest && p.dnorm) norm_gradient(w, s);
             gate_logits_gradient(s, stage);
-            if (rest && p.pools) mlp_backward(n, n + 1);
-            if (rest) load_pool_gradients(s);
           });
+          if (rest && p.pools) share_mlp_backward(m, n, n + 1);
+          if (rest) m.alone([&] { load_pool_gradients(s); });
           if (rest) each_tile(m, [&](int64_t t) { dx(t, s); });
         },
         [&](Member& m) {
