@@ -8,10 +8,12 @@
 
 #if __has_include("caches.h")
 #include "caches.h"
-#else  // kernels of before that know the last level alone, and reckon with this of it on most machines
+#else  // kernels of before, which know the last level alone
+#include <unistd.h>
 namespace cbam_fused {
-inline void set_caches(Problem& p, int64_t) {
-  p.cache_bytes = int64_t(32) << 20;
+inline void set_caches(Problem& p, int64_t threads) {
+  const int64_t last = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  p.cache_bytes = std::min(last > 0 ? last : INT64_MAX, std::max<int64_t>(32, 4 * threads) << 20);
 }
 }  // namespace cbam_fused
 #endif
@@ -113,13 +115,13 @@ struct Subject {
     return reinterpret_cast<void*>((at + 63) / 64 * 64);
   }
   // Uniform in [-scale, scale], the same in every build.
-  template <class A>
+  template <class U>
   void* random(int64_t count, double scale) {
-    A* to = static_cast<A*>(take(count * int64_t(sizeof(A))));
+    U* to = static_cast<U*>(take(count * int64_t(sizeof(U))));
     uint32_t state = 1;
     for (int64_t i = 0; i < count; ++i) {
       state = state * 1664525u + 1013904223u;
-      to[i] = A((double(state) / 2147483648.0 - 1.0) * scale);
+      store_one(to + i, Acc<U>((double(state) / 2147483648.0 - 1.0) * scale));
     }
     return to;
   }
@@ -127,9 +129,10 @@ struct Subject {
   template <class A>
   void fill(bool train) {
     const int64_t N = p.N, C = p.C, P = p.P, h = hidden, a = int64_t(sizeof(A));
-    p.w1 = random<A>(h * C, 1 / std::sqrt(double(C)));
+    p.matrices_as_x = sizeof(CBAM_PASSES_DTYPE) == 2;
+    p.w1 = random<CBAM_PASSES_DTYPE>(h * C, 1 / std::sqrt(double(C)));
     p.b1 = random<A>(h, 0.1);
-    p.w2 = random<A>(C * h, 1 / std::sqrt(double(h)));
+    p.w2 = random<CBAM_PASSES_DTYPE>(C * h, 1 / std::sqrt(double(h)));
     p.b2 = random<A>(C, 0.1);
     p.planes = random<A>(98, 0.1);
     if (!train) return;
@@ -206,6 +209,24 @@ CBAM_EXPORT void run(Subject* s, int is_backward, void* out, double* seconds) {
   for (int i = 0; i < kPasses; ++i) {
     seconds[i] = 0;
     for (const Clocks& c : clocks) seconds[i] += c.seconds[i] / p.threads;
+  }
+}
+
+// The gradients of the parameters after a backward, to out[2 h C + h + C + 98].
+CBAM_EXPORT void gradients(const Subject* s, double* out) {
+  const Problem& p = s->p;
+  auto put = [&](const void* from, int64_t count) {
+    out = std::copy_n(static_cast<const Acc<CBAM_PASSES_DTYPE>*>(from), count, out);
+  };
+  put(p.dw1, p.hidden * p.C), put(p.db1, p.hidden);
+  put(p.dw2, p.hidden * p.C), put(p.db2, p.C), put(p.dplanes, 98);
+}
+
+// Writes `bytes` of a thread's own in each thread, so that its caches hold nothing else.
+CBAM_EXPORT void write_other(char* other, int64_t bytes, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int i = 0; i < threads; ++i) {
+    for (int64_t k = 0; k < bytes; k += 64) ++other[i * bytes + k];
   }
 }
 

@@ -16,6 +16,7 @@ import argparse
 import ctypes
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -45,6 +46,7 @@ DTYPES = {
     "bfloat16": ("bf16", np.uint16, 1e-2),
     "float16": ("half", np.float16, 2e-3),
 }
+OUTSIDE = "outside the passes, and waiting"
 Shape = Tuple[int, ...]
 
 
@@ -100,8 +102,10 @@ def compile_version(commit: Optional[str], isa: str, dtype: str) -> Path:
         if not library.exists():
             library.parent.mkdir(parents=True, exist_ok=True)
             print(f"compiling csrc/cpu of {commit or 'the working tree'} ...", file=sys.stderr)
-            subprocess.run([*command, f"-I{source}", str(SOURCE), "-o", f"{library}.part"], check=True)
-            Path(f"{library}.part").rename(library)
+            part = str(Path(folder) / "passes.so")
+            subprocess.run([*command, f"-I{source}", str(SOURCE), "-o", part], check=True)
+            shutil.copy(part, f"{library}.{os.getpid()}")
+            os.replace(f"{library}.{os.getpid()}", library)
     return library
 
 
@@ -116,9 +120,11 @@ class Version:
 
     def take(self, shape: Shape, options: argparse.Namespace, x: np.ndarray, dy: np.ndarray) -> None:
         c, h, w = shape
+        hidden = max(1, c // 16)
+        self.parameters = 2 * hidden * c + hidden + c + 98
         self.subject = ctypes.c_void_p(
             self.library.make(
-                *(ctypes.c_int64(size) for size in (options.batch, c, h, w, max(1, c // 16))),
+                *(ctypes.c_int64(size) for size in (options.batch, c, h, w, hidden)),
                 int(options.layout == "channels_last"),
                 int(options.mode == "train"),
                 options.threads,
@@ -129,6 +135,12 @@ class Version:
 
     def release(self) -> None:
         self.library.release(self.subject)
+
+    def gradients(self) -> np.ndarray:
+        """Of the parameters, after a backward."""
+        out = np.zeros(self.parameters)
+        self.library.gradients(self.subject, pointer(out))
+        return out
 
     def run(self, backward: bool, out: np.ndarray) -> np.ndarray:
         """Seconds of each pass, and of the whole call."""
@@ -203,11 +215,14 @@ def measure(versions: Sequence[Version], shape: Shape, options: argparse.Namespa
     for v in versions:
         v.take(shape, options, x, dy)
     check_agreement(versions, options, out)
-    other = np.zeros(options.between << 20, np.uint8)
     plain, size = versions[0].library, (ctypes.c_int64(x.nbytes), options.threads)
+    other = np.zeros(options.threads * options.between << 20, np.uint8)
+
+    def evict() -> None:
+        plain.write_other(pointer(other), ctypes.c_int64(options.between << 20), options.threads)
 
     def call(v: Version, backward: bool) -> np.ndarray:
-        np.add(other, 1, out=other)
+        evict()
         return np.append(v.run(backward, out), plain.plain_read(pointer(out), *size))
 
     samples = Samples({v.name: [] for v in versions}, [], [])
@@ -217,10 +232,11 @@ def measure(versions: Sequence[Version], shape: Shape, options: argparse.Namespa
             if options.mode == "train":
                 both = call(v, True)
                 seconds = np.concatenate([seconds[:COUNT] + both[:COUNT], seconds[COUNT:], both[COUNT:]])
-            samples.of[v.name].append(np.append(seconds, seconds[COUNT:].sum()))
-        np.add(other, 1, out=other)
+            outside = seconds[COUNT::2].sum() - seconds[:COUNT].sum()
+            samples.of[v.name].append(np.append(seconds, [seconds[COUNT:].sum(), outside]))
+        evict()
         samples.read.append(plain.plain_read(pointer(x), *size))
-        np.add(other, 1, out=other)
+        evict()
         samples.copy.append(plain.plain_copy(pointer(x), pointer(out), *size))
     for v in versions:
         v.release()
@@ -231,7 +247,7 @@ def report(versions: Sequence[Version], samples: Samples, train: bool) -> None:
     rows = list(enumerate(FORWARD + BACKWARD if train else FORWARD))
     whole = ["forward", "y read by the next layer"]
     whole += ["backward", "dx read by the layer before"] if train else []
-    rows += [(COUNT + i, Pass(name)) for i, name in enumerate([*whole, "the calls and those reads"])]
+    rows += [(COUNT + i, Pass(name)) for i, name in enumerate([*whole, "the calls and those reads", OUTSIDE])]
     read, copy = float(np.median(samples.read)), float(np.median(samples.copy))
     print(f"plain read of x {read * 1e3:.3f} ms, plain copy {copy * 1e3:.3f} ms")
     first, *others = versions
@@ -260,9 +276,11 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--layout", choices=("contiguous", "channels_last"), default="contiguous")
     parser.add_argument("--mode", choices=("infer", "train"), default="train")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=min(len(os.sched_getaffinity(0)), MAX_THREADS))
     parser.add_argument("--isa", choices=FLAGS, help="(default: the widest that this processor has)")
-    parser.add_argument("--between", type=int, default=0, help="MiB of other data written before each call")
+    parser.add_argument(
+        "--between", type=int, default=0, help="MiB of other data that each thread writes first"
+    )
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--against", metavar="COMMIT", help="a commit whose kernels take turns with these")
     options = parser.parse_args(argv)
@@ -283,6 +301,13 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     options = parse(argv)
     commits = [None, options.against] if options.against else [None]
+    if (
+        options.against
+        and not subprocess.run(
+            ["git", "diff", "--quiet", options.against, "--", "csrc/cpu"], cwd=ROOT
+        ).returncode
+    ):
+        print(f"csrc/cpu is that of {options.against}: this measures the noise", file=sys.stderr)
     with ThreadPoolExecutor() as pool:
         libraries = list(pool.map(lambda c: compile_version(c, options.isa, options.dtype), commits))
     versions = [Version(commit or "now", library) for commit, library in zip(commits, libraries)]

@@ -162,7 +162,7 @@ def test_threads(fused, threads, count, batch):
 
 # Channels and positions in several chunks, the last one short; in fewer chunks than threads; a map that ends within
 # a vector, and one of several tiles. Batches that go through the MLP in groups, and others; channels for which its
-# matrices are taken by strips, and so many that threads share the MLP, in a round of samples and in several.
+# matrices are taken by strips. Outputs that bypass the caches with one thread, and not with four.
 @pytest.mark.parametrize(
     "shape",
     [
@@ -173,8 +173,7 @@ def test_threads(fused, threads, count, batch):
         (5, 300, 7, 9),
         (8, 700, 3, 5),
         (9, 1100, 2, 3),
-        (9, 2600, 2, 3),
-        (13, 2600, 9, 9),
+        (9, 512, 14, 14),
     ],
     ids=_id,
 )
@@ -185,13 +184,34 @@ def test_threads(fused, threads, count, batch):
 @pytest.mark.skipif(all(t.backend != "cpu" for t in FUSED), reason="the CPU kernels are not built")
 def test_any_number_of_threads_gives_the_same_bits(threads, layout, name, shape):
     """However many samples go through the MLP together, and whichever thread comes first."""
-    problem = make_problem(shape, OPTIONS[name], torch.float32, layout=layout)
+    check_threads(make_problem(shape, OPTIONS[name], torch.float32, layout=layout), threads)
+
+
+def check_threads(problem, threads):
     threads(1)
     alone = run_problem(problem, "cpu")
     for count in (2, 3, 4):
         threads(count)
         for got, want in zip(run_problem(problem, "cpu"), alone, strict=True):
             assert got is want is None or torch.equal(got, want)
+
+
+# Rounds of samples: one and several, and a sample that is left over or none.
+@pytest.mark.parametrize("shape", [(9, 2300, 2, 3), (13, 2300, 9, 9), (12, 2300, 7, 7)], ids=_id)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_id)
+@pytest.mark.parametrize("name", ["plain", "norm-train", "light", "single-layer-max", "no-bias", "all-pools"])
+@pytest.mark.skipif(all(t.backend != "cpu" for t in FUSED), reason="the CPU kernels are not built")
+def test_threads_that_share_the_mlp(threads, name, dtype, shape):
+    """Matrices that fill a second-level cache (schedule.h): the same bits as one thread, which are right."""
+    options = OPTIONS[name]
+    if options.hidden:
+        options = dataclasses.replace(options, hidden=480)
+    matrices = shape[1] * (2 * options.hidden or shape[1]) * dtype.itemsize
+    assert matrices >= 4 << 20  # the largest second-level cache that a core of x86-64 has
+    problem = make_problem(shape, options, dtype)
+    check_threads(problem, threads)
+    if shape[0] == 9:
+        check(problem, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -214,8 +234,8 @@ def test_a_sample_does_not_depend_on_its_batch(layout, name, shape):
 @pytest.mark.parametrize("shape", [(64, 14, 14), (256, 7, 7), (64, 64, 80)], ids=_id)
 @pytest.mark.skipif(all(t.backend != "cpu" for t in FUSED), reason="the CPU kernels are not built")
 def test_outputs_that_bypass_the_caches(shape, dtype):
-    """A batch too large for the last-level cache takes other stores, to the same bits as its parts."""
-    share = min(last_level_cache(), max(32, 4 * torch.get_num_threads()) << 20)  # as ops.cpp has it
+    """A batch too large for the caches takes other stores, to the same bits as its samples."""
+    share = min(last_level_cache(), max(32, 4 * torch.get_num_threads()) << 20)  # as caches.h has it
     enough = share // (2 * math.prod(shape) * dtype.itemsize)
     samples = -(-enough // 16) * 16
     if samples * math.prod(shape) * dtype.itemsize > 256 << 20:
@@ -223,10 +243,10 @@ def test_outputs_that_bypass_the_caches(shape, dtype):
     for layout in ("contiguous", "channels_last"):
         problem = make_problem((samples, *shape), Options(), dtype, layout=layout)
         whole = run_problem(problem, "cpu")[:2]
-        assert problem.x.nbytes > share // 3 > problem.x[:4].nbytes
+        assert problem.x.nbytes > share // 3 > 2 << 20 > problem.x[:1].nbytes
         parts = [
             run_problem(dataclasses.replace(problem, x=x, dy=dy), "cpu")[:2]
-            for x, dy in zip(problem.x.split(4), problem.dy.split(4))
+            for x, dy in zip(problem.x.split(1), problem.dy.split(1))
         ]
         for got, of_parts in zip(whole, zip(*parts)):
             assert torch.equal(got, torch.cat(of_parts))

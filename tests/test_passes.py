@@ -15,57 +15,79 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import passes  # noqa: E402
 
-SMALL = ["--shape", "24,9,7", "--threads", "2", "--rounds", "3"]
+SMALL = ["--shape", "96,9,7", "--threads", "2", "--rounds", "3"]
 needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="compiles csrc/cpu: no c++ here")
+
+
+def small_version(layout="contiguous", batch="3", seed=2):
+    """The kernels as they lie there, at work on 96x9x7; baseline is the quickest to compile."""
+    options = passes.parse([*SMALL, "--isa", "baseline", "--layout", layout, "--batch", batch])
+    version = passes.Version("now", passes.compile_version(None, "baseline", "float32"))
+    x, dy = (passes.make_input((96, 9, 7), options, s) for s in (1, seed))
+    version.take((96, 9, 7), options, x, dy)
+    return version, x, dy
 
 
 @needs_compiler
 @pytest.mark.parametrize("batch", ["4", "1"], ids=["own samples", "a shared sample"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_every_pass_is_timed_and_no_longer_than_its_call(capsys, layout, batch):
-    isa = ["--isa", "baseline"]  # the quickest to compile
-    assert passes.main([*SMALL, *isa, "--layout", layout, "--batch", batch]) == 0
+def test_every_pass_is_timed_and_no_longer_than_its_call(layout, batch):
+    version, x, _dy = small_version(layout, batch)
+    out = passes.aligned(x.size, np.float32)
+    for backward, names in ((False, passes.FORWARD), (True, passes.BACKWARD)):
+        seconds = version.run(backward, out)
+        first = len(passes.FORWARD) if backward else 0
+        own = seconds[first : first + len(names)]
+        assert (own > 0).all()
+        assert not np.delete(seconds[: passes.COUNT], range(first, first + len(names))).any()
+        assert own.sum() <= seconds[passes.COUNT]  # threads' times over their number
+    version.release()
+
+
+@needs_compiler
+def test_a_run_prints_every_pass(capsys):
+    assert passes.main([*SMALL, "--isa", "baseline", "--batch", "4", "--between", "1"]) == 0
     out = capsys.readouterr().out
-    assert f"{batch}x24x9x7 float32 {layout} baseline" in out
-    ms = {name.strip(): float(value) for name, value in re.findall(r"^(.{32}) *([\d.]+)", out, re.M)}
-    whole = {"forward": passes.FORWARD, "backward": passes.BACKWARD}
-    for call, parts in whole.items():
-        assert all(p.name in ms for p in parts)
-        # Medians of three rounds each, to a thousandth.
-        assert 0 < sum(ms[p.name] for p in parts) <= 1.5 * ms[call] + 0.01 * len(parts)
-    reads = ms["y read by the next layer"] + ms["dx read by the layer before"]
-    assert ms["the calls and those reads"] >= 0.5 * (ms["forward"] + ms["backward"] + reads)
+    assert "4x96x9x7 float32 contiguous baseline" in out
+    ms = {name.strip(): float(value) for name, value in re.findall(r"^(.{32}) *(-?[\d.]+)", out, re.M)}
+    names = [p.name for p in passes.FORWARD + passes.BACKWARD]
+    assert [n for n in ms if n in names] == names
+    assert {"forward", "y read by the next layer", "backward", "dx read by the layer before"} < set(ms)
+    assert passes.OUTSIDE in ms and ms["forward"] > 0 and ms["backward"] > 0
 
 
 @needs_compiler
 def test_another_seed_of_dy_changes_dx_and_not_y():
     """The harness runs the kernels it says: y from x alone, dx from both, and no dependence on what lay there."""
-    options = passes.parse([*SMALL, "--isa", "baseline", "--batch", "3"])
-    version = passes.Version("now", passes.compile_version(None, "baseline", "float32"))
     results = []
     for seed in (2, 2, 5):
-        x, dy = (passes.make_input((24, 9, 7), options, s) for s in (1, seed))
-        version.take((24, 9, 7), options, x, dy)
+        version, x, _dy = small_version(seed=seed)
         y, dx = passes.aligned(x.size, np.float32), passes.aligned(x.size, np.float32)
         y[:] = dx[:] = np.nan
         version.run(False, y)
         version.run(True, dx)
-        version.release()
         results.append((y, dx))
+        gradients = version.gradients()
+        assert gradients.size == 2 * 6 * 96 + 6 + 96 + 98 and gradients[-(96 + 98) :].all()
+        assert np.count_nonzero(gradients[: 6 * 96]) >= 96  # at least one hidden unit is alive
+        version.release()
     (y0, dx0), (y1, dx1), (y2, dx2) = results
     assert np.array_equal(y0, y1) and np.array_equal(dx0, dx1)
     assert np.array_equal(y0, y2) and not np.array_equal(dx0, dx2)
     assert (np.abs(y0) < np.abs(x)).all()  # gates are between 0 and 1
 
 
-def version_that_writes(value: float) -> passes.Version:
+def version_that_writes(value: float, parameters: float = 1.0) -> passes.Version:
     class Stub(passes.Version):
         def __init__(self) -> None:
             self.name = f"writes {value}"
 
         def run(self, backward: bool, out: np.ndarray) -> np.ndarray:
-            out[:] = value
+            out[:] = 1.0 if backward else value
             return np.ones(passes.COUNT + 1)
+
+        def gradients(self) -> np.ndarray:
+            return np.full(5, parameters)
 
     return Stub()
 
@@ -79,6 +101,8 @@ def test_versions_that_compute_something_else_are_not_timed(other, message):
     passes.check_agreement([version_that_writes(1.0), version_that_writes(1.000001)], options, out)
     with pytest.raises(SystemExit, match=message):
         passes.check_agreement([version_that_writes(1.0), version_that_writes(other)], options, out)
+    with pytest.raises(SystemExit, match="the gradient of the parameters.*" + message):
+        passes.check_agreement([version_that_writes(1.0), version_that_writes(1.0, other)], options, out)
 
 
 def test_floors_are_what_a_pass_moves():

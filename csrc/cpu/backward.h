@@ -164,9 +164,9 @@ struct Backward : Block<T, kChannelsLast> {
     }
   }
 
-  // The MLP's backward for the samples [n0, n1), dpooled from dlogits, in two steps that threads may share:
-  // the units [j0, j1) of the hidden layer, then the channels [c0, c1). Parts begin at multiples of kPart.
-  static constexpr int64_t kPart = 64;
+  // The MLP's backward for the samples [n0, n1), whose pools are blended: dpooled from dlogits, in two steps
+  // that threads may share, the units [j0, j1) of the hidden layer, then the channels [c0, c1). Parts begin
+  // at multiples of L.
   void mlp_backward_hidden(int64_t n0, int64_t n1, int64_t j0, int64_t j1) const {
     const int64_t h = p.hidden, M = passes, C = p.C;
     if (!h) return;
@@ -205,7 +205,6 @@ struct Backward : Block<T, kChannelsLast> {
     }
   }
   void mlp_backward(int64_t n0, int64_t n1) const {
-    Base::blend(n0, n1, 0, p.C);
     mlp_backward_hidden(n0, n1, 0, p.hidden);
     mlp_backward_input(n0, n1, 0, p.C);
   }
@@ -254,6 +253,12 @@ struct Backward : Block<T, kChannelsLast> {
   // Whether dx needs x again: shared ties, lp and lse.
   bool reads_x_again() const { return p.ties == kSplit || p.pools & (kLp | kLse); }
 
+  // Whether dy is read from beyond the second-level cache: of what products read of a group's x and dy it
+  // still has as much as fits, and where they were another call's (kAttention), nothing.
+  bool fetches_dy() const {
+    return p.dgate || 2 * Base::group * p.C * p.P * int64_t(sizeof(T)) > p.second_level;
+  }
+
   // What only one element of a channel or of a position receives is added by computing that element anew, so
   // that it is rounded once. For positions this spares the loop over dy two of four loads and a comparison
   // (measured at 7x7 and 14x14 with 512 channels and more: a quarter of dx contiguous, 5 to 15 %
@@ -264,8 +269,7 @@ struct Backward : Block<T, kChannelsLast> {
     const int64_t p0 = t * tile, p1 = tile_end(t);
     const A *gate = s.gate, *sp = s.s, *da = s.da, *dq_max = s.dq_max, *dq_mean = s.dq_mean;
     const Int* q_index = s.q_index;
-    // Of what products read of x and dy only as much as fits is still in the second-level cache.
-    const bool fetch = 2 * p.C * p.P * int64_t(sizeof(T)) > p.second_level;
+    const bool fetch = fetches_dy();
     if constexpr (kChannelsLast) {
       map_rows<kWrite>(
           dy(s.n), out(s.n), p.C, p0, p1, make_slots<A>(p.C, 0),
@@ -356,7 +360,8 @@ struct Backward : Block<T, kChannelsLast> {
                          iota<A>() + splat_int<A>(l) == splat_int<A>(s.q_index[r]), lanes(s.da, l),
                          lanes(s.dm, l), lanes(s.peak, l), load(s.p_index + l) == splat_int<A>(r),
                          lanes(s.dlp, l), lanes(s.dlse, l), lanes(s.partition, l));
-          });
+          },
+          fetches_dy());
     } else {
       const T* xs = x(s.n) + p0;
       map_rows<Write::kCached>(
@@ -368,7 +373,8 @@ struct Backward : Block<T, kChannelsLast> {
                          load(s.q_index + p0 + l) == splat_int<A>(r), pick(s.da, r), pick(s.dm, r),
                          pick(s.peak, r), iota<A>() + splat_int<A>(p0 + l) == splat_int<A>(s.p_index[r]),
                          pick(s.dlp, r), pick(s.dlse, r), pick(s.partition, r));
-          });
+          },
+          fetches_dy());
     }
   }
 

@@ -170,7 +170,7 @@ struct Block {
   // Samples that a thread takes through the pools together, so that each load of the MLP's weights
   // serves all of them: only where weights weigh against a sample.
   static int64_t group_size(const Problem& p, bool backward) {
-    if (!p.pools) return 1;
+    if (!p.pools || !p.w2) return 1;
     const int64_t weights = (p.hidden ? 2 * p.hidden : p.C) * p.C * int64_t(sizeof(A));
     const int64_t sample = p.C * p.P * int64_t(sizeof(T)) * (backward ? 2 : 1);
     const int64_t wanted = std::min((4 * weights + sample - 1) / sample, (int64_t(4) << 20) / sample);
@@ -196,14 +196,20 @@ struct Block {
                               : 3 * tensors * size > 2 * p.cache_bytes);
   }
 
+  // Of the MLP's matrices; none in a call that only scales.
+  static int64_t matrix_bytes(const Problem& p) {
+    if (!p.w2) return 0;
+    const int64_t element = p.matrices_as_x ? int64_t(sizeof(T)) : int64_t(sizeof(A));
+    return (p.hidden ? 2 * p.hidden : p.C) * p.C * element;
+  }
+
   // Whether threads take their groups of samples at the same time and share the MLP of all of them, each with
-  // rows of the matrices of its own: where those fill a second-level cache, so that every thread would read
-  // all of them from beyond its own. (Measured on a Xeon with 2 MiB, two threads, (2048, 7, 7): the MLP 0.75
-  // to 0.95 of the time, forward 0.9 to 0.97, backward 0.95. Where they fit, waiting for each other costs as
-  // much.)
+  // rows or columns of the matrices of its own: where those fill a second-level cache, so that every thread
+  // would read all of them from beyond its own. (Measured on a Xeon with 2 MiB, two threads, (2048, 7, 7):
+  // forward 0.9 to 0.97 of the time, backward 0.95; with matrices of a quarter of that 0.97 and 1.03.)
+  // Samples of which a group has one weigh more than the matrices.
   static bool shares_mlp(const Problem& p, int64_t group) {
-    const int64_t weights = (p.hidden ? 2 * p.hidden : p.C) * p.C * int64_t(sizeof(A));
-    return p.pools && p.threads > 1 && group > 1 && weights >= p.second_level;
+    return p.pools && p.threads > 1 && group > 1 && matrix_bytes(p) >= p.second_level;
   }
 
   Block(const Problem& problem, bool is_backward, Carver& carver)
@@ -558,7 +564,7 @@ struct Block {
           store_lanes(s.q_mean + pos, e.sum / A(p.C), 0, rows);
           if (kIndex) store_lanes(s.q_index + pos, e.index, 0, rows);
         };
-        const bool fetch = p.C * p.P * int64_t(sizeof(T)) > p.second_level;
+        const bool fetch = group * p.C * p.P * int64_t(sizeof(T)) > p.second_level;
         reduce_rows<true, kIndex>(xs, p.C, p0, p1, make_slots<A>(p.C, 0), p.C, s.gate, fetch, done, also);
       } else {
         auto slots = make_slots<A>(p1 - p0, p0);
@@ -723,23 +729,27 @@ struct Block {
       }
       return;
     }
+    // A call that only scales reads x for the first time here.
+    const bool fetch = p.spatial && !p.planes;
     with_output(s, [&](auto write_as, auto f) {
       constexpr Write kWrite = decltype(write_as)::value;
       if constexpr (kChannelsLast) {
-        map_rows<kWrite>(x(s.n), out(s.n), p.C, p0, p1, make_slots<A>(p.C, 0), f);
+        map_rows<kWrite>(x(s.n), out(s.n), p.C, p0, p1, make_slots<A>(p.C, 0), f, fetch);
       } else if (period) {
         repeat(s.s);
-        map_flat<kWrite>(x(s.n), out(s.n), p.C, p.P, period, f);
+        map_flat<kWrite>(x(s.n), out(s.n), p.C, p.P, period, f, fetch);
       } else {
-        map_rows<kWrite>(x(s.n) + p0, out(s.n) + p0, p.P, 0, p.C, make_slots<A>(p1 - p0, p0),
-                         [=](Vec<A> v, auto rows, int64_t l, auto tag)
-                             CBAM_INLINE_LAMBDA { return f(v, rows, p0 + l, tag); });
+        map_rows<kWrite>(
+            x(s.n) + p0, out(s.n) + p0, p.P, 0, p.C, make_slots<A>(p1 - p0, p0),
+            [=](Vec<A> v, auto rows, int64_t l, auto tag)
+                CBAM_INLINE_LAMBDA { return f(v, rows, p0 + l, tag); },
+            fetch);
       }
     });
   }
 
   // The output of the channels [c0, c1), once s.s repeats where map_flat asks for it.
-  void apply_rows(int64_t c0, int64_t c1, const Sample<A>& s) const {
+  void apply_rows(int64_t c0, int64_t c1, const Sample<A>& s, bool fetch = false) const {
     if constexpr (!kChannelsLast) {
       const T* in = x(s.n);
       T* to = out(s.n);
@@ -747,12 +757,14 @@ struct Block {
       if (period) own.gate += c0;  // map_flat counts rows from its first
       with_output(own, [&](auto write_as, auto f) {
         constexpr Write kWrite = decltype(write_as)::value;
-        if (period) return map_flat<kWrite>(in + c0 * p.P, to + c0 * p.P, c1 - c0, p.P, period, f);
+        if (period) return map_flat<kWrite>(in + c0 * p.P, to + c0 * p.P, c1 - c0, p.P, period, f, fetch);
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t p0 = t * tile;
-          map_rows<kWrite>(in + p0, to + p0, p.P, c0, c1, make_slots<A>(tile_end(t) - p0, p0),
-                           [=](Vec<A> v, auto rows, int64_t l, auto tag)
-                               CBAM_INLINE_LAMBDA { return f(v, rows, p0 + l, tag); });
+          map_rows<kWrite>(
+              in + p0, to + p0, p.P, c0, c1, make_slots<A>(tile_end(t) - p0, p0),
+              [=](Vec<A> v, auto rows, int64_t l, auto tag)
+                  CBAM_INLINE_LAMBDA { return f(v, rows, p0 + l, tag); },
+              fetch);
         }
       });
     }

@@ -39,7 +39,7 @@ struct Fetch {
   bool far;       // blocks of rows: twice as far, and into the second-level cache
   bool pieces;    // pieces of rows, where outputs are written
   bool run;       // rows that are read one by one
-  bool matrices;  // long rows of the MLP's matrices (nets.h)
+  bool matrices;  // the MLP's matrices (nets.h)
 };
 #if defined(__x86_64__)
 inline const bool kAmd = (__builtin_cpu_init(), __builtin_cpu_is("amd"));

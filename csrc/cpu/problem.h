@@ -59,10 +59,9 @@ struct Problem {
 
   char* scratch = nullptr;  // scratch_bytes(problem) bytes, aligned to 64
   int threads = 1;
-  // Large outputs bypass the caches (block.h), by what this call has of the last level, or where that is slow
-  // of the second: of it each core has so many bytes.
-  int64_t cache_bytes = 0, second_level = int64_t(1) << 20;
-  bool slow_last_level = false;
+  int64_t cache_bytes = 0;                  // of the last level, for this call
+  int64_t second_level = int64_t(1) << 20;  // of the second level, for each of its threads
+  bool slow_last_level = false;             // so that it is no place for outputs (caches.h)
   Parallel parallel = nullptr;
 };
 

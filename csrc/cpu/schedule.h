@@ -1,21 +1,22 @@
 // The order of the stages and their split over threads.
 //
-// Samples in plenty: threads draw groups of samples and work alone, stage after stage in cache.
-// A group is one sample, or as many as make reading the MLP's weights worth it. The samples left
-// over by an even split (all of them in a batch of 1) are shared by all threads, stage by stage. All of
-// it is one region of the pool of threads, since entering one costs as much as a stage of a small sample.
+// Samples in plenty: threads draw groups of samples and work alone, stage after stage in cache; but where the
+// MLP's matrices are large, the threads have a group each and share the MLP of all of them. A group is one
+// sample, or as many as make reading the MLP's weights worth it. The samples left over by an even split (all
+// of them in a batch of 1) are shared by all threads, stage by stage. All of it is one region of the pool of
+// threads, since entering one costs as much as a stage of a small sample.
 
 template <class T, bool kChannelsLast>
 struct Schedule : Backward<T, kChannelsLast> {
   using Base = Backward<T, kChannelsLast>;
   using Base::apply, Base::apply_rows, Base::backward, Base::blend, Base::by_rows, Base::call,
-      Base::count_chunks, Base::dx, Base::gate_logits_gradient, Base::group, Base::kPart, Base::L,
-      Base::load_gate, Base::load_pool_gradients, Base::load_saved, Base::logits_gradient,
-      Base::maps_gradient, Base::merge_chunks, Base::mlp, Base::mlp_backward, Base::mlp_backward_hidden,
-      Base::mlp_backward_input, Base::mlp_gate, Base::mlp_hidden, Base::norm_gradient, Base::p, Base::pad,
-      Base::period, Base::planes_gradient, Base::pool, Base::pool_chunk, Base::prepare, Base::products,
-      Base::repeat, Base::rest_of_gate_gradient, Base::round, Base::rounds, Base::run_team,
-      Base::spatial_gate, Base::spatial_pool, Base::tile_dgate, Base::tile_end, Base::tiles, Base::together,
+      Base::count_chunks, Base::dx, Base::gate_logits_gradient, Base::group, Base::L, Base::load_gate,
+      Base::load_pool_gradients, Base::load_saved, Base::logits_gradient, Base::maps_gradient,
+      Base::merge_chunks, Base::mlp, Base::mlp_backward, Base::mlp_backward_hidden, Base::mlp_backward_input,
+      Base::mlp_gate, Base::mlp_hidden, Base::norm_gradient, Base::p, Base::pad, Base::period,
+      Base::planes_gradient, Base::pool, Base::pool_chunk, Base::prepare, Base::products, Base::repeat,
+      Base::rest_of_gate_gradient, Base::round, Base::rounds, Base::run_team, Base::spatial_gate,
+      Base::spatial_pool, Base::tile_dgate, Base::tile_end, Base::tiles, Base::together,
       Base::weight_gradients;
   using Base::Base;
   using typename Base::A;
@@ -67,12 +68,10 @@ struct Schedule : Backward<T, kChannelsLast> {
       for (int64_t n = p.N; reversed && n-- > even;) team(m, w, n);
       for (int64_t i = 0; i < rounds(); ++i) {
         const int64_t n0 = (reversed ? rounds() - 1 - i : i) * round(), n1 = std::min(n0 + round(), even);
-        const int64_t parts = (n1 - n0 + group - 1) / group;
+        const int64_t each = (n1 - n0) / p.threads;  // both are multiples
         auto of_part = [&](auto f) {
-          m.phase(parts, [&](int64_t part) {
-            const int64_t begin = n0 + part * group;
-            f(begin, std::min(begin + group, n1), part * group, w);
-          });
+          m.phase(p.threads,
+                  [&](int64_t part) { f(n0 + part * each, n0 + (part + 1) * each, part * group, w); });
         };
         of_part(first);
         shared(m, n0, n1);
@@ -140,12 +139,11 @@ struct Schedule : Backward<T, kChannelsLast> {
   // The MLP of the samples [n0, n1), whose pools are known, by all members.
   void share_mlp(Member& m, int64_t n0, int64_t n1) const {
     m.in_parts(p.hidden, [&](int64_t j0, int64_t j1) { mlp_hidden(n0, n1, j0, j1); }, kBlock);
-    m.in_parts(p.C, [&](int64_t c0, int64_t c1) { mlp_gate(n0, n1, c0, c1); }, kPart);
+    m.in_parts(p.C, [&](int64_t c0, int64_t c1) { mlp_gate(n0, n1, c0, c1); }, L);
   }
   void share_mlp_backward(Member& m, int64_t n0, int64_t n1) const {
-    m.in_parts(n1 - n0, [&](int64_t i0, int64_t i1) { blend(n0 + i0, n0 + i1, 0, p.C); });
-    m.in_parts(p.hidden, [&](int64_t j0, int64_t j1) { mlp_backward_hidden(n0, n1, j0, j1); }, kPart);
-    m.in_parts(p.C, [&](int64_t c0, int64_t c1) { mlp_backward_input(n0, n1, c0, c1); }, kPart);
+    m.in_parts(p.hidden, [&](int64_t j0, int64_t j1) { mlp_backward_hidden(n0, n1, j0, j1); }, L);
+    m.in_parts(p.C, [&](int64_t c0, int64_t c1) { mlp_backward_input(n0, n1, c0, c1); }, L);
   }
 
   // A sample of all members, phase by phase.
@@ -184,7 +182,9 @@ struct Schedule : Backward<T, kChannelsLast> {
           if (period) repeat(s.s);
         });
       }
-      if (written) m.in_parts(p.C, [&](int64_t c0, int64_t c1) { apply_rows(c0, c1, s); }, step);
+      // A member's own part of x, read a third time, or by a call that only scales the first.
+      const bool fetch = !pooled || p.C * p.P * int64_t(sizeof(T)) > p.threads * p.second_level;
+      if (written) m.in_parts(p.C, [&](int64_t c0, int64_t c1) { apply_rows(c0, c1, s, fetch); }, step);
     } else if (p.spatial || written) {
       each_tile(m, [&](int64_t t) {
         if (p.spatial) spatial_gate(t, w, s, stage);
@@ -219,6 +219,7 @@ struct Schedule : Backward<T, kChannelsLast> {
                     if (p.spatial && rest) second_half(t, w, s);
                   });
             gate_logits_gradient(s, stage);
+            if (rest && p.pools) blend(n, n + 1, 0, p.C);
             if (p.spatial && rest) planes_gradient(0, TapTiles(pad).count(pad), s);
             if (p.spatial && rest && p.dnorm) norm_gradient(w, s);
           }
@@ -238,6 +239,7 @@ struct Schedule : Backward<T, kChannelsLast> {
         },
         [&](Member& m, Worker<A>& w, int64_t n) {
           Sample<A> s = call.samples[p.threads * group];
+          const bool shared = Base::matrix_bytes(p) >= 256 << 10;  // worth three more phases
           m.alone([&] { load_saved(n, s, stage); });
           s.n = n;
           each_tile(m, [&](int64_t t) { first_half(t, w, s); });
@@ -248,9 +250,14 @@ struct Schedule : Backward<T, kChannelsLast> {
           m.alone([&] {
             if (p.spatial && rest && p.dnorm) norm_gradient(w, s);
             gate_logits_gradient(s, stage);
+            if (rest && p.pools) blend(n, n + 1, 0, p.C);
+            if (rest && p.pools && !shared) mlp_backward(n, n + 1);
+            if (rest && !shared) load_pool_gradients(s);
           });
-          if (rest && p.pools) share_mlp_backward(m, n, n + 1);
-          if (rest) m.alone([&] { load_pool_gradients(s); });
+          if (rest && shared) {
+            share_mlp_backward(m, n, n + 1);
+            m.alone([&] { load_pool_gradients(s); });
+          }
           if (rest) each_tile(m, [&](int64_t t) { dx(t, s); });
         },
         [&](Member& m) {
