@@ -185,18 +185,22 @@ def as_numbers(a: np.ndarray) -> np.ndarray:
 def check_agreement(versions: Sequence[Version], options: argparse.Namespace, out: np.ndarray) -> None:
     """Whether all versions compute the same: what is faster and wrong is not measured."""
     tolerance = DTYPES[options.dtype][2]
-    for backward in (False, True)[: 1 + (options.mode == "train")]:
-        results = []
-        for v in versions:
+    results: Dict[str, List[np.ndarray]] = {}
+    for v in versions:
+        out[:] = 0
+        v.run(False, out)
+        results.setdefault("y", []).append(as_numbers(out))
+        if options.mode == "train":
             out[:] = 0
-            v.run(backward, out)
-            results.append(as_numbers(out))
-        for v, result in zip(versions, results):
-            apart = np.abs(result - results[0]).max() / np.abs(results[0]).max()
-            if not (np.isfinite(result).all() and result.any() and apart <= tolerance):
-                what = "dx" if backward else "y"
+            v.run(True, out)
+            results.setdefault("dx", []).append(as_numbers(out))
+            results.setdefault("the gradient of the parameters", []).append(v.gradients())
+    for what, of_versions in results.items():
+        for v, result in zip(versions, of_versions):
+            off = np.abs(result - of_versions[0]).max() / np.abs(of_versions[0]).max()
+            if not (np.isfinite(result).all() and result.any() and off <= tolerance):
                 raise SystemExit(
-                    f"passes.py: {what} of {v.name} is off by {apart:.2g}, tolerance {tolerance:.2g}"
+                    f"passes.py: {what} of {v.name} is off by {off:.2g}, tolerance {tolerance:.2g}"
                 )
 
 

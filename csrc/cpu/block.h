@@ -205,8 +205,9 @@ struct Block {
 
   // Whether threads take their groups of samples at the same time and share the MLP of all of them, each with
   // rows or columns of the matrices of its own: where those fill a second-level cache, so that every thread
-  // would read all of them from beyond its own. (Measured on a Xeon with 2 MiB, two threads, (2048, 7, 7):
-  // forward 0.9 to 0.97 of the time, backward 0.95; with matrices of a quarter of that 0.97 and 1.03.)
+  // would read all of them from beyond its own. (Measured on a Xeon with 2 MiB, two threads, (2048, 7, 7),
+  // beside what nets.h fetches ahead: the MLP 0.85 to 0.9 of the time, but some of it goes into waiting, so
+  // forward 0.95 to 0.98 and backward 0.98 to 1.02; with matrices of a quarter of that 0.97 and 1.03.)
   // Samples of which a group has one weigh more than the matrices.
   static bool shares_mlp(const Problem& p, int64_t group) {
     return p.pools && p.threads > 1 && group > 1 && matrix_bytes(p) >= p.second_level;
@@ -564,7 +565,7 @@ struct Block {
           store_lanes(s.q_mean + pos, e.sum / A(p.C), 0, rows);
           if (kIndex) store_lanes(s.q_index + pos, e.index, 0, rows);
         };
-        const bool fetch = group * p.C * p.P * int64_t(sizeof(T)) > p.second_level;
+        const bool fetch = p.C * p.P * int64_t(sizeof(T)) > p.second_level;
         reduce_rows<true, kIndex>(xs, p.C, p0, p1, make_slots<A>(p.C, 0), p.C, s.gate, fetch, done, also);
       } else {
         auto slots = make_slots<A>(p1 - p0, p0);
