@@ -254,8 +254,8 @@ struct Backward : Block<T, kChannelsLast> {
   bool reads_x_again() const { return p.ties == kSplit || p.pools & (kLp | kLse); }
 
   // Whether dy is read from beyond the second-level cache: of what products read of a sample's x and dy it
-  // still has as much as fits, and where products were another call (kAttention), nothing. (Not so where a
-  // group of small samples went in between, (2048, 7, 7): there dx took 1.2 times as long with it.)
+  // still has as much as fits, and where products were another call (kAttention), nothing. (Asking for the
+  // bytes of a group of samples gained nothing at (2048, 7, 7).)
   bool fetches_dy() const { return p.dgate || 2 * p.C * p.P * int64_t(sizeof(T)) > p.second_level; }
 
   // What only one element of a channel or of a position receives is added by computing that element anew, so
