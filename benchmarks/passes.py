@@ -16,7 +16,6 @@ import argparse
 import ctypes
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -102,10 +101,9 @@ def compile_version(commit: Optional[str], isa: str, dtype: str) -> Path:
         if not library.exists():
             library.parent.mkdir(parents=True, exist_ok=True)
             print(f"compiling csrc/cpu of {commit or 'the working tree'} ...", file=sys.stderr)
-            part = str(Path(folder) / "passes.so")
+            part = f"{library}.{Path(folder).name}"  # another may be at work on the same
             subprocess.run([*command, f"-I{source}", str(SOURCE), "-o", part], check=True)
-            shutil.copy(part, f"{library}.{os.getpid()}")
-            os.replace(f"{library}.{os.getpid()}", library)
+            os.replace(part, library)
     return library
 
 
@@ -305,15 +303,10 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     options = parse(argv)
     commits = [None, options.against] if options.against else [None]
-    if (
-        options.against
-        and not subprocess.run(
-            ["git", "diff", "--quiet", options.against, "--", "csrc/cpu"], cwd=ROOT
-        ).returncode
-    ):
-        print(f"csrc/cpu is that of {options.against}: this measures the noise", file=sys.stderr)
     with ThreadPoolExecutor() as pool:
         libraries = list(pool.map(lambda c: compile_version(c, options.isa, options.dtype), commits))
+    if len(set(libraries)) < len(libraries):
+        print(f"csrc/cpu is that of {options.against}: the ratios are the noise", file=sys.stderr)
     versions = [Version(commit or "now", library) for commit, library in zip(commits, libraries)]
     for shape in options.shapes:
         samples = measure(versions, shape, options)

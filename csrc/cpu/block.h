@@ -206,8 +206,8 @@ struct Block {
   // Whether threads take their groups of samples at the same time and share the MLP of all of them, each with
   // rows or columns of the matrices of its own: where those fill a second-level cache, so that every thread
   // would read all of them from beyond its own. (Measured on a Xeon with 2 MiB, two threads, (2048, 7, 7),
-  // beside what nets.h fetches ahead: the MLP 0.85 to 0.9 of the time, but some of it goes into waiting, so
-  // forward 0.95 to 0.98 and backward 0.98 to 1.02; with matrices of a quarter of that 0.97 and 1.03.)
+  // with over without, each against a third version: the MLP 0.82 to 0.94 of the time, of which a part goes
+  // into waiting: forward 0.94 to 0.98, backward 0.98 to 1.02. At (1024, 14, 14) backward lost 2 to 3 %.)
   // Samples of which a group has one weigh more than the matrices.
   static bool shares_mlp(const Problem& p, int64_t group) {
     return p.pools && p.threads > 1 && group > 1 && matrix_bytes(p) >= p.second_level;
