@@ -203,14 +203,15 @@ struct Block {
     return (p.hidden ? 2 * p.hidden : p.C) * p.C * element;
   }
 
-  // Whether threads take their groups of samples at the same time and share the MLP of all of them, each with
-  // rows or columns of the matrices of its own: where those fill a second-level cache, so that every thread
-  // would read all of them from beyond its own. (Measured on a Xeon with 2 MiB, two threads, (2048, 7, 7),
-  // with over without, each against a third version: the MLP 0.82 to 0.94 of the time, of which a part goes
-  // into waiting: forward 0.94 to 0.98, backward 0.98 to 1.02. At (1024, 14, 14) backward lost 2 to 3 %.)
-  // Samples of which a group has one weigh more than the matrices.
-  static bool shares_mlp(const Problem& p, int64_t group) {
-    return p.pools && p.threads > 1 && group > 1 && matrix_bytes(p) >= p.second_level;
+  // Whether threads take their groups of samples through a forward at the same time and share the MLP of all
+  // of them, each with rows of the matrices of its own: where those fill a second-level cache, so that every
+  // thread would read all of them from beyond its own. (Measured with two threads, (2048, 7, 7), with over
+  // without: on a Xeon with 2 MiB, the MLP 0.82 to 0.94 of the time, of which a part goes into waiting:
+  // forward 0.94 to 0.98; on Zen 4 with 1 MiB 0.84 to 0.91, and 0.93 to 0.97. Backward, whose products are by
+  // columns, took 0.98 to 1.02 and 1.10 when it shared them too. At (1024, 14, 14) 2 to 3 % longer.) Samples
+  // of which a group has one weigh more than the matrices.
+  static bool shares_mlp(const Problem& p, bool backward, int64_t group) {
+    return !backward && p.pools && p.threads > 1 && group > 1 && matrix_bytes(p) >= p.second_level;
   }
 
   Block(const Problem& problem, bool is_backward, Carver& carver)
@@ -224,7 +225,7 @@ struct Block {
         tiles(count_tiles(problem.P, tile)),
         period(kChannelsLast || tiles > 1 || problem.P < L ? 0 : flat_period(problem.P)),
         group(group_size(problem, is_backward)),
-        together(shares_mlp(problem, group)),
+        together(shares_mlp(problem, is_backward, group)),
         streams(can_stream(problem, is_backward, tiles)) {
     carve(carver);
   }
@@ -326,9 +327,11 @@ struct Block {
   int64_t tile_end(int64_t t) const { return t + 1 == tiles ? p.P : (t + 1) * tile; }
   A* tile_dgate(const Sample<A>& s, int64_t t) const { return s.dgate + t * (p.C + L); }
 
+  // The samples of which each thread can have as many as the others.
+  int64_t even() const { return p.N / p.threads * p.threads; }
   // Samples that all threads take at the same time where they share the MLP, and such rounds.
   int64_t round() const { return p.threads * group; }
-  int64_t rounds() const { return together ? (p.N / p.threads * p.threads + round() - 1) / round() : 0; }
+  int64_t rounds() const { return together ? (even() + round() - 1) / round() : 0; }
   // At most so many phases draw samples, share one, take a round of them, or end the call.
   static constexpr int64_t kPhases = 16;
   int64_t phase_words() const { return Member::words(p.threads, kPhases * (p.N % p.threads + 2 + rounds())); }

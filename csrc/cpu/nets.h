@@ -152,8 +152,7 @@ void matvec_transposed(const W* w, int64_t rows, int64_t cols, int64_t c0, int64
         for (int i = 0; i < M; ++i) {
           for (int u = 0; u < S; ++u) acc[i][u] = Vec<A>{};
         }
-        const bool fetch = kFetch.matrices && !first;
-        auto go = [&](auto* from, int64_t stride, bool leave) CBAM_INLINE_LAMBDA {
+        auto go = [&](auto* from, int64_t stride, bool leave, bool fetch) CBAM_INLINE_LAMBDA {
           A* copy = strips;
           for (int64_t r = r0; r < r1; ++r, from += stride, copy += S * L) {
             Vec<A> k[S];
@@ -167,11 +166,14 @@ void matvec_transposed(const W* w, int64_t rows, int64_t cols, int64_t c0, int64
           }
         };
         if (first) {
-          go(static_cast<const A*>(strips), S * L, false);
-        } else if (count > M) {
-          go(w + r0 * cols + c, cols, true);
+          go(static_cast<const A*>(strips), S * L, false, false);
         } else {
-          go(w + r0 * cols + c, cols, false);
+          decided(kFetch.matrices, [&](auto fetch) CBAM_INLINE_LAMBDA {
+            if (count > M)
+              go(w + r0 * cols + c, cols, true, fetch);
+            else
+              go(w + r0 * cols + c, cols, false, fetch);
+          });
         }
         for (int i = 0; i < M; ++i) {
           for (int u = 0; u < S; ++u) {

@@ -1,22 +1,22 @@
 // The order of the stages and their split over threads.
 //
 // Samples in plenty: threads draw groups of samples and work alone, stage after stage in cache; but where the
-// MLP's matrices are large, the threads have a group each and share the MLP of all of them. A group is one
-// sample, or as many as make reading the MLP's weights worth it. The samples left over by an even split (all
-// of them in a batch of 1) are shared by all threads, stage by stage. All of it is one region of the pool of
-// threads, since entering one costs as much as a stage of a small sample.
+// MLP's matrices are large, threads have a group each in forward and share the MLP of all of them. A group is
+// one sample, or as many as make reading the MLP's weights worth it. The samples left over by an even split
+// (all of them in a batch of 1) are shared by all threads, stage by stage. All of it is one region of the
+// pool of threads, since entering one costs as much as a stage of a small sample.
 
 template <class T, bool kChannelsLast>
 struct Schedule : Backward<T, kChannelsLast> {
   using Base = Backward<T, kChannelsLast>;
   using Base::apply, Base::apply_rows, Base::backward, Base::blend, Base::by_rows, Base::call,
-      Base::count_chunks, Base::dx, Base::gate_logits_gradient, Base::group, Base::L, Base::load_gate,
-      Base::load_pool_gradients, Base::load_saved, Base::logits_gradient, Base::maps_gradient,
-      Base::merge_chunks, Base::mlp, Base::mlp_backward, Base::mlp_backward_hidden, Base::mlp_backward_input,
-      Base::mlp_gate, Base::mlp_hidden, Base::norm_gradient, Base::p, Base::pad, Base::period,
-      Base::planes_gradient, Base::pool, Base::pool_chunk, Base::prepare, Base::products, Base::repeat,
-      Base::rest_of_gate_gradient, Base::round, Base::rounds, Base::run_team, Base::spatial_gate,
-      Base::spatial_pool, Base::tile_dgate, Base::tile_end, Base::tiles, Base::together,
+      Base::count_chunks, Base::dx, Base::even, Base::gate_logits_gradient, Base::group, Base::L,
+      Base::load_gate, Base::load_pool_gradients, Base::load_saved, Base::logits_gradient,
+      Base::maps_gradient, Base::merge_chunks, Base::mlp, Base::mlp_backward, Base::mlp_backward_hidden,
+      Base::mlp_backward_input, Base::mlp_gate, Base::mlp_hidden, Base::norm_gradient, Base::p, Base::pad,
+      Base::period, Base::planes_gradient, Base::pool, Base::pool_chunk, Base::prepare, Base::products,
+      Base::repeat, Base::rest_of_gate_gradient, Base::round, Base::rounds, Base::run_team,
+      Base::spatial_gate, Base::spatial_pool, Base::tile_dgate, Base::tile_end, Base::tiles, Base::together,
       Base::weight_gradients;
   using Base::Base;
   using typename Base::A;
@@ -54,40 +54,44 @@ struct Schedule : Backward<T, kChannelsLast> {
     return from_the_end && turn < turns ? (turns - 1 - turn) * p.threads + i % p.threads : i;
   }
 
-  // first(n0, n1, place, worker), middle(n0, n1) and second(n0, n1, place, worker) over groups drawn by the
-  // threads, `place` being that of the group's arrays in call.samples; where the MLP is shared, first and
-  // second over a round of groups at a time, one a thread, and between them shared(member, n0, n1) over all
-  // its samples. team(member, worker, n) for the samples behind them that are left over, then last(member).
-  template <class First, class Middle, class Shared, class Second, class Team, class Last>
-  void run_samples(Stage stage, First first, Middle middle, Shared shared, Second second, Team team,
-                   Last last) const {
-    const int64_t even = p.N / p.threads * p.threads, groups = (even + group - 1) / group;
+  // groups(member, worker, reversed) for the samples that threads share out evenly; team(member, worker, n)
+  // for those that are left over; then last(member).
+  template <class Groups, class Team, class Last>
+  void run_samples(Stage stage, Groups groups, Team team, Last last) const {
     const bool reversed = from_the_end(stage);
     run_team([&](Member& m) {
       Worker<A> w = call.workers[m.index];
-      for (int64_t n = p.N; reversed && n-- > even;) team(m, w, n);
-      for (int64_t i = 0; i < rounds(); ++i) {
-        const int64_t n0 = (reversed ? rounds() - 1 - i : i) * round(), n1 = std::min(n0 + round(), even);
-        const int64_t each = (n1 - n0) / p.threads;  // both are multiples
-        auto of_part = [&](auto f) {
-          m.phase(p.threads,
-                  [&](int64_t part) { f(n0 + part * each, n0 + (part + 1) * each, part * group, w); });
-        };
-        of_part(first);
-        shared(m, n0, n1);
-        of_part(second);
-      }
-      if (!together) {
-        m.draw(groups, [&](int64_t i) {
-          const int64_t n0 = drawn(i, groups, reversed) * group, n1 = std::min(even, n0 + group);
-          first(n0, n1, m.index * group, w);
-          middle(n0, n1);
-          second(n0, n1, m.index * group, w);
-        });
-      }
-      for (int64_t n = even; !reversed && n < p.N; ++n) team(m, w, n);
+      for (int64_t n = p.N; reversed && n-- > even();) team(m, w, n);
+      groups(m, w, reversed);
+      for (int64_t n = even(); !reversed && n < p.N; ++n) team(m, w, n);
       last(m);
     });
+  }
+
+  // f(n0, n1) over groups, each by the thread that draws it.
+  template <class F>
+  void draw_groups(Member& m, bool reversed, F f) const {
+    const int64_t groups = (even() + group - 1) / group;
+    m.draw(groups, [&](int64_t i) {
+      const int64_t n0 = drawn(i, groups, reversed) * group;
+      f(n0, std::min(even(), n0 + group));
+    });
+  }
+
+  // A round of samples at a time: first(n0, n1, place) over each thread's part, `place` being that of its
+  // arrays in call.samples, shared(n0, n1) over all of them, second(n0, n1, place).
+  template <class First, class Shared, class Second>
+  void take_rounds(Member& m, bool reversed, First first, Shared shared, Second second) const {
+    for (int64_t i = 0; i < rounds(); ++i) {
+      const int64_t n0 = (reversed ? rounds() - 1 - i : i) * round(), n1 = std::min(n0 + round(), even());
+      const int64_t each = (n1 - n0) / p.threads;  // both are multiples
+      auto of_part = [&](auto f) {
+        m.phase(p.threads, [&](int64_t part) { f(n0 + part * each, n0 + (part + 1) * each, part * group); });
+      };
+      of_part(first);
+      shared(n0, n1);
+      of_part(second);
+    }
   }
 
   // The spatial gate and the output of a sample whose channel gate is known. The pools run ahead of
@@ -112,38 +116,41 @@ struct Schedule : Backward<T, kChannelsLast> {
   void forward(Stage stage) {
     prepare();
     const bool pools = p.pools && stage != Stage::kScale;
-    run_samples(
-        stage,
-        [&](int64_t n0, int64_t n1, int64_t place, Worker<A>& w) {
-          for (int64_t n = n0; pools && n < n1; ++n) {
-            pool(n, 0, p.C, w, call.samples[place]);
-            blend(n, n + 1, 0, p.C);
-          }
-        },
-        [&](int64_t n0, int64_t n1) {
-          if (pools) mlp(n0, n1);
-        },
-        [&](Member& m, int64_t n0, int64_t n1) {
+    auto groups = [&](Member& m, Worker<A>& w, bool reversed) {
+      auto first = [&](int64_t n0, int64_t n1, int64_t place) {
+        for (int64_t n = n0; pools && n < n1; ++n) {
+          pool(n, 0, p.C, w, call.samples[place]);
+          blend(n, n + 1, 0, p.C);
+        }
+      };
+      auto second = [&](int64_t n0, int64_t n1, int64_t place) {
+        Sample<A>& s = call.samples[place];
+        for (int64_t n = n1; n-- > n0;) {  // the last one read is still in cache
+          load_gate(n, s);
+          forward_tiles(w, s, stage);
+        }
+      };
+      if (together) {
+        auto shared = [&](int64_t n0, int64_t n1) {
           if (pools) share_mlp(m, n0, n1);
-        },
-        [&](int64_t n0, int64_t n1, int64_t place, Worker<A>& w) {
-          Sample<A>& s = call.samples[place];
-          for (int64_t n = n1; n-- > n0;) {  // the last one read is still in cache
-            load_gate(n, s);
-            forward_tiles(w, s, stage);
-          }
-        },
-        [&](Member& m, Worker<A>& w, int64_t n) { share_forward(m, w, n, stage); }, [](Member&) {});
+        };
+        return take_rounds(m, reversed, first, shared, second);
+      }
+      draw_groups(m, reversed, [&](int64_t n0, int64_t n1) {
+        first(n0, n1, m.index * group);
+        if (pools) mlp(n0, n1);
+        second(n0, n1, m.index * group);
+      });
+    };
+    run_samples(
+        stage, groups, [&](Member& m, Worker<A>& w, int64_t n) { share_forward(m, w, n, stage); },
+        [](Member&) {});
   }
 
-  // The MLP of the samples [n0, n1), whose pools are known, by all members.
+  // The MLP of samples whose pools are known, by all members.
   void share_mlp(Member& m, int64_t n0, int64_t n1) const {
     m.in_parts(p.hidden, [&](int64_t j0, int64_t j1) { mlp_hidden(n0, n1, j0, j1); }, kBlock);
     m.in_parts(p.C, [&](int64_t c0, int64_t c1) { mlp_gate(n0, n1, c0, c1); }, L);
-  }
-  void share_mlp_backward(Member& m, int64_t n0, int64_t n1) const {
-    m.in_parts(p.hidden, [&](int64_t j0, int64_t j1) { mlp_backward_hidden(n0, n1, j0, j1); }, L);
-    m.in_parts(p.C, [&](int64_t c0, int64_t c1) { mlp_backward_input(n0, n1, c0, c1); }, L);
   }
 
   // A sample of all members, phase by phase.
@@ -208,35 +215,30 @@ struct Schedule : Backward<T, kChannelsLast> {
       maps_gradient(t, w, s);
       rest_of_gate_gradient(t, w, s);
     };
+    auto groups = [&](Member& m, Worker<A>& w, bool reversed) {
+      draw_groups(m, reversed, [&](int64_t n0, int64_t n1) {
+        for (int64_t n = n0; n < n1; ++n) {
+          Sample<A>& s = call.samples[m.index * group + n - n0];
+          load_saved(n, s, stage);
+          chase([&](int64_t t) { first_half(t, w, s); },
+                [&](int64_t t) {
+                  if (p.spatial && rest) second_half(t, w, s);
+                });
+          gate_logits_gradient(s, stage);
+          if (rest && p.pools) blend(n, n + 1, 0, p.C);
+          if (p.spatial && rest) planes_gradient(0, TapTiles(pad).count(pad), s);
+          if (p.spatial && rest && p.dnorm) norm_gradient(w, s);
+        }
+        if (rest && p.pools) mlp_backward(n0, n1);
+        for (int64_t n = n1; rest && n-- > n0;) {
+          Sample<A>& s = call.samples[m.index * group + n - n0];
+          load_pool_gradients(s);
+          for (int64_t t = 0; t < tiles; ++t) dx(t, s);
+        }
+      });
+    };
     run_samples(
-        stage,
-        [&](int64_t n0, int64_t n1, int64_t place, Worker<A>& w) {
-          for (int64_t n = n0; n < n1; ++n) {
-            Sample<A>& s = call.samples[place + n - n0];
-            load_saved(n, s, stage);
-            chase([&](int64_t t) { first_half(t, w, s); },
-                  [&](int64_t t) {
-                    if (p.spatial && rest) second_half(t, w, s);
-                  });
-            gate_logits_gradient(s, stage);
-            if (rest && p.pools) blend(n, n + 1, 0, p.C);
-            if (p.spatial && rest) planes_gradient(0, TapTiles(pad).count(pad), s);
-            if (p.spatial && rest && p.dnorm) norm_gradient(w, s);
-          }
-        },
-        [&](int64_t n0, int64_t n1) {
-          if (rest && p.pools) mlp_backward(n0, n1);
-        },
-        [&](Member& m, int64_t n0, int64_t n1) {
-          if (rest && p.pools) share_mlp_backward(m, n0, n1);
-        },
-        [&](int64_t n0, int64_t n1, int64_t place, Worker<A>&) {
-          for (int64_t n = n1; rest && n-- > n0;) {
-            Sample<A>& s = call.samples[place + n - n0];
-            load_pool_gradients(s);
-            for (int64_t t = 0; t < tiles; ++t) dx(t, s);
-          }
-        },
+        stage, groups,
         [&](Member& m, Worker<A>& w, int64_t n) {
           Sample<A> s = call.samples[p.threads * group];
           const bool shared = Base::matrix_bytes(p) >= 256 << 10;  // worth three more phases
@@ -255,7 +257,9 @@ struct Schedule : Backward<T, kChannelsLast> {
             if (rest && !shared) load_pool_gradients(s);
           });
           if (rest && shared) {
-            share_mlp_backward(m, n, n + 1);
+            auto hidden = [&](int64_t j0, int64_t j1) { mlp_backward_hidden(n, n + 1, j0, j1); };
+            m.in_parts(p.hidden, hidden, L);
+            m.in_parts(p.C, [&](int64_t c0, int64_t c1) { mlp_backward_input(n, n + 1, c0, c1); }, L);
             m.alone([&] { load_pool_gradients(s); });
           }
           if (rest) each_tile(m, [&](int64_t t) { dx(t, s); });
