@@ -74,6 +74,15 @@ FAULT(unwritten_global, .grid = 1, .block = 64) {
   else
     out[threadIdx.x] += 1.0f;  // FAULT
 }
+FAULT(half_unwritten_shared, .grid = 1, .block = 64, .shared = 256) {
+  CBAM_DYNAMIC_SHARED(smem);
+  reinterpret_cast<unsigned short*>(smem)[2 * threadIdx.x] = 1;
+  out[threadIdx.x] = float(reinterpret_cast<unsigned*>(smem)[threadIdx.x]);  // FAULT: its upper half
+}
+FAULT(half_unwritten_global, .grid = 1, .block = 64) {
+  reinterpret_cast<unsigned short*>(out)[2 * threadIdx.x] = 1;
+  out[threadIdx.x] = __ldcg(out + threadIdx.x);  // FAULT: its upper half
+}
 FAULT(async_not_waited, .grid = 1, .block = 64, .shared = 1024) {
   CBAM_DYNAMIC_SHARED(smem);
   auto* s = reinterpret_cast<float*>(smem);
@@ -322,6 +331,48 @@ HANDOVER(handover_relaxed_signal, __syncthreads(), add_relaxed, load_acquire, __
 HANDOVER(handover_relaxed_poll, __syncthreads(), add_release, load_relaxed, __ldcg)    // FAULT
 HANDOVER(handover_read_only, __syncthreads(), add_release, load_acquire, __ldg)        // FAULT
 
+// A store by somebody who knows nothing of the release before it ends that release's chain: who reads the
+// store's value has not acquired what was released.
+FAULT(handover_chain_broken, .grid = 3, .block = 64) {
+  if (blockIdx.x == 0) {
+    out[threadIdx.x] = x[threadIdx.x];
+    __syncthreads();
+    if (threadIdx.x == 0) add_release(counters, 1u);
+  } else if (blockIdx.x == 1) {
+    if (threadIdx.x == 0) {
+      while (load_relaxed(counters) == 0) sleep(32);
+      store_release(counters, 2u);
+    }
+  } else {
+    if (threadIdx.x == 0) {
+      while (load_relaxed(counters) != 2) sleep(32);  // an acquire that reads 1 would acquire what 1 released
+      load_acquire(counters);
+    }
+    __syncthreads();
+    out[64 + threadIdx.x] = __ldcg(out + 63 - threadIdx.x);  // FAULT
+  }
+}
+// With a read-modify-write in the store's place the chain goes on.
+FAULT(handover_chain, .grid = 3, .block = 64) {
+  if (blockIdx.x == 0) {
+    out[threadIdx.x] = x[threadIdx.x];
+    __syncthreads();
+    if (threadIdx.x == 0) add_release(counters, 1u);
+  } else if (blockIdx.x == 1) {
+    if (threadIdx.x == 0) {
+      while (load_relaxed(counters) == 0) sleep(32);
+      add_relaxed(counters, 1u);
+    }
+  } else {
+    if (threadIdx.x == 0) {
+      while (load_relaxed(counters) != 2) sleep(32);  // an acquire that reads 1 would acquire what 1 released
+      load_acquire(counters);
+    }
+    __syncthreads();
+    out[64 + threadIdx.x] = __ldcg(out + 63 - threadIdx.x);
+  }
+}
+
 // After a write and a barrier, so that a race is reported and not a read of what nobody wrote: each kind that
 // the detector tells apart.
 FAULT(shared_written_twice, .grid = 1, .block = 64) {
@@ -396,6 +447,58 @@ FAULT(bulk_store_early_fence, .grid = 1, .block = 64, .shared = 512) {
   }
 }
 
+FAULT(bulk_store_fence_before_own, .grid = 1, .block = 32, .shared = 512) {
+  CBAM_DYNAMIC_SHARED(smem);
+  if (threadIdx.x == 0) {
+    fence_proxy_async();  // before what it would have to order, and nothing is waited for in between
+    for (int i = 0; i < 64; ++i) reinterpret_cast<float*>(smem)[i] = x[i];
+    bulk_store(out, smem, 256);  // FAULT
+    bulk_commit();
+    bulk_wait<0>();
+  }
+}
+// The issuer's fence orders what it had learnt of by then, not what it learns of later: of a warp's stores by
+// a barrier of the warp, by a named barrier, by a counter.
+FAULT(bulk_store_fence_before_syncwarp, .grid = 1, .block = 32, .shared = 512) {
+  CBAM_DYNAMIC_SHARED(smem);
+  reinterpret_cast<float2*>(smem)[threadIdx.x] = make_float2(0, 0);
+  if (threadIdx.x == 0) fence_proxy_async();
+  __syncwarp();
+  if (threadIdx.x == 0) {
+    bulk_store(out, smem, 256);  // FAULT
+    bulk_commit();
+    bulk_wait<0>();
+  }
+}
+FAULT(bulk_store_fence_before_named, .grid = 1, .block = 64, .shared = 512) {
+  CBAM_DYNAMIC_SHARED(smem);
+  if (threadIdx.x >= 32) {
+    reinterpret_cast<float2*>(smem)[threadIdx.x - 32] = make_float2(0, 0);
+    named_barrier_arrive(1, 64);
+    return;
+  }
+  if (threadIdx.x == 0) fence_proxy_async();
+  named_barrier_sync(1, 64);
+  if (threadIdx.x == 0) {
+    bulk_store(out, smem, 256);  // FAULT
+    bulk_commit();
+    bulk_wait<0>();
+  }
+}
+FAULT(bulk_store_fence_before_acquire, .grid = 1, .block = 64, .shared = 512) {
+  CBAM_DYNAMIC_SHARED(smem);
+  if (threadIdx.x == 32) {
+    for (int i = 0; i < 64; ++i) reinterpret_cast<float*>(smem)[i] = x[i];
+    add_release(counters, 1u);
+  }
+  if (threadIdx.x == 0) {
+    fence_proxy_async();
+    while (load_acquire(counters) == 0) sleep(32);
+    bulk_store(out, smem, 256);  // FAULT
+    bulk_commit();
+    bulk_wait<0>();
+  }
+}
 FAULT(mbarrier_arrivals_too_many, .grid = 1, .block = 64, .shared = 512) {
   CBAM_DYNAMIC_SHARED(smem);
   auto* barrier = reinterpret_cast<std::uint64_t*>(smem);
@@ -441,6 +544,28 @@ FAULT(ring_overwritten, .grid = 2, .block = 32) {
     __syncthreads();
     out[64 + threadIdx.x] = __ldcg(out + threadIdx.x);  // FAULT
   }
+}
+// A thread that overwrites what its own copy reads races with nobody: the copy brings the old value or the
+// new one.
+FAULT(async_source_overwritten, .grid = 1, .block = 1, .shared = 256) {
+  CBAM_DYNAMIC_SHARED(smem);
+  out[0] = 1.0f;
+  copy_async_4(smem, out);
+  out[0] = 2.0f;
+  copy_async_wait_all();
+  out[1] = *reinterpret_cast<float*>(smem);
+}
+FAULT(bulk_source_overwritten, .grid = 1, .block = 1, .shared = 256) {
+  CBAM_DYNAMIC_SHARED(smem);
+  auto* barrier = reinterpret_cast<std::uint64_t*>(smem + 128);
+  barrier_init(barrier, 1);
+  barrier_init_fence();
+  for (int i = 0; i < 4; ++i) out[i] = 1.0f;
+  barrier_arrive_expect(barrier, 16);
+  bulk_load(smem, out, 16, barrier);
+  for (int i = 0; i < 4; ++i) out[i] = 2.0f;
+  barrier_wait(barrier, 0);
+  out[1] = *reinterpret_cast<float*>(smem);
 }
 FAULT(signed_overflow, .grid = 1, .block = 32) {
   const int v = 0x7fffffff - int(threadIdx.x) + int(counters[0]);

@@ -277,16 +277,16 @@ void mark_landed(Thread& t, void* address, std::size_t bytes) {
             });
 }
 
-// Plain stores that a bulk copy is to read must be followed by fence.proxy.async: by the writer, or by the
-// issuer after it learnt of them.
+// Plain stores that a bulk copy is to read must be followed by fence.proxy.async: by the writer, or, if that
+// is another thread, by the issuer after it learnt of them.
 void check_proxy(Thread& t, const void* address, std::size_t bytes, Site site) {
-  if (!device.instrumented || t.fenced_since_acquire) return;
+  if (!device.instrumented) return;
   Block& owner = *shared_block(address);
   const Cluster& cluster = *owner.cluster;
   for_cells(
       owner, static_cast<std::size_t>(static_cast<const unsigned char*>(address) - owner.shared), bytes,
       [&](Cell& c, std::size_t at) {
-        if (c.writer >= cluster.parties) return;
+        if (c.writer >= cluster.parties || (t.fenced_since_acquire && c.writer != t.party)) return;
         const Thread& w =
             cluster.blocks[c.writer / device.block_threads]->threads[c.writer % device.block_threads];
         if (w.proxy_fence < c.write_clock)
