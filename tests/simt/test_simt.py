@@ -239,6 +239,7 @@ FAULTS = {
     "bulk_never_waited": "returned before the bulk copy of .* landed in its shared memory",
     "bulk_store_early_fence": "no fence.proxy.async",
     "bulk_store_fence_before_own": "no fence.proxy.async",
+    "bulk_store_fence_before_syncthreads": "no fence.proxy.async",
     "bulk_store_fence_before_syncwarp": "no fence.proxy.async",
     "bulk_store_fence_before_named": "no fence.proxy.async",
     "bulk_store_fence_before_acquire": "no fence.proxy.async",

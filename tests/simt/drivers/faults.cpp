@@ -457,8 +457,19 @@ FAULT(bulk_store_fence_before_own, .grid = 1, .block = 32, .shared = 512) {
     bulk_wait<0>();
   }
 }
-// The issuer's fence orders what it had learnt of by then, not what it learns of later: of a warp's stores by
-// a barrier of the warp, by a named barrier, by a counter.
+// The issuer's fence orders what it had learnt of by then, not what it learns of later: of other threads'
+// stores by a barrier of the block, of the warp, by a named barrier, by a counter.
+FAULT(bulk_store_fence_before_syncthreads, .grid = 1, .block = 64, .shared = 512) {
+  CBAM_DYNAMIC_SHARED(smem);
+  if (threadIdx.x >= 32) reinterpret_cast<float2*>(smem)[threadIdx.x - 32] = make_float2(0, 0);
+  if (threadIdx.x == 0) fence_proxy_async();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    bulk_store(out, smem, 256);  // FAULT
+    bulk_commit();
+    bulk_wait<0>();
+  }
+}
 FAULT(bulk_store_fence_before_syncwarp, .grid = 1, .block = 32, .shared = 512) {
   CBAM_DYNAMIC_SHARED(smem);
   reinterpret_cast<float2*>(smem)[threadIdx.x] = make_float2(0, 0);

@@ -98,7 +98,6 @@ void acquire(Thread& t, const ForeignRef& released) {
   if (!released || released == t.last_acquired) return;
   t.last_acquired = released;
   t.foreign = merge(t.foreign, released);
-  t.fenced_since_acquire = false;
   const Entries* own = entries_of(*released, t.block->cluster->number);
   if (own && !covers(t.base->local, *own)) absorb(t, std::make_shared<const Clocks>(Clocks{*own, nullptr}));
 }
