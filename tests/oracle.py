@@ -16,7 +16,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from cbam_fused import _checks, _ops, backends
-from cbam_fused._config import Config, Parameters
+from cbam_fused._config import TIES_FIRST, Config, Parameters
 from cbam_fused.functional import run
 from cbam_fused.reference import cbam_reference
 
@@ -271,20 +271,27 @@ FROM_DLOGITS = ("dx", "dw1", "db1", "dw2", "db2")
 ORDERS = tuple(itertools.product((False, True), repeat=3))[1:]
 
 
-def reference_in_other_orders(problem: Problem) -> Iterator[Tuple[Tensor, ...]]:
-    """Results of the reference with its sums in other orders. Of no use with ties: the first one moves."""
-    for order in ORDERS:
+def first_counts(problem: Problem, ties: bool) -> bool:
+    """Whether another order of channels or positions is another problem: the first of equal maxima moves."""
+    return ties and problem.c.ties == TIES_FIRST
+
+
+def reference_in_other_orders(problem: Problem, ties: bool) -> Iterator[Tuple[Tensor, ...]]:
+    """Results of the reference with its sums in other orders, where the first maximum counts of samples alone."""
+    for order in ((True, False, False),) if first_counts(problem, ties) else ORDERS:
         flips = problem.flips(*order)
         flips["y"] = flips["x"]
         results = zip(problem.names(), run_problem(problem.reordered(flips), "reference"))
         yield tuple(t.flip(flips.get(name.removeprefix("d"), ())) for name, t in results)
 
 
-def reference_in_shuffled_orders(problem: Problem) -> Iterator[Tuple[Tensor, ...]]:
+def reference_in_shuffled_orders(problem: Problem, ties: bool) -> Iterator[Tuple[Tensor, ...]]:
     """The same with samples and channels in eight random orders, in both layouts: convolutions add differently."""
     for seed in range(8):
         g = torch.Generator().manual_seed(seed)
         orders = [torch.randperm(n, generator=g) for n in problem.x.shape[:2]]
+        if first_counts(problem, ties):
+            orders[1] = torch.arange(problem.x.shape[1])
         back = problem.shuffles(*(torch.argsort(o) for o in orders))
         back["y"] = back["x"]
         shuffled = problem.shuffled(problem.shuffles(*orders))
@@ -325,17 +332,15 @@ def reference_errors_scaled(
     """fp64 results as far off as the reference's in fp32, times the ratio of both epsilons.
 
     Nothing here computes more precisely than fp64, but the same sums lose the same number of places. One
-    order of sums may lose few by luck, and the fp64 values that are compared with are off as well: without
-    ties, other orders count too.
+    order of sums may lose few by luck, and the fp64 values that are compared with are off as well: other
+    orders count too.
     """
     ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     single = problem.to(torch.float32)
     # Rounded inputs are another problem; its own fp64 values are what fp32 is compared with.
     target = run_problem(single.to(torch.float64), None)
-    low = [run_problem(single, "reference")]
-    if not ties:
-        low += [*reference_in_other_orders(single), *reference_in_shuffled_orders(single)]
-    for found in low:
+    low = run_problem(single, "reference")
+    for found in (low, *reference_in_other_orders(single, ties), *reference_in_shuffled_orders(single, ties)):
         yield tuple(e + (f.double() - t) * ratio for e, f, t in zip(exact, found, target))
 
 
@@ -399,9 +404,9 @@ def references(problem: Problem, exact: Sequence, ties: bool) -> Iterator[Tuple[
     dtype = problem.x.dtype
     yield run_problem(problem, "reference")
     yield from reference_of_rounded_inputs(problem, ties)
-    if not ties and dtype.itemsize > 2:
-        yield from reference_in_other_orders(problem)
-        yield from reference_in_shuffled_orders(problem)
+    if dtype.itemsize > 2:
+        yield from reference_in_other_orders(problem, ties)
+        yield from reference_in_shuffled_orders(problem, ties)
     if dtype == torch.float64:
         yield from reference_errors_scaled(problem, exact, ties)
 
@@ -430,10 +435,11 @@ def check(
 ) -> None:
     """Runs the backend and checks the output and every gradient against the reference in fp64.
 
-    ties: x has equal maxima, so that only one order of sums is the same problem. In fp64 there is no
-    higher precision to measure the reference's error with: there it is what other orders make of it,
-    and what fp32 makes of it in proportion, in each order; and half as much again, as the values that it is
-    compared with are off by as much. In 16 bits it is what fp32 makes of it, rounded at the end.
+    ties: x has equal maxima: where the first counts, no other order of channels or positions is the same
+    problem. In fp64 there is no higher precision to measure the reference's error with: there it is what
+    other orders make of it, and what fp32 makes of it in proportion, in each order; and half as much again,
+    as the values that it is compared with are off by as much. In 16 bits it is what fp32 makes of it,
+    rounded at the end.
     searched: the problem is one of hundreds that were drawn to find the worst; twice the budget.
     got: results that take the place of the backend's.
     """
