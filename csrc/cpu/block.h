@@ -207,9 +207,9 @@ struct Block {
   // of them, each with rows of the matrices of its own: where those fill a second-level cache, so that every
   // thread would read all of them from beyond its own. (Measured with two threads, (2048, 7, 7), with over
   // without: on a Xeon with 2 MiB, the MLP 0.82 to 0.94 of the time, of which a part goes into waiting:
-  // forward 0.94 to 0.98; on Zen 4 with 1 MiB 0.84 to 0.91, and 0.93 to 0.97. Backward, whose products are by
-  // columns, took 0.98 to 1.02 and 1.10 when it shared them too. At (1024, 14, 14) 2 to 3 % longer.) Samples
-  // of which a group has one weigh more than the matrices.
+  // forward 0.94 to 0.98; on Zen 4 with 1 MiB, whose last level is faster, 0.92 to 1.04, and 1.00 to 1.03.
+  // Backward, whose products are by columns, took 0.98 to 1.02 and 1.10 when it shared them too. At (1024,
+  // 14, 14) 2 to 3 % longer.) Samples of which a group has one weigh more than the matrices.
   static bool shares_mlp(const Problem& p, bool backward, int64_t group) {
     return !backward && p.pools && p.threads > 1 && group > 1 && matrix_bytes(p) >= p.second_level;
   }
