@@ -269,7 +269,7 @@ def run_fault(library, name, seed):
 
 def fault_lines(name: str) -> set[int]:
     lines = (DRIVERS / "faults.cpp").read_text().splitlines()
-    first = next(i for i, line in enumerate(lines) if re.match(rf"(FAULT|HANDOVER)\({name},", line))
+    first = next(i for i, line in enumerate(lines) if re.match(rf"(FAULT|HANDOVER|CHAIN)\({name},", line))
     last = first
     while lines[first].startswith("FAULT") and lines[last] != "}":
         last += 1

@@ -331,47 +331,30 @@ HANDOVER(handover_relaxed_signal, __syncthreads(), add_relaxed, load_acquire, __
 HANDOVER(handover_relaxed_poll, __syncthreads(), add_release, load_relaxed, __ldcg)    // FAULT
 HANDOVER(handover_read_only, __syncthreads(), add_release, load_acquire, __ldg)        // FAULT
 
-// A store by somebody who knows nothing of the release before it ends that release's chain: who reads the
-// store's value has not acquired what was released.
-FAULT(handover_chain_broken, .grid = 3, .block = 64) {
-  if (blockIdx.x == 0) {
-    out[threadIdx.x] = x[threadIdx.x];
-    __syncthreads();
-    if (threadIdx.x == 0) add_release(counters, 1u);
-  } else if (blockIdx.x == 1) {
-    if (threadIdx.x == 0) {
-      while (load_relaxed(counters) == 0) sleep(32);
-      store_release(counters, 2u);
-    }
-  } else {
-    if (threadIdx.x == 0) {
-      while (load_relaxed(counters) != 2) sleep(32);  // an acquire that reads 1 would acquire what 1 released
-      load_acquire(counters);
-    }
-    __syncthreads();
-    out[64 + threadIdx.x] = __ldcg(out + 63 - threadIdx.x);  // FAULT
+// The same with a block between them, which knows nothing of what was released. A read-modify-write continues
+// the chain of a release, a store ends it: who reads the store's value has not acquired what was released.
+#define CHAIN(name, pass_on)                                                                            \
+  FAULT(name, .grid = 3, .block = 64) {                                                                 \
+    if (blockIdx.x == 0) {                                                                              \
+      out[threadIdx.x] = x[threadIdx.x];                                                                \
+      __syncthreads();                                                                                  \
+      if (threadIdx.x == 0) add_release(counters, 1u);                                                  \
+    } else if (blockIdx.x == 1) {                                                                       \
+      if (threadIdx.x == 0) {                                                                           \
+        while (load_relaxed(counters) == 0) sleep(32);                                                  \
+        pass_on;                                                                                        \
+      }                                                                                                 \
+    } else {                                                                                            \
+      if (threadIdx.x == 0) {                                                                           \
+        while (load_relaxed(counters) != 2) sleep(32); /* an acquire that reads 1 acquires the first */ \
+        load_acquire(counters);                                                                         \
+      }                                                                                                 \
+      __syncthreads();                                                                                  \
+      out[64 + threadIdx.x] = __ldcg(out + 63 - threadIdx.x);                                           \
+    }                                                                                                   \
   }
-}
-// With a read-modify-write in the store's place the chain goes on.
-FAULT(handover_chain, .grid = 3, .block = 64) {
-  if (blockIdx.x == 0) {
-    out[threadIdx.x] = x[threadIdx.x];
-    __syncthreads();
-    if (threadIdx.x == 0) add_release(counters, 1u);
-  } else if (blockIdx.x == 1) {
-    if (threadIdx.x == 0) {
-      while (load_relaxed(counters) == 0) sleep(32);
-      add_relaxed(counters, 1u);
-    }
-  } else {
-    if (threadIdx.x == 0) {
-      while (load_relaxed(counters) != 2) sleep(32);  // an acquire that reads 1 would acquire what 1 released
-      load_acquire(counters);
-    }
-    __syncthreads();
-    out[64 + threadIdx.x] = __ldcg(out + 63 - threadIdx.x);
-  }
-}
+CHAIN(handover_chain, add_relaxed(counters, 1u))           // right
+CHAIN(handover_chain_broken, store_release(counters, 2u))  // FAULT
 
 // After a write and a barrier, so that a race is reported and not a read of what nobody wrote: each kind that
 // the detector tells apart.
