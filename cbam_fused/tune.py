@@ -1,6 +1,6 @@
 """Measures launch configurations of the Triton kernels on this GPU: `python -m cbam_fused.tune`.
 
-Opt-in: nothing is tuned while a model runs. For each kind of tensor (layout, size of map, bytes an
+Opt-in: nothing is tuned while a model runs. For each kind of tensor (layout, class of map, bytes an
 element) every kernel's candidates are timed one at a time within the whole forward and backward, each
 only after its results agree with the pinned table's. The winners are written to a table of the
 user's, which goes before the pinned one from the next process on.
@@ -23,10 +23,19 @@ from .triton_kernels import configurations, load
 from .triton_kernels.configurations import Configuration
 
 # A typical tensor of each kind of map: (N, C, H, W).
-SHAPES = {"large": (16, 256, 56, 56), "small": (32, 1024, 14, 14), "tiny": (64, 2048, 7, 7)}
+SHAPES = {
+    "large": (16, 256, 56, 56),
+    "small": (32, 1024, 14, 14),
+    "tiny": (64, 2048, 7, 7),
+    "thin": (16, 64, 160, 160),
+}
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
-TILES = ((8, 128), (8, 256), (8, 512), (16, 64), (16, 128), (16, 256), (32, 32), (32, 64), (64, 32), (64, 64))
-WARPS = (4, 8)
+TILES = (
+    (8, 128), (8, 256), (8, 512), (8, 1024), (16, 64), (16, 128), (16, 256), (16, 512), (32, 32), (32, 64), (64, 32),
+    (64, 64),
+)  # fmt: skip
+WIDTHS = (0, 32, 64)
+WARPS = (4, 8, 16)
 FILLS = (0.5, 1, 2, 4, 8)
 REPEATS = 20
 # A candidate replaces the best so far only if it is this much faster: less is noise.
@@ -34,13 +43,15 @@ MARGIN = 0.98
 
 
 def candidates(kernel: str, now: Configuration) -> Iterator[Configuration]:
-    """Variants of `now`: other tiles and warps, then other numbers of programs."""
+    """Variants of `now`: other tiles and warps, then blocks of other widths, then other numbers of programs."""
     for warps in WARPS:
         if "BC" in now.meta:
             for bc, bp in TILES:
                 yield replace(now, meta={**now.meta, "BC": bc, "BP": bp}, warps=warps)
         else:
             yield replace(now, warps=warps)
+    for width in WIDTHS if "TW" in now.meta else ():
+        yield replace(now, meta={**now.meta, "TW": width})
     for fill in FILLS:
         yield replace(now, fill=fill)
 
@@ -155,7 +166,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     options = parser.parse_args(list(arguments))
     try:
         rows = tune()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     write(rows, options.output)

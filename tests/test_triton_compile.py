@@ -24,15 +24,17 @@ from cbam_fused.triton_kernels import configurations
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 # A map of each class whose size is a multiple of every vector, and with so many channels and hidden units that no
-# block of the table is cut; the last with samples enough for a program each.
+# block of the table is cut; the thin one is wide enough for tiles of several rows, and the last has samples enough for
+# a program each.
 SHAPES = {
     "large": (16, 512, 28, 28),
     "small": (16, 1024, 16, 16),
     "tiny": (16, 2048, 8, 8),
+    "thin": (16, 64, 32, 256),
     "samples": (128, 2048, 8, 8),
 }
-# A map so large that sums join in groups of tiles, of so few samples that channels-last has segments.
-LONG_SHAPE = (4, 64, 320, 320)
+# Maps so large that sums join in groups of tiles, of so few samples that channels-last has segments.
+LONG_SHAPES = {"thin": (4, 64, 320, 320), "large": (1, 80, 320, 320)}
 OTHERS = (
     Config(pools=15, spatial=2, ties=1, residual=True),
     Config(pools=19, spatial=3),
@@ -57,7 +59,7 @@ def launched(generation: str, dtypes=DTYPES, configs=(Config(),), shapes=None) -
         for dtype in dtypes:
             for shape in shapes or SHAPES.values():
                 for channels_last in (False, True):
-                    hidden = 0 if config.pools == 1 else None
+                    hidden = 0 if config.pools == 1 else 32 if shape[1] == 64 else None
                     x, weights, bn = make_inputs(shape, dtype, config, hidden, channels_last=channels_last)
                     with recording(DEVICES[generation]) as recorded:
                         run_ops(x, weights, bn, config)
@@ -102,17 +104,20 @@ def test_machine_code_has_the_loads_of_the_ptx():
 @pytest.mark.parametrize("target", TARGETS)
 def test_large_maps_of_few_samples(target):
     known = {launch.key() for launch in launches(target)}
-    some = [launch for launch in launches(target, shapes=(LONG_SHAPE,)) if launch.key() not in known]
+    some = [launch for launch in launches(target, shapes=LONG_SHAPES.values()) if launch.key() not in known]
     pools = [launch.meta for launch in some if launch.name == "channel_pool_forward_kernel"]
     for option in ("LONG", "SEGMENTED"):
         assert {meta[option] for meta in pools} == {False, True}
+    for size, shape in LONG_SHAPES.items():
+        assert configurations.map_class(shape[2] * shape[3], shape[1]) == size
+        assert any(launch.meta.get("SEGMENTED") for launch in launched(target, shapes=(shape,)))
     check(some, target, wide=True)
 
 
 def test_other_options():
-    shapes = (SHAPES["large"], SHAPES["tiny"], SHAPES["samples"])
+    shapes = (SHAPES["large"], SHAPES["tiny"], SHAPES["samples"], SHAPES["thin"])
     check(launches("sm_90", (torch.bfloat16,), OTHERS, shapes), "sm_90")
-    check(launches("sm_90", (torch.bfloat16,), OTHERS[:1], (LONG_SHAPE,)), "sm_90")
+    check(launches("sm_90", (torch.bfloat16,), OTHERS[:1], LONG_SHAPES.values()), "sm_90")
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -33,12 +33,27 @@ def test_user_table_goes_first():
     assert configurations._look_up(*other) == pinned
 
 
+def test_a_row_for_large_maps_leaves_thin_ones_their_own():
+    thin = ("input_backward", "sm_90", "contiguous", "thin", 2)
+    large = ("input_backward", "sm_90", "contiguous", "large", 2)
+    pinned, mine = configurations._look_up(*thin), replace(configurations._look_up(*large), warps=2)
+    assert pinned != configurations._look_up(*large)
+    tune.write([configurations.user_row(*large, mine)], configurations.user_table_path())
+    assert configurations._look_up(*large) == mine and configurations._look_up(*thin) == pinned
+    # A kernel without a row for thin maps takes that for large ones.
+    other = ("scale_forward", "sm_90", "contiguous")
+    tune.write([configurations.user_row(*other, "large", 2, mine)], configurations.user_table_path())
+    assert configurations._look_up(*other, "thin", 2) == mine
+
+
 @pytest.mark.parametrize("text", ["{", json.dumps({"format": 0, "rows": []})])
-def test_a_broken_table_says_where_it_is(text):
+def test_a_broken_table_says_where_it_is(text, monkeypatch, capsys):
     path = configurations.user_table_path()
     path.write_text(text)
     with pytest.raises(ValueError, match="launch_table.json"):
         configurations._look_up(*KEY)
+    pretend_to_tune(monkeypatch, lambda k, found: 1.0)
+    assert tune.main([]) == 1 and str(path) in capsys.readouterr().err
 
 
 def test_candidates_keep_the_names_of_the_blocks():

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from dataclasses import replace
 from typing import Dict, List, Optional, Sequence, Tuple
 
 import oracle
@@ -325,9 +326,11 @@ SPLITS = {
         False,
         dict(ties="split", pools=("avg", "max", "lp", "lse")),
     ),
-    "large map": ((1, 35, 17, 16), False, {}),
-    "large map, segments": ((1, 20, 17, 16), True, dict(pools=("avg", "max", "lp", "lse"))),
-    "large map, segments, split": ((1, 20, 17, 16), True, dict(ties="split", one_layer=True)),
+    "large map": ((1, 67, 17, 16), False, {}),
+    "large map, segments": ((1, 68, 17, 16), True, dict(pools=("avg", "max", "lp", "lse"))),
+    "large map, segments, split": ((1, 66, 17, 16), True, dict(ties="split", one_layer=True)),
+    "thin map": ((1, 35, 17, 16), False, {}),
+    "thin map, segments": ((1, 20, 17, 16), True, dict(pools=("avg", "max", "lp", "lse"))),
     "training": ((1, 130, 7, 7), False, dict(norm="train")),
     "groups of samples": ((5, 150, 7, 7), False, {}),
     "groups of samples, channels-last": (
@@ -352,6 +355,102 @@ def test_splits_of_a_large_device(name, monkeypatch):
     if DEVICE == "cpu":
         monkeypatch.setattr(configurations, "describe", lambda _: DEVICES["sm_90"])
     Case(shape, torch.float32, channels_last=channels_last, kernel=3, **options).check()
+
+
+# Thin maps whose tiles are blocks of rows, and whether the fourth launch, too, convolves dz.
+BLOCKS = {
+    "contiguous": ((2, 6, 31, 77), False, True, {}),
+    "channels-last": ((1, 20, 30, 77), True, True, dict(ties="split", residual=True)),
+    "blended maps, channels-last": ((1, 3, 16, 80), True, True, dict(light=True)),
+    "spatial gate": ((2, 5, 16, 80), False, True, dict(pools=None, ties="split")),
+    "every pool": ((1, 8, 30, 80), False, True, dict(pools=("avg", "max", "lp", "lse"))),
+    "three dimensions": ((1, 4, 4, 8, 80), False, False, dict(kernel=3)),
+    "training": ((2, 6, 16, 80), False, True, dict(norm="train")),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_of_a_thin_map(name, dtype, monkeypatch):
+    shape, channels_last, twice, options = BLOCKS[name]
+    look_up = configurations._look_up
+
+    def smaller(kernel, *key):
+        found = look_up(kernel, *key)
+        if "TW" not in found.meta:
+            return found
+        return replace(found, meta={**found.meta, "BC": 16, "BP": 256, "TW": 16}, fill=1)
+
+    monkeypatch.setattr(configurations, "_look_up", smaller)
+    if DEVICE == "cpu":
+        # As many multiprocessors as tiles, or twice as many: then each of two programs has a share of 20 channels.
+        monkeypatch.setattr(configurations, "describe", lambda _: Device("interpreter", 20, 0))
+    with recording(run=True) as launches:
+        Case(shape, dtype, channels_last=channels_last, **options).check()
+    found = {launch.name: launch for launch in launches}
+    last, second = found["input_backward_kernel"], found.get("attention_backward_kernel")
+    assert (second is None) == (options.get("pools", ()) is None)
+    tiles = math.ceil(shape[-1] / 16) * math.ceil(math.prod(shape[2:-1]) / 16)
+    for launch in filter(None, (last, second)):
+        assert launch.meta["TW"] == 16 and launch.programs % (shape[0] * tiles) == 0
+        if DEVICE == "cpu":
+            assert launch.programs == shape[0] * tiles * (2 if shape[1] > 16 else 1)
+    names = last.kernel.arg_names
+    given = {name: last.args[names.index(name)] is not None for name in ("dmaps", "dz")}
+    assert given == {"dmaps": not twice, "dz": twice}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(ties="split", pools=("avg", "max", "lp", "lse")), dict(light=True)], ids=str
+)
+def test_with_pools_in_segments_a_program_takes_several_tiles(options, monkeypatch):
+    look_up = configurations._look_up
+
+    def fewer(kernel, *key):
+        found = look_up(kernel, *key)
+        if kernel == "spatial_pool":
+            found = replace(found, meta={**found.meta, "BP": 64}, fill=0.03)
+        return found
+
+    monkeypatch.setattr(configurations, "_look_up", fewer)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(configurations, "describe", lambda _: DEVICES["sm_90"])
+    with recording(run=True) as launches:
+        Case((2, 20, 17, 33), torch.float32, channels_last=True, **options).check()
+    launch = next(launch for launch in launches if launch.name == "spatial_pool_forward_kernel")
+    assert launch.meta["SEGMENTED"] and launch.args[launch.kernel.arg_names.index("group_tiles")] > 1
+    if DEVICE == "cpu":
+        assert launch.programs == 4
+
+
+# (shape, bytes an element, kernel) -> how wide tiles of positions are, and whether dz is convolved twice.
+WIDTHS = {
+    ((64, 64, 160, 160), 2, (7, 7)): (32, True),
+    ((64, 64, 112, 112), 2, (7, 7)): (0, True),  # a stretch of rows this short reads no more
+    ((64, 64, 56, 56), 2, (7, 7)): (0, True),
+    ((64, 64, 160, 162), 2, (7, 7)): (0, True),  # rows that end within vectors
+    ((64, 64, 16, 256), 2, (7, 7)): (0, True),  # half of every block would be beside the map
+    ((2, 64, 16, 256), 2, (7, 7)): (0, False),  # each of eight shares of the channels would convolve
+    ((64, 64, 16, 640), 2, (7, 7)): (0, False),
+    ((64, 64, 160, 160), 8, (7, 7)): (0, False),
+    ((64, 65, 160, 160), 2, (7, 7)): (0, False),
+    ((64, 32, 25600), 2, (1, 7)): (0, True),
+    ((64, 16, 8, 32, 32), 2, (7, 7, 7)): (0, False),
+}
+
+
+@pytest.mark.parametrize("case", WIDTHS, ids=str)
+def test_how_maps_are_cut(case):
+    shape, itemsize, kernel = case
+    dtype = {2: torch.bfloat16, 8: torch.float64}[itemsize]
+    x, weights, bn = make_inputs(shape, dtype, kernel=kernel[-len(shape) + 2 :])
+    with recording(DEVICES["sm_90"]) as launches:
+        run_ops(x, weights, bn, Config())
+    last = next(launch for launch in launches if launch.name == "input_backward_kernel")
+    dmaps = last.args[last.kernel.arg_names.index("dmaps")]
+    assert (last.meta["TW"], dmaps is None) == WIDTHS[case]
+    elements = last.meta["WV"] * last.args[last.kernel.arg_names.index("w_units")]
+    assert elements == shape[-1]
 
 
 @pytest.mark.usefixtures("each_backward")
@@ -571,13 +670,15 @@ LAUNCHES = {
 }
 
 
-@pytest.mark.parametrize("samples", [2, 64])
+@pytest.mark.parametrize("shape", [(2, 16, 8, 8), (64, 16, 8, 8), (2, 16, 40, 40)], ids=str)
 @pytest.mark.parametrize("name", LAUNCHES)
-def test_launches(name, samples):
+def test_launches(name, shape):
     config, forward, backward = LAUNCHES[name]
-    if samples == 64:
-        backward = 2
-    x, weights, bn = make_inputs((samples, 16, 8, 8), torch.float32, config)
+    if shape[0] == 64:
+        backward = 2  # a program takes a whole sample
+    elif shape[-1] == 40 and not config.pools:
+        backward -= 1  # the last pass over a thin map convolves for itself
+    x, weights, bn = make_inputs(shape, torch.float32, config)
     with recording(DEVICES["sm_90"]) as launches:
         run_ops(x, weights, bn, config, backward=False)
         assert len(launches) == forward

@@ -1,15 +1,17 @@
 """Launch configurations: the pinned table, the user's table over it, and the look-up.
 
-A row is chosen by kernel, device generation, layout, size of the map and bytes an element; `meta`
+A row is chosen by kernel, device generation, layout, class of the map and bytes an element; `meta`
 are the kernel's block sizes, `fill` how many programs a multiprocessor should get where the launcher
 can split further, and `registers`, where given, how many a thread may use where maps are cut into
-segments. A row for a device generation goes before one for any device, and the user's table, which
-`python -m cbam_fused.tune` writes, before the pinned one.
+segments. A row for a device generation goes before one for any device, the user's table, which
+`python -m cbam_fused.tune` writes, before the pinned one, and either's row for thin maps before one for
+all large ones.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import sys
@@ -19,13 +21,15 @@ from typing import Dict, List, Mapping, Optional, Tuple
 
 import torch
 
-FORMAT = 1
+FORMAT = 2
 PINNED = Path(__file__).with_name("launch_table.json")
 # Positions up to which a map is "small": a tile of 64 positions then wastes little.
 SMALL_MAP = 256
 # Positions up to which it is "tiny": one tile of positions, and many channels to fill it with.
 TINY_MAP = 64
-MAPS = ("tiny", "small", "large")
+# Channels up to which a larger map is "thin": a float a position weighs beside the positions of x.
+FEW_CHANNELS = 64
+MAPS = ("tiny", "small", "large", "thin")
 # A chunk of a batch smaller than this costs more in launches than it saves in traffic.
 SMALLEST_CHUNK = 16 << 20
 # Smallest block sizes that every kernel compiles with (vectors of 16 elements need as many channels).
@@ -117,7 +121,9 @@ def load_table(path: Path) -> dict:
     except (OSError, ValueError) as error:
         raise ValueError(f"launch table {path} cannot be read: {error}") from error
     if table.get("format") != FORMAT:
-        raise ValueError(f"launch table {path} must have format {FORMAT}, got {table.get('format')!r}")
+        raise ValueError(
+            f"launch table {path} must have format {FORMAT}, got {table.get('format')!r}: delete it"
+        )
     return table
 
 
@@ -134,10 +140,11 @@ def forget() -> None:
     _look_up.cache_clear()
 
 
-def map_class(positions: int) -> str:
-    if positions <= TINY_MAP:
-        return "tiny"
-    return "small" if positions <= SMALL_MAP else "large"
+def map_class(positions: int, channels: int) -> str:
+    """One of MAPS."""
+    if positions <= SMALL_MAP:
+        return "tiny" if positions <= TINY_MAP else "small"
+    return "thin" if channels <= FEW_CHANNELS else "large"
 
 
 def _matches(row: dict, kernel: str, layout: str, size: str, itemsize: int) -> bool:
@@ -151,11 +158,11 @@ def _matches(row: dict, kernel: str, layout: str, size: str, itemsize: int) -> b
 
 @functools.lru_cache(maxsize=None)
 def _look_up(kernel: str, generation: str, layout: str, size: str, itemsize: int) -> Configuration:
-    for table in _tables():
-        for wanted in (generation, "any"):
-            for row in table["rows"]:
-                if row.get("device", "any") == wanted and _matches(row, kernel, layout, size, itemsize):
-                    return Configuration(row["meta"], row["warps"], row["fill"], row.get("registers"))
+    sizes = ("thin", "large") if size == "thin" else (size,)
+    for like, table, wanted in itertools.product(sizes, _tables(), (generation, "any")):
+        for row in table["rows"]:
+            if row.get("device", "any") == wanted and _matches(row, kernel, layout, like, itemsize):
+                return Configuration(row["meta"], row["warps"], row["fill"], row.get("registers"))
     raise LookupError(
         f"no launch configuration of {kernel} for {generation}, {layout}, {size}, {itemsize} bytes"
     )
@@ -169,10 +176,10 @@ def _block(name: str, size: int, extents: Mapping[str, int]) -> int:
 
 
 def configuration(
-    kernel: str, device: Device, layout: str, positions: int, itemsize: int, extents: Mapping[str, int]
+    kernel: str, device: Device, layout: str, size: str, itemsize: int, extents: Mapping[str, int]
 ) -> Configuration:
     """The row of a launch, its blocks no larger than what covers `extents` (by block name)."""
-    row = _look_up(kernel, device.generation, layout, map_class(positions), itemsize)
+    row = _look_up(kernel, device.generation, layout, size, itemsize)
     return replace(row, meta={k: _block(k, v, extents) for k, v in row.meta.items()})
 
 

@@ -23,6 +23,30 @@ def divide(a, b):
 
 
 @triton.jit
+def count_tiles(P, W, BP: tl.constexpr, TW: tl.constexpr):
+    """Tiles of a map, as `tile_positions` cuts it."""
+    if TW > 0:
+        return tl.cdiv(W, TW) * tl.cdiv(P // W, BP // TW)
+    else:
+        return tl.cdiv(P, BP)
+
+
+@triton.jit
+def tile_positions(tile, P, W, BP: tl.constexpr, TW: tl.constexpr):
+    """Positions of a tile [BP], and which of them the map has: a stretch of them, or with TW > 0 a block of rows TW wide,
+    which a convolution leaves less far."""
+    lane = tl.arange(0, BP)
+    if TW > 0:
+        across = tl.cdiv(W, TW)
+        w = tile % across * TW + lane % TW
+        h = tile // across * (BP // TW) + lane // TW
+        return h * W + w, (w < W) & (h < P // W)
+    else:
+        rp = tile * BP + lane
+        return rp, rp < P
+
+
+@triton.jit
 def add_long(total, lost, part):
     """Adds one of many parts -> (total, lost): what an addition rounds off comes back with the next part (Kahan), so
     that the error does not grow with their number. Infinities and NaN leave nothing to come back."""

@@ -3,7 +3,8 @@
 A program owns a tile of positions and a range of channels, of one sample or of a few: the weights are read
 once for all of them. Where the third launch left the MLP's backward open, a program finishes it for its
 channels, tile by tile. Reads dy and writes dx (2 S bytes); x only where an option needs it (ties shared
-evenly, lp, lse).
+evenly, lp, lse). With few channels the maps' gradients weigh beside x: a program then computes them from dz, as
+the second launch has, which reads less than what that would hand on.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .conv_backward import map_gradients
+from .device_functions import count_tiles, tile_positions
 from .input_gradient import column_gradients, read_gradient, stretch, write_gradient
 from .mlp_backward import hidden_backward, pool_gradients, through_layer
 
@@ -49,17 +52,36 @@ def _load_pool_gradients(dpooled, n, rc, cmask, C, POOLS: tl.constexpr):
     return da, dm, dn, dlse
 
 
-@triton.jit(do_not_specialize=["N", "c_units", "p_units", "blocks", "splits", "split_tiles"])
+@triton.jit
+def _convolved_terms(
+    n, rp, pmask, spatial_gate, spatial_pool, spatial_index, dz, conv_weight, bn_weight, bn_bias, bn_mean, bn_var,
+    C, P, D, H, W, BN_EPS: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    SPATIAL: tl.constexpr, SPLIT: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """As `_position_terms` at positions rp [BP], from dz."""
+    dpeak, dmean, key = map_gradients(
+        dz + n * P, n, rp, pmask, spatial_pool, spatial_index, conv_weight, bn_weight, bn_bias, bn_mean, bn_var,
+        C, P, D, H, W, BN_EPS, KD, KH, KW, SPATIAL, SPLIT, BP, ACC,
+    )  # fmt: skip
+    s = tl.load(spatial_gate + n * P + rp, mask=pmask, other=0.0)  # [BP]
+    dmean, dboth = column_gradients(dpeak, dmean, SPLIT)
+    return s[None, :], dmean[None, :], dboth[None, :], key[None, :]
+
+
+@triton.jit(
+    do_not_specialize=["N", "c_units", "p_units", "blocks", "splits", "split_tiles", "D", "H", "w_units"]
+)
 def input_backward_kernel(
     dy, x, dx, channel_gate, spatial_gate, pooled, pool_index, spatial_pool, spatial_index, dmaps,
+    dz, conv_weight, bn_weight, bn_bias, bn_mean, bn_var,
     hidden, w1, w2, dlogits, hidden_part, dhidden, my_dhidden, dpooled,
-    N, c_units, p_units, HIDDEN, blocks, splits, split_tiles,
-    POOLS: tl.constexpr, SPATIAL: tl.constexpr, SPLIT: tl.constexpr, RESIDUAL: tl.constexpr,
-    FLAT: tl.constexpr, CHANNELS_LAST: tl.constexpr, CV: tl.constexpr, PV: tl.constexpr,
-    BC: tl.constexpr, BP: tl.constexpr, HB: tl.constexpr, GB: tl.constexpr, ACC: tl.constexpr,
+    N, c_units, p_units, HIDDEN, blocks, splits, split_tiles, D, H, w_units,
+    BN_EPS: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, POOLS: tl.constexpr, SPATIAL: tl.constexpr, SPLIT: tl.constexpr, RESIDUAL: tl.constexpr,
+    FLAT: tl.constexpr, CHANNELS_LAST: tl.constexpr, CV: tl.constexpr, PV: tl.constexpr, WV: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr, TW: tl.constexpr, HB: tl.constexpr, GB: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dpooled (N, ROWS, C) or None: the MLP's backward is done here; my_dhidden (programs, GB, RUNS, H) is then
-    each program's own.
+    each program's own. dmaps (N, 2, P), or None: a program convolves dz for its positions, of one sample (GB is 1).
 
     FLAT: one tile of positions, contiguous; elements are taken as they lie in memory, whole channels at a time.
     """
@@ -69,7 +91,8 @@ def input_backward_kernel(
     KP: tl.constexpr = 4 if RUNS == 3 else RUNS
     C = c_units * CV
     P = p_units * PV
-    tiles = tl.cdiv(P, BP)
+    W = w_units * WV
+    tiles = count_tiles(P, W, BP, TW)
     # Backwards through the samples: the first launch read dy forwards, the second left its end in L2.
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     split = pid % splits
@@ -93,10 +116,17 @@ def input_backward_kernel(
         s, dmean, dboth, key = 0, 0, 0, 0
     if not POOLS:
         da, dm, dn, dlse = 0, 0, 0, 0
-    rp = (tile * BP + tl.arange(0, BP))[None, :]
-    pmask = rp < P
+    rq, inside = tile_positions(tile, P, W, BP, TW)
+    rp, pmask = rq[None, :], inside[None, :]
     if SPATIAL:
-        if GB == 1:
+        if dmaps is None:
+            s, dmean, dboth, key = _convolved_terms(
+                n0, rq, inside, spatial_gate, spatial_pool, spatial_index, dz, conv_weight, bn_weight, bn_bias, bn_mean,
+                bn_var, C, P, D, H, W, BN_EPS, KD, KH, KW, SPATIAL, SPLIT, BP, ACC,
+            )  # fmt: skip
+            # What warps still convolve lies in L1, which dy would push out.
+            tl.debug_barrier()
+        elif GB == 1:
             s, dmean, dboth, key = _position_terms(
                 n0, rp, pmask, spatial_gate, spatial_pool, spatial_index, dmaps, P, SPLIT
             )

@@ -1,7 +1,8 @@
 """Launchers of the backward: four launches for each chunk of samples that L2 holds, and one for the batch.
 
-Without a spatial gate there is one launch less for each chunk. Where a program can take a whole sample, and there are
-samples enough for the device, one launch takes the place of all four.
+Without a spatial gate there is one launch less for each chunk; without a channel gate, too, where the last one convolves
+for itself. Where a program can take a whole sample, and there are samples enough for the device, one launch takes the place of all
+four.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor
 
 from . import arguments as given
-from . import configurations
 from . import problem as pb
 from .arguments import NO_NORM, Norm, dense_input, map_splits, part_of, present, weights_of
 from .attention_backward import attention_backward_kernel
@@ -80,7 +80,7 @@ def _whole_samples(pr: Problem, x: Tensor) -> Optional[Configuration]:
     read more by itself than launches cost. And with few samples most of the device would be idle. Where a batch is
     cut into chunks for L2's sake, L2 must also hold x and dy of as many samples as there are programs at a time.
     """
-    if configurations.map_class(pr.p) != "tiny":
+    if pr.map_class() != "tiny":
         return None
     found, device = pr.tile("whole_backward", MC=pr.c, MH=max(1, pr.hidden))
     extents = {"BP": pr.p, "MC": pr.c, "MH": pr.hidden}
@@ -90,6 +90,20 @@ def _whole_samples(pr: Problem, x: Tensor) -> Optional[Configuration]:
     at_once = min(pr.n, device.multiprocessors) * 2 * pr.c * pr.p * x.element_size()
     cut = len(given.chunks(pr, x, 3)) > 1
     return None if cut and at_once > L2_FILL * device.l2_bytes else found
+
+
+def _convolves_twice(pr: Problem, n: int) -> bool:
+    """Whether the fourth launch, too, computes the gradients of the maps from dz, for n samples.
+
+    Each share of the channels of a tile then reads dz as far as the kernel reaches, where it would have read two maps
+    that the second launch wrote.
+    """
+    if not pr.spatial or pr.map_class() != "thin":
+        return False
+    found, device = pr.tile("input_backward")
+    tiles, width = n * pr.tiles(found), pr.tile_width(found)
+    shares, _ = pb.split_loop(tiles, cdiv(pr.c, found.meta["BC"]), found.fill, device)
+    return shares * pr.reach(found, width) < 2 * (1 + shares) * found.meta["BP"]
 
 
 class _Gradients:
@@ -208,11 +222,14 @@ def _attention_backward_chunk(
 
     dmaps, dgate_b, tiles_b, whole = None, None, 0, False
     dlogits = part_of(grads.dlogits, rows)
-    if pr.spatial:
+    twice = _convolves_twice(pr, n)
+    # Without pools these maps are all that the second launch is for.
+    if pr.spatial and (pr.pools or not twice):
         found, device = pr.tile("attention_backward")
-        tiles_b, steps = cdiv(pr.p, found.meta["BP"]), cdiv(pr.c, found.meta["BC"])
+        cut = pr.cut(found)
+        tiles_b, steps = pr.tiles(found), cdiv(pr.c, found.meta["BC"])
         splits, each = pb.split_loop(n * tiles_b, steps, found.fill, device) if pr.pools else (1, steps)
-        dmaps = acc(n, 2, pr.p)
+        dmaps = None if twice else acc(n, 2, pr.p)
         # With all positions in one program each, the gate's gradient is complete there.
         whole = pr.pools != 0 and tiles_b == 1 and dgate is not None and dgate.shape[1] == 1
         dgate_b = dlogits if whole else acc(n, tiles_b, pr.c) if pr.pools else None
@@ -222,9 +239,10 @@ def _attention_backward_chunk(
             (x, gate, spatial_gate, spatial_pool, spatial_index, ds,
              None if ds is None else acc(n * tiles_b * splits, pr.p), dz, dmaps,
              dgate if whole else None, dgate_b, grads.conv[0], *bn,
-             u["c_units"], u["p_units"], 1 if ds is None else ds.shape[1], splits, each, pr.d, pr.h, pr.w),
+             u["c_units"], u["p_units"], 1 if ds is None else ds.shape[1], splits, each, pr.d, pr.h,
+             pr.w // cut["WV"]),
             dict(BN_EPS=eps, SPATIAL=pr.spatial, SPLIT=pr.split(), MB=1 if ds is None else pr.merge_block(),
-                 **pr.taps_meta(), **pr.layout(), **found.meta),
+                 **pr.taps_meta(), **pr.layout(), **cut),
             found,
         )  # fmt: skip
     blocks, block_tiles, hidden_part, my_dhidden, dpooled = 0, 1, None, None, None
@@ -255,19 +273,21 @@ def _attention_backward_chunk(
                  **pr.taps_meta(), **found.meta),
             found,
         )  # fmt: skip
-    found, device = pr.tile("input_backward", HB=max(1, pr.hidden), GB=1 if blocks < 2 else n)
+    found, device = pr.tile("input_backward", HB=max(1, pr.hidden), GB=1 if blocks < 2 or twice else n)
     open_mlp = (hidden, w1, w2, dlogits, hidden_part, dhidden) if blocks > 1 else (None,) * 6
-    programs = cdiv(n, found.meta["GB"]) * cdiv(pr.p, found.meta["BP"])
+    cut = pr.cut(found)
+    programs = cdiv(n, found.meta["GB"]) * pr.tiles(found)
     splits, each = pb.split_loop(programs, cdiv(pr.c, found.meta["BC"]), found.fill, device)
     programs *= splits
     pb.launch(
         input_backward_kernel,
         programs,
-        (dy, x, dx, gate, spatial_gate, pooled, pool_index, spatial_pool, spatial_index, dmaps, *open_mlp,
+        (dy, x, dx, gate, spatial_gate, pooled, pool_index, spatial_pool, spatial_index, dmaps,
+         *((dz, grads.conv[0], *bn) if twice else (None,) * 6), *open_mlp,
          acc(programs, found.meta["GB"], pr.runs, pr.hidden) if blocks > 1 and w1 is not None else None, dpooled,
-         n, u["c_units"], u["p_units"], pr.hidden, blocks, splits, each),
-        dict(POOLS=pr.pools, SPATIAL=pr.spatial, SPLIT=pr.split(), RESIDUAL=residual, FLAT=pr.flat(found),
-             **pr.layout(), **found.meta),
+         n, u["c_units"], u["p_units"], pr.hidden, blocks, splits, each, pr.d, pr.h, pr.w // cut["WV"]),
+        dict(BN_EPS=eps if twice else 0.0, POOLS=pr.pools, SPATIAL=pr.spatial, SPLIT=pr.split(), RESIDUAL=residual,
+             FLAT=pr.flat(found), **pr.taps_meta(twice), **pr.layout(), **cut),
         found,
     )  # fmt: skip
 

@@ -53,8 +53,14 @@ def _pools_forward(x: Tensor, weights, pr: Problem, saved: Saved, rows: slice):
         )  # fmt: skip
     found, device = pr.tile("spatial_pool", MC=pr.c, HB=max(1, pr.hidden))
     tiles, splits, each = map_splits(pr, found, device, n)
+    group = 1
     if not pr.spatial:
         tiles = 1
+    elif segments > 1:
+        # As many tiles as leave the device no second wave of programs.
+        room = int(found.fill * device.multiprocessors)
+        group = min(tiles, cdiv(n * splits * tiles, room)) if room else tiles
+        tiles = cdiv(tiles, group)
     programs = n * tiles * splits
     own = each * found.meta["BC"]
     part_maps, part_maps_index = None, None
@@ -71,7 +77,7 @@ def _pools_forward(x: Tensor, weights, pr: Problem, saved: Saved, rows: slice):
          w1, b1, w2, b2, part_of(saved.channel_gate, rows), part_of(saved.hidden, rows),
          maps if part_maps is None else part_maps,
          maps_index if part_maps is None else part_maps_index,
-         u["c_units"], u["p_units"], pr.hidden, segments, shares, splits, each),
+         u["c_units"], u["p_units"], pr.hidden, segments, shares, splits, each, group),
         dict(POOLS=pr.pools, SPATIAL=pr.spatial, SPLIT=pr.split(), SEGMENTED=segments > 1,
              WITH_INDEX=saved.save, EVEN=pr.c % found.meta["BC"] == 0, **pr.layout(), **found.meta),
         found.limited(segments > 1),

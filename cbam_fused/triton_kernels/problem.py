@@ -17,6 +17,7 @@ from .configurations import Configuration, Device
 
 # Vectors are at most 16 bytes, so no kernel gains from knowing that an extent divides by more.
 WIDEST_VECTOR = 16
+VECTOR_BYTES = 16
 # Bytes that L1 and L2 hand to each other; a part of one costs as much.
 SECTOR = 32
 
@@ -97,8 +98,38 @@ class Problem:
     def acc_type(self) -> tl.dtype:
         return tl.float64 if self.acc == torch.float64 else tl.float32
 
-    def taps_meta(self) -> Dict[str, int]:
-        return dict(zip(("KD", "KH", "KW"), self.kernel))
+    def taps_meta(self, used: bool = True) -> Dict[str, int]:
+        """constexprs of a kernel that convolves; where it does not, those of any other call."""
+        return dict(zip(("KD", "KH", "KW"), self.kernel if used else (1, 1, 1)))
+
+    def reach(self, found: Configuration, width: int) -> int:
+        """Positions that a convolution of a tile reads, about: of a stretch, or with a width of a block of rows."""
+        bp, (kd, kh, kw) = found.meta["BP"], self.kernel
+        if width == 0:
+            return bp + ((kd - 1) * self.h + kh - 1) * self.w + kw - 1
+        # Its rows begin and end within sectors of floats.
+        return kd * (bp // width + kh - 1) * (width + kw - 1 + SECTOR // 4 - 1)
+
+    def tile_width(self, found: Configuration) -> int:
+        """How wide the tiles of positions are: as the configuration has them, where a convolution then reads less and
+        neither vectors nor much of the tiles are lost; else 0, for stretches."""
+        bp, width = found.meta["BP"], found.meta["TW"]
+        if not 0 < width < bp or self.reach(found, width) >= self.reach(found, 0):
+            return 0
+        covered = cdiv(self.w, width) * cdiv(self.p // self.w, bp // width) * bp
+        vectors = [min(extent & -extent, VECTOR_BYTES // self.dtype.itemsize) for extent in (self.p, self.w)]
+        lost = covered > 1.25 * self.p or not self.channels_last and vectors[0] > vectors[1]
+        return 0 if lost else width
+
+    def tiles(self, found: Configuration) -> int:
+        """Tiles of positions of the kernels that have a tile width."""
+        bp, width = found.meta["BP"], self.tile_width(found)
+        return cdiv(self.w, width) * cdiv(self.p // self.w, bp // width) if width else cdiv(self.p, bp)
+
+    def cut(self, found: Configuration) -> Dict[str, int]:
+        """constexprs of the configuration, the tile width as it is used, and what the width of a map divides by."""
+        width = self.tile_width(found)
+        return {**found.meta, "TW": width, "WV": _largest_divisor(self.w) if width else 1}
 
     def merge_block(self) -> int:
         """Positions, padded, of the maps that programs merge each for itself; only small maps are."""
@@ -110,6 +141,9 @@ class Problem:
         covered = self.small() and self.p <= found.meta["BP"] and self.c * self.p < 2**31
         return not self.channels_last and covered and row % SECTOR != 0
 
+    def map_class(self) -> str:
+        return configurations.map_class(self.p, self.c)
+
     def small(self) -> bool:
         return self.p <= configurations.SMALL_MAP
 
@@ -119,7 +153,9 @@ class Problem:
     def configuration(self, kernel: str, **extents: int) -> Tuple[Configuration, Device]:
         device = configurations.describe(self.device)
         layout = "channels_last" if self.channels_last else "contiguous"
-        found = configurations.configuration(kernel, device, layout, self.p, self.dtype.itemsize, extents)
+        found = configurations.configuration(
+            kernel, device, layout, self.map_class(), self.dtype.itemsize, extents
+        )
         return found, device
 
     def tile(self, kernel: str, **extents: int) -> Tuple[Configuration, Device]:

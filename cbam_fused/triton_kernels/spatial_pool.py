@@ -3,7 +3,8 @@
 A program owns a tile of positions and a range of channels of one sample: all of them, or for small
 maps a share, which the third launch merges. It finishes the gate of its channels itself from the
 first layer's partial sums: the MLP is tiny beside the tile, and neither a launch of its own nor a
-counter that programs wait on is then needed. Reads x (S bytes); the weights come from L2.
+counter that programs wait on is then needed. Where it has to merge the pools of many segments first, it
+takes a few tiles of positions with the gate that it then has. Reads x (S bytes); the weights come from L2.
 """
 
 from __future__ import annotations
@@ -174,34 +175,92 @@ def _channel_gate(
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["c_units", "p_units", "splits", "split_tiles", "shares"])
+@triton.jit
+def _pool_positions(
+    x, my_gates, maps, maps_index, n, tile, split, splits, split_tiles, c1, C, P,
+    POOLS: tl.constexpr, SPLIT: tl.constexpr, WITH_INDEX: tl.constexpr, EVEN: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Both pools of the gated x at a tile of positions, over a share of the channels, stored."""
+    SC = 1 if CHANNELS_LAST else P
+    SP = C if CHANNELS_LAST else 1
+    rp = tile * BP + tl.arange(0, BP)
+    pmask = rp < P
+    row = tl.arange(0, BC)
+    rows = x + n * C * P + rp.to(tl.int64)[None, :] * SP + row.to(tl.int64)[:, None] * SC  # [BC, BP]
+    total = tl.zeros([BC, BP], ACC)
+    peak = tl.full([BC, BP], float("-inf"), ACC)
+    index = tl.zeros([BC, BP], tl.int32)
+    first = split * split_tiles
+    if not SPLIT:
+        index += first
+    for t in range(first, tl.cdiv(c1, BC)):
+        at = tl.cast(tl.multiple_of(t * BC, BC), tl.int64) * SC
+        if EVEN:
+            mask = None
+            v = tl.load(rows + at, mask=pmask[None, :], other=0.0).to(ACC)  # [BC, BP]
+            if POOLS:
+                v *= tl.load(my_gates + (t - first) * BC + row)[:, None]  # [BC]
+        else:
+            cmask = t * BC + row < C
+            mask = cmask[:, None]
+            v = tl.load(rows + at, mask=mask & pmask[None, :], other=0.0).to(ACC)  # [BC, BP]
+            if POOLS:
+                v *= tl.load(my_gates + (t - first) * BC + row, mask=cmask, other=0.0)[:, None]  # [BC]
+        total += v
+        peak, index = track_maximum(v, t, mask, peak, index, SPLIT, WITH_INDEX)
+    s = tl.sum(total, 0)
+    if not SPLIT:
+        index = index * BC + row[:, None]
+    best, found = reduce_maximum(peak, index, 0, SPLIT)
+    if tl.max((s != s).to(tl.int32), 0) > 0:
+        first_nan = tl.full([BC, BP], NO_INDEX, tl.int32)
+        for t in range(first, tl.cdiv(c1, BC)):
+            at = tl.cast(tl.multiple_of(t * BC, BC), tl.int64) * SC
+            cmask = t * BC + row < C
+            v = tl.load(rows + at, mask=cmask[:, None] & pmask[None, :], other=0.0).to(ACC)  # [BC, BP]
+            if POOLS:
+                v *= tl.load(my_gates + (t - first) * BC + row, mask=cmask, other=0.0)[:, None]  # [BC]
+            first_nan = tl.minimum(first_nan, tl.where(v != v, (t * BC + row)[:, None], NO_INDEX))
+        best, found = replace_nan(best, found, tl.min(first_nan, 0), SPLIT)
+    out = maps + (n * splits + split) * 2 * P + rp
+    tl.store(out, best, mask=pmask)  # [BP]
+    tl.store(out + P, divide(s, C.to(ACC)), mask=pmask)  # [BP]
+    if WITH_INDEX:
+        p_index = maps_index + (n * splits + split) * P + rp
+        tl.store(p_index, found.to(maps_index.dtype.element_ty), mask=pmask)  # [BP]
+
+
+@triton.jit(do_not_specialize=["c_units", "p_units", "splits", "split_tiles", "group_tiles", "shares"])
 def spatial_pool_forward_kernel(
     x, part, part_index, pooled, pool_index, hidden_part, units, gates, w1, b1, w2, b2,
-    channel_gate, hidden, maps, maps_index, c_units, p_units, H, SEGMENTS, shares, splits, split_tiles,
+    channel_gate, hidden, maps, maps_index, c_units, p_units, H, SEGMENTS, shares, splits, split_tiles, group_tiles,
     POOLS: tl.constexpr, SPATIAL: tl.constexpr, SPLIT: tl.constexpr,
     SEGMENTED: tl.constexpr, WITH_INDEX: tl.constexpr, EVEN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, CV: tl.constexpr, PV: tl.constexpr,
     BC: tl.constexpr, BP: tl.constexpr, MC: tl.constexpr, HB: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """maps (N, splits, 2, P), maps_index (N, splits, P). gates None: one tile of positions. EVEN: BC divides C."""
+    """maps (N, splits, 2, P), maps_index (N, splits, P). gates None: one program has all positions. EVEN: BC divides C.
+
+    With pools in segments a program takes group_tiles tiles, else one.
+    """
     BLEND: tl.constexpr = POOLS // 16
     ROWS: tl.constexpr = POOLS % 2 + (POOLS // 2) % 2 + (POOLS // 4) % 2 + (POOLS // 8) % 2
     RUNS: tl.constexpr = 1 if BLEND else ROWS
     KP: tl.constexpr = 4 if RUNS == 3 else RUNS
     C = c_units * CV
     P = p_units * PV
-    SC = 1 if CHANNELS_LAST else P
-    SP = C if CHANNELS_LAST else 1
     # Without spatial maps there are no positions to split over.
-    tiles = tl.cdiv(P, BP) if SPATIAL else 1
+    groups = tl.cdiv(tl.cdiv(P, BP), group_tiles) if SPATIAL else 1
     # Backwards through the samples: those that the first launch read last are still in L2.
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     split = pid % splits
-    tile = (pid // splits) % tiles
-    n = (pid // (splits * tiles)).to(tl.int64)
+    group = (pid // splits) % groups
+    n = (pid // (splits * groups)).to(tl.int64)
     c0 = split * split_tiles * BC
     c1 = tl.minimum(c0 + split_tiles * BC, C)
 
+    my_gates = gates
     if POOLS:
         # Where several programs have these channels, each writes its own copy: a shared one would be
         # written many times over.
@@ -212,53 +271,19 @@ def spatial_pool_forward_kernel(
         _channel_gate(
             n, part, part_index, pooled, pool_index, hidden_part, units + pid.to(tl.int64) * H,
             None if gates is None else my_gates, w1, b1, w2, b2, channel_gate,
-            hidden, c0, c1, C, H, P, SEGMENTS, shares, tile == 0,
+            hidden, c0, c1, C, H, P, SEGMENTS, shares, group == 0,
             POOLS, SPLIT, WITH_INDEX, ROWS, RUNS, KP, BLEND, SEGMENTED, MC, HB, ACC,
         )  # fmt: skip
 
     if SPATIAL:
-        rp = tile * BP + tl.arange(0, BP)
-        pmask = rp < P
-        row = tl.arange(0, BC)
-        rows = x + n * C * P + rp.to(tl.int64)[None, :] * SP + row.to(tl.int64)[:, None] * SC  # [BC, BP]
-        total = tl.zeros([BC, BP], ACC)
-        peak = tl.full([BC, BP], float("-inf"), ACC)
-        index = tl.zeros([BC, BP], tl.int32)
-        first = split * split_tiles
-        if not SPLIT:
-            index += first
-        for t in range(first, tl.cdiv(c1, BC)):
-            at = tl.cast(tl.multiple_of(t * BC, BC), tl.int64) * SC
-            if EVEN:
-                mask = None
-                v = tl.load(rows + at, mask=pmask[None, :], other=0.0).to(ACC)  # [BC, BP]
-                if POOLS:
-                    v *= tl.load(my_gates + (t - first) * BC + row)[:, None]  # [BC]
-            else:
-                cmask = t * BC + row < C
-                mask = cmask[:, None]
-                v = tl.load(rows + at, mask=mask & pmask[None, :], other=0.0).to(ACC)  # [BC, BP]
-                if POOLS:
-                    v *= tl.load(my_gates + (t - first) * BC + row, mask=cmask, other=0.0)[:, None]  # [BC]
-            total += v
-            peak, index = track_maximum(v, t, mask, peak, index, SPLIT, WITH_INDEX)
-        s = tl.sum(total, 0)
-        if not SPLIT:
-            index = index * BC + row[:, None]
-        best, found = reduce_maximum(peak, index, 0, SPLIT)
-        if tl.max((s != s).to(tl.int32), 0) > 0:
-            first_nan = tl.full([BC, BP], NO_INDEX, tl.int32)
-            for t in range(first, tl.cdiv(c1, BC)):
-                at = tl.cast(tl.multiple_of(t * BC, BC), tl.int64) * SC
-                cmask = t * BC + row < C
-                v = tl.load(rows + at, mask=cmask[:, None] & pmask[None, :], other=0.0).to(ACC)  # [BC, BP]
-                if POOLS:
-                    v *= tl.load(my_gates + (t - first) * BC + row, mask=cmask, other=0.0)[:, None]  # [BC]
-                first_nan = tl.minimum(first_nan, tl.where(v != v, (t * BC + row)[:, None], NO_INDEX))
-            best, found = replace_nan(best, found, tl.min(first_nan, 0), SPLIT)
-        out = maps + (n * splits + split) * 2 * P + rp
-        tl.store(out, best, mask=pmask)  # [BP]
-        tl.store(out + P, divide(s, C.to(ACC)), mask=pmask)  # [BP]
-        if WITH_INDEX:
-            p_index = maps_index + (n * splits + split) * P + rp
-            tl.store(p_index, found.to(maps_index.dtype.element_ty), mask=pmask)  # [BP]
+        if SEGMENTED:
+            for tile in range(group * group_tiles, tl.minimum((group + 1) * group_tiles, tl.cdiv(P, BP))):
+                _pool_positions(
+                    x, my_gates, maps, maps_index, n, tile, split, splits, split_tiles, c1, C, P,
+                    POOLS, SPLIT, WITH_INDEX, EVEN, CHANNELS_LAST, BC, BP, ACC,
+                )  # fmt: skip
+        else:
+            _pool_positions(
+                x, my_gates, maps, maps_index, n, group, split, splits, split_tiles, c1, C, P,
+                POOLS, SPLIT, WITH_INDEX, EVEN, CHANNELS_LAST, BC, BP, ACC,
+            )  # fmt: skip
