@@ -33,7 +33,7 @@ CASES = {
     "thin map, blocks of rows": ((1, 24, 32, 160), torch.bfloat16, False, Config()),
     "small map, shares": ((1, 257, 7, 7), torch.float32, False, Config()),
     "channels-last, segments": (
-        (1, 8, 26, 40),
+        (2, 8, 26, 40),
         torch.float32,
         True,
         Config(ties=cfg.TIES_SPLIT, residual=True),
@@ -46,7 +46,7 @@ CASES = {
         Config(pools=15, ties=cfg.TIES_SPLIT, residual=True),
     ),
 }
-# On two multiprocessors: programs of the forward's second launch take several tiles.
+# On four multiprocessors: programs of the forward's second launch take several tiles.
 FEW = ("channels-last, segments",)
 
 
@@ -91,7 +91,7 @@ def test_compiled_kernels(name):
     shape, dtype, channels_last, config = CASES[name]
     x, weights, bn = make_inputs(shape, dtype, config, 4, channels_last=channels_last, device="cpu")
     dy = torch.empty_like(x).copy_(torch.randn(shape, generator=torch.Generator().manual_seed(9)))
-    device = replace(DEVICES["sm_90"], multiprocessors=2) if name in FEW else DEVICES["sm_90"]
+    device = replace(DEVICES["sm_90"], multiprocessors=4) if name in FEW else DEVICES["sm_90"]
     results = []
     for seed in (1, 2):
         with recording(device) as launches:
