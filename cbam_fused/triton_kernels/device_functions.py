@@ -33,8 +33,8 @@ def count_tiles(P, W, BP: tl.constexpr, TW: tl.constexpr):
 
 @triton.jit
 def tile_positions(tile, P, W, BP: tl.constexpr, TW: tl.constexpr):
-    """Positions of a tile [BP], and which of them the map has: a stretch of them, or with TW > 0 a block of rows TW wide,
-    which a convolution leaves less far."""
+    """Positions of a tile [BP], and which of them the map has: a stretch, or with TW > 0 a block of rows TW wide, around
+    which a convolution reads less."""
     lane = tl.arange(0, BP)
     if TW > 0:
         across = tl.cdiv(W, TW)

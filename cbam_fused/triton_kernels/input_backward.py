@@ -3,8 +3,8 @@
 A program owns a tile of positions and a range of channels, of one sample or of a few: the weights are read
 once for all of them. Where the third launch left the MLP's backward open, a program finishes it for its
 channels, tile by tile. Reads dy and writes dx (2 S bytes); x only where an option needs it (ties shared
-evenly, lp, lse). With few channels the maps' gradients weigh beside x: a program then computes them from dz, as
-the second launch has, which reads less than what that would hand on.
+evenly, lp, lse). With few channels the gradients of the maps weigh beside x: a program then computes them from
+dz, as the second launch has, which reads less than it would have been handed.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def input_backward_kernel(
     dz, conv_weight, bn_weight, bn_bias, bn_mean, bn_var,
     hidden, w1, w2, dlogits, hidden_part, dhidden, my_dhidden, dpooled,
     N, c_units, p_units, HIDDEN, blocks, splits, split_tiles, D, H, w_units,
-    BN_EPS: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, POOLS: tl.constexpr, SPATIAL: tl.constexpr, SPLIT: tl.constexpr, RESIDUAL: tl.constexpr,
+    BN_EPS: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    POOLS: tl.constexpr, SPATIAL: tl.constexpr, SPLIT: tl.constexpr, RESIDUAL: tl.constexpr,
     FLAT: tl.constexpr, CHANNELS_LAST: tl.constexpr, CV: tl.constexpr, PV: tl.constexpr, WV: tl.constexpr,
     BC: tl.constexpr, BP: tl.constexpr, TW: tl.constexpr, HB: tl.constexpr, GB: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip

@@ -1,8 +1,8 @@
 """Launchers of the backward: four launches for each chunk of samples that L2 holds, and one for the batch.
 
-Without a spatial gate there is one launch less for each chunk; without a channel gate, too, where the last one convolves
-for itself. Where a program can take a whole sample, and there are samples enough for the device, one launch takes the place of all
-four.
+Without a spatial gate there is one launch less for each chunk, and without a channel gate where the last of them
+convolves for itself. Where a program can take a whole sample, and there are samples enough for the device, one launch
+takes the place of all four.
 """
 
 from __future__ import annotations
