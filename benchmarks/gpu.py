@@ -1,11 +1,13 @@
 """Everything that only a machine with a GPU can show, in one command; each part's outcome at the end.
 
     python benchmarks/gpu.py [--skip tests sanitizer bars] [--tools memcheck ...] [--sanitized tests/test_ops.py ...]
+                             [--backends cuda triton]
 
 1. the whole test suite; 2. every test of it that launches kernels (`pytest -m gpu`), under each of
 compute-sanitizer's four tools, which takes hours: --sanitized names fewer files; 3. the bars at N = 32, bfloat16,
 (256, 56, 56): forward and backward against a copy on the same device, a forward and a training step against plain
-PyTorch, eager and compiled with mode="max-autotune". A result is judged against float64 before it is timed.
+PyTorch, eager and compiled with mode="max-autotune", for each of the two backends. A result is judged against float64
+before it is timed.
 Without a GPU it says so and exits with 2.
 """
 
@@ -34,14 +36,21 @@ from benchmarks.shapes import Case  # noqa: E402
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SHAPE, SAMPLES = (256, 56, 56), 32
 ROUNDS = 50
-# What is measured, as a ratio, and the least that it has to be.
+# What is measured, as a ratio, and the least that it has to be, by backend.
 BARS = {
-    "forward: share of the copy's bandwidth": 0.85,
-    "backward: share of the copy's bandwidth": 0.75,
-    "forward: times as fast as eager": 5.0,
-    "forward: times as fast as compiled": 2.0,
-    "training step: times as fast as eager": 5.0,
-    "training step: times as fast as compiled": 2.0,
+    "cuda": {
+        "forward: share of the copy's bandwidth": 0.85,
+        "backward: share of the copy's bandwidth": 0.75,
+        "forward: times as fast as eager": 5.0,
+        "forward: times as fast as compiled": 2.0,
+        "training step: times as fast as eager": 5.0,
+        "training step: times as fast as compiled": 2.0,
+    },
+    "triton": {
+        "forward: share of the copy's bandwidth": 0.6,
+        "forward: times as fast as eager": 4.0,
+        "forward: times as fast as compiled": 1.5,
+    },
 }
 
 
@@ -77,8 +86,8 @@ def times(what: str, case: Case, steps: List[Step]) -> Dict[str, float]:
     return {s.label: s.median for s in steps}
 
 
-def measure(infer: Case, backend: str = "cuda") -> Dict[str, float]:
-    """The ratios of BARS for a case and its training twin."""
+def measure(infer: Case, backend: str) -> Dict[str, float]:
+    """All ratios that BARS names, for a case and its training twin."""
     found, x, dy = candidates(infer, backend)
     forward = times(
         "forward", infer, [copy_step(infer, x, dy), *(candidate_step(infer, c, x, dy) for c in found)]
@@ -112,6 +121,7 @@ def main() -> None:
     parser.add_argument("--skip", nargs="+", default=[], choices=["tests", "sanitizer", "bars"])
     parser.add_argument("--tools", nargs="+", default=TOOLS, choices=TOOLS)
     parser.add_argument("--sanitized", nargs="+", default=["tests"], help="test files; default: all")
+    parser.add_argument("--backends", nargs="+", default=list(BARS), choices=list(BARS), help="whose bars")
     a = parser.parse_args()
     if not torch.cuda.is_available():
         print("torch finds no CUDA device: nothing here can be measured", file=sys.stderr)
@@ -125,8 +135,11 @@ def main() -> None:
             command = [sanitizer(), "--tool", tool, "--error-exitcode", "1", "--target-processes", "all"]
             run(f"compute-sanitizer {tool}", [*command, *python, *a.sanitized, "-m", "gpu"], outcomes)
     if "bars" not in a.skip:
-        for name, value in measure(Case("gpu", SAMPLES, SHAPE, "infer", "bfloat16", device="cuda")).items():
-            outcomes[f"{name}: {value:.2f}, bar {BARS[name]:g}"] = value >= BARS[name]
+        for backend in a.backends:
+            print(f"\nbars of {backend}", flush=True)
+            found = measure(Case("gpu", SAMPLES, SHAPE, "infer", "bfloat16", device="cuda"), backend)
+            for name, bar in BARS[backend].items():
+                outcomes[f"{backend}, {name}: {found[name]:.2f}, bar {bar:g}"] = found[name] >= bar
     print(f"\n{torch.cuda.get_device_name(0)}, torch {torch.__version__}")
     for name, passed in outcomes.items():
         print(f"  {'pass' if passed else 'FAIL'}  {name}")

@@ -107,7 +107,7 @@ def _agrees(found: List[Tensor], wanted: List[Tensor], dtype: torch.dtype) -> bo
 
 
 def tune(report: Callable[[str], None] = print) -> List[Dict[str, object]]:
-    """Rows that are faster than the pinned ones on the current GPU. Raises RuntimeError without one."""
+    """Rows that are faster than those in use on the current GPU. Raises RuntimeError without one."""
     reason = load()
     if reason is None and not torch.cuda.is_available():
         reason = "torch finds no GPU"
@@ -152,9 +152,20 @@ def tune(report: Callable[[str], None] = print) -> List[Dict[str, object]]:
 
 
 def write(rows: List[Dict[str, object]], path: Path) -> None:
-    """Writes a user's table; `configurations` reads it before the pinned one."""
+    """Writes a user's table, which `configurations` reads before the pinned one. Rows that it has for other devices,
+    kernels or tensors stay."""
+
+    def key(row: Dict[str, object]) -> Tuple[str, ...]:
+        return tuple(str(row[name]) for name in ("device", "kernel", "layout", "map", "bytes"))
+
+    new = {key(row) for row in rows}
+    kept = (
+        [row for row in configurations.load_table(path)["rows"] if key(row) not in new]
+        if path.exists()
+        else []
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"format": configurations.FORMAT, "rows": rows}, indent=2) + "\n")
+    path.write_text(json.dumps({"format": configurations.FORMAT, "rows": [*rows, *kept]}, indent=2) + "\n")
     configurations.forget()
 
 
@@ -170,7 +181,7 @@ def main(arguments: Sequence[str] = ()) -> int:
         print(error, file=sys.stderr)
         return 1
     write(rows, options.output)
-    print(f"{len(rows)} configurations faster than the pinned table's, in {options.output}")
+    print(f"{len(rows)} configurations faster than those that were in use, in {options.output}")
     return 0
 
 

@@ -353,8 +353,23 @@ def test_the_bars_of_the_gpu_are_measured_where_they_are_judged(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda module, **options: asked.append(options) or module)
     monkeypatch.setattr(gpu, "ROUNDS", 5)
     ratios = gpu.measure(case("infer", dtype="bfloat16"), backend="auto")
-    assert ratios.keys() == gpu.BARS.keys() and all(0 < r < 1000 for r in ratios.values())
+    assert ratios.keys() == gpu.BARS["cuda"].keys() > gpu.BARS["triton"].keys()
+    assert all(0 < r < 1000 for r in ratios.values())
     assert [o["mode"] for o in asked] == ["max-autotune"] * 2
+
+
+def test_each_backend_of_the_gpu_is_judged_by_its_own_bars(monkeypatch, capsys):
+    ratios = {"cuda": dict.fromkeys(gpu.BARS["cuda"], 4.9), "triton": dict.fromkeys(gpu.BARS["cuda"], 4.9)}
+    monkeypatch.setattr(gpu, "measure", lambda case, backend: ratios[backend])
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_name", lambda _: "a GPU")
+    for backend, misses in (("cuda", 2), ("triton", 0)):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--skip", "tests", "sanitizer", "--backends", backend])
+        with pytest.raises(SystemExit) as stop:
+            gpu.main()
+        out = capsys.readouterr().out
+        assert stop.value.code == (misses > 0) and out.count("FAIL  ") == misses
+        assert out.count("pass  ") == len(gpu.BARS[backend]) - misses
 
 
 def test_the_sanitizers_run_every_test_that_launches_kernels(monkeypatch):

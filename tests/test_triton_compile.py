@@ -6,6 +6,7 @@ GPU would get. Shapes and options are chosen so that every row of the table is l
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from typing import Iterator, List
@@ -17,7 +18,17 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile in this process", allow_module_level=True)
 
-from triton_recording import DEVICES, TARGETS, Launch, cuobjdump, inspect_all, make_inputs, recording, run_ops
+from triton_recording import (
+    DEVICES,
+    TARGETS,
+    Launch,
+    cuobjdump,
+    inspect_all,
+    make_inputs,
+    recording,
+    run_ops,
+    run_split_ops,
+)
 
 from cbam_fused._config import Config
 from cbam_fused.triton_kernels import configurations
@@ -53,17 +64,28 @@ READERS = {
 }
 
 
-def launched(generation: str, dtypes=DTYPES, configs=(Config(),), shapes=None) -> Iterator[Launch]:
-    """Every launch of a forward and a backward."""
+def inference(x, weights, bn, config) -> None:
+    run_ops(x, weights, bn, config, save=False, backward=False)
+
+
+def cut_at_the_norm(x, weights, bn, config) -> None:
+    run_split_ops(x, weights, bn, config)
+
+
+def launched(
+    generation: str, dtypes=DTYPES, configs=(Config(),), shapes=None, runs=(run_ops,)
+) -> Iterator[Launch]:
+    """Every launch of a forward and a backward, or of other runs."""
     for config in configs:
         for dtype in dtypes:
             for shape in shapes or SHAPES.values():
                 for channels_last in (False, True):
                     hidden = 0 if config.pools == 1 else 32 if shape[1] == 64 else None
                     x, weights, bn = make_inputs(shape, dtype, config, hidden, channels_last=channels_last)
-                    with recording(DEVICES[generation]) as recorded:
-                        run_ops(x, weights, bn, config)
-                    yield from recorded
+                    for run in runs:
+                        with recording(DEVICES[generation]) as recorded:
+                            run(x, weights, bn, config)
+                        yield from recorded
 
 
 def launches(*arguments, **keywords) -> List[Launch]:
@@ -75,6 +97,7 @@ def check(some: List[Launch], target: str, wide: bool = False) -> None:
     for launch, used in zip(some, inspect_all(some, target), strict=True):
         where = f"{launch.name} {dict(launch.meta)} for {target}"
         assert used.spilled == 0, f"{where} spills: {used}"
+        assert not used.atomics, f"{where} has atomics"
         assert used.shared <= TARGETS[target][3], f"{where} needs {used.shared} bytes of shared memory"
         if wide and launch.name in READERS:
             assert used.wide_loop, f"{where} has no 16-byte load in a loop"
@@ -89,16 +112,55 @@ def test_every_configuration(target):
 
 
 def test_machine_code_has_the_loads_of_the_ptx():
-    """What the other tests read in PTX: ptxas neither splits wide loads nor keeps narrow ones beside them."""
+    """What the other tests read in PTX: ptxas does not split wide loads."""
     wanted = {
-        launch.name: launch for launch in launches("sm_90", (torch.bfloat16,), shapes=(SHAPES["large"],))
+        (launch.name, launch.meta["CHANNELS_LAST"]): launch
+        for launch in launches("sm_90", (torch.bfloat16,), shapes=(SHAPES["large"],))
+        if launch.name in READERS
     }
-    assert READERS - wanted.keys() == {"whole_backward_kernel"}  # of tiny maps
-    for name in READERS & wanted.keys():
-        compiled = wanted[name].compile("sm_90")
+    of_large_maps = READERS - {"whole_backward_kernel"}
+    assert wanted.keys() == set(itertools.product(of_large_maps, (False, True)))
+    for which, launch in wanted.items():
+        compiled = launch.compile("sm_90")
         ptx = len(re.findall(r"\bld\.global\S*\.v4\.b32", compiled.asm["ptx"]))
         sass = len(re.findall(r"\bLDG\.E\S*\.128", cuobjdump(compiled, "-sass")))
-        assert 0 < ptx <= sass, name
+        assert 0 < ptx <= sass, which
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_inference_and_a_norm_in_training(target):
+    """What these launch and a forward and a backward in one do not."""
+    dtypes, runs = (torch.bfloat16, torch.float32), (inference, cut_at_the_norm)
+    known = {launch.key() for launch in launched(target, dtypes)}
+    some = [launch for launch in launches(target, dtypes, runs=runs) if launch.key() not in known]
+    assert {launch.name for launch in some} >= {
+        "channel_pool_forward_kernel",
+        "spatial_pool_forward_kernel",
+        "scale_forward_kernel",
+        "whole_backward_kernel",
+    }
+    check(
+        [launch for launch in some if launch.meta.get("GIVEN", launch.args[1] is not None)], target, wide=True
+    )
+    # Only the logits are written, from maps: nothing of the size of x is read.
+    check([launch for launch in some if launch.args[1] is None], target)
+
+
+# Thin maps whose tiles are stretches, whether the fourth launch convolves or not; and samples with a program each that
+# fit the L2 of every device.
+FURTHER = ((64, 64, 56, 56), (2, 64, 16, 256), (128, 1024, 8, 8))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_further_shapes(target):
+    dtypes = (torch.bfloat16, torch.float32)
+    known = {launch.key() for launch in launched(target, dtypes)}
+    found = launches(target, dtypes, shapes=FURTHER)
+    last = [launch for launch in found if launch.name == "input_backward_kernel" and launch.meta["BP"] > 64]
+    given = {launch.args[launch.kernel.arg_names.index("dmaps")] is None for launch in last}
+    assert {launch.meta["TW"] for launch in last} >= {0} and given == {False, True}
+    assert any(launch.name == "whole_backward_kernel" for launch in found)
+    check([launch for launch in found if launch.key() not in known], target, wide=True)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from triton_recording import DEVICES, make_inputs, recording
 
 from cbam_fused import tune
 from cbam_fused.triton_kernels import configurations
@@ -54,6 +55,62 @@ def test_a_broken_table_says_where_it_is(text, monkeypatch, capsys):
         configurations._look_up(*KEY)
     pretend_to_tune(monkeypatch, lambda k, found: 1.0)
     assert tune.main([]) == 1 and str(path) in capsys.readouterr().err
+
+
+def test_a_second_tuning_keeps_what_it_does_not_replace():
+    path = configurations.user_table_path()
+    mine = replace(configurations._look_up(*KEY), warps=2)
+    others = {key: replace(mine, warps=warps) for key, warps in (
+        ((KEY[0], "sm_80", *KEY[2:]), 4), ((*KEY[:3], "small", 2), 8), ((*KEY[:4], 4), 16))}  # fmt: skip
+    tune.write([configurations.user_row(*key, found) for key, found in {KEY: mine, **others}.items()], path)
+    better = replace(mine, warps=1)
+    tune.write([configurations.user_row(*KEY, better)], path)
+    assert configurations._look_up(*KEY) == better
+    assert all(configurations._look_up(*key) == found for key, found in others.items())
+    assert len(json.loads(path.read_text())["rows"]) == 4
+
+
+def test_a_device_without_rows_takes_its_familys():
+    for generation, like in {"sm_103": "sm_100", "sm_121": "sm_120", "gfx950": "gfx942"}.items():
+        kernel, row = next((r["kernel"], r) for r in configurations.pinned_rows() if r.get("device") == like)
+        key = ("contiguous" if row["layout"] == "any" else row["layout"], row["map"][0], row["bytes"][0])
+        found = configurations._look_up(kernel, generation, *key)
+        assert (
+            found
+            == configurations._look_up(kernel, like, *key)
+            != configurations._look_up(kernel, "sm_90", *key)
+        )
+    device = configurations.Device("sm_121", 48, 96 << 20)
+    assert configurations.chunk_samples(device, 1 << 20, 64, 1) < 64
+
+
+def test_a_broken_table_takes_the_backend_away_and_says_so(monkeypatch):
+    monkeypatch.setattr(configurations, "interpreting", lambda: True)
+    assert configurations.reason_unusable() is None
+    path = configurations.user_table_path()
+    path.write_text(json.dumps({"format": 1, "rows": []}))
+    configurations.forget()
+    assert configurations.reason_unusable() == (
+        f"launch table {path} must have format {configurations.FORMAT}, got 1: delete it"
+    )
+
+
+def test_what_agrees():
+    wanted = [torch.linspace(-1, 1, 100), torch.full((3,), 1e-3)]
+    off = [wanted[0], wanted[1] * 1.1]
+    assert tune._agrees([t * (1 + 1e-6) for t in wanted], wanted, torch.float32)
+    assert not tune._agrees(off, wanted, torch.float32)
+    assert not tune._agrees([wanted[0], wanted[1].clone().fill_(float("nan"))], wanted, torch.float32)
+
+
+def test_a_step_is_a_forward_and_a_backward():
+    x, weights, norm = make_inputs((2, 64, 28, 28), torch.bfloat16)
+    with recording(DEVICES["sm_90"]) as launches:
+        results = tune._step(x, weights, norm)
+    assert {f"{kernel}_kernel" for kernel in configurations.KERNELS if "pool" not in kernel} <= {
+        launch.name for launch in launches
+    }
+    assert len(launches) == 8 and results[0].shape == results[1].shape == x.shape
 
 
 def test_candidates_keep_the_names_of_the_blocks():

@@ -349,6 +349,20 @@ SPLITS = {
 }
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [16, 65])
+def test_tiles_that_end_beyond_the_map(channels, dtype, channels_last, monkeypatch):
+    """Several tiles a map, the last of which ends beyond it, in the configurations of a GPU."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(configurations, "describe", lambda _: DEVICES["sm_90"])
+    shape = (1, channels, 13, 57)
+    with recording(run=True) as launches:
+        Case(shape, dtype, channels_last=channels_last, kernel=3).check()
+    sizes = {launch.meta["BP"] for launch in launches if "BP" in launch.meta}
+    assert all(13 * 57 % size for size in sizes) and min(sizes) < 13 * 57 // 2
+
+
 @pytest.mark.parametrize("name", SPLITS)
 def test_splits_of_a_large_device(name, monkeypatch):
     shape, channels_last, options = SPLITS[name]
@@ -558,16 +572,22 @@ def test_the_same_bits_twice(config, shape):
     ],
     ids=str,
 )
-def test_gradcheck(options):
-    case = Case((2, 3, 4, 3), kernel=3, hidden=2, **options)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_gradcheck(options, channels_last):
+    case = Case((2, 3, 4, 3), kernel=3, hidden=2, channels_last=channels_last, **options)
     names = [k for k, t in case.weights.items() if t is not None]
+    affine = [] if case.norm is None else [case.norm.weight, case.norm.bias]
 
     def f(x, *weights):
         given = {**dict.fromkeys(NAMES), **dict(zip(names, weights))}
         norm = None if case.norm is None else copy.deepcopy(case.norm).to(DEVICE)
+        if norm is not None:
+            del norm.weight, norm.bias
+            norm.weight, norm.bias = weights[len(names) :]
         return run_public(x, given, norm, "triton", case.options)
 
-    inputs = [t.to(DEVICE).requires_grad_() for t in (case.x, *(case.weights[k] for k in names))]
+    tensors = (case.x, *(case.weights[k] for k in names), *affine)
+    inputs = [t.detach().to(DEVICE).requires_grad_() for t in tensors]
     assert torch.autograd.gradcheck(f, inputs, fast_mode=True)
 
 

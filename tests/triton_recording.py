@@ -211,13 +211,15 @@ def run_split_ops(x, weights, bn, config: Config, save: bool = True, backward: b
 @dataclass(frozen=True)
 class Resources:
     """What a compiled kernel uses: registers a thread, what spills (bytes of stack, or AMD's vector registers), bytes
-    of shared memory; and whether some loop has a load from global memory of 16 bytes, and of 2."""
+    of shared memory; whether some loop has a load from global memory of 16 bytes, and of 2; and whether there are
+    atomics."""
 
     registers: int
     spilled: int
     shared: int
     wide_loop: bool
     narrow_loop: bool
+    atomics: bool
 
 
 # A label, a jump back to one, and loads of 16 bytes or more, and of 2, in each language.
@@ -245,12 +247,18 @@ def resources(compiled, target: str) -> Resources:
 
         # Spilled scalar registers go to lanes of a vector register, not to memory.
         return Resources(
-            field("vgpr_count"), field("vgpr_spill_count"), shared, *_loads_in_loops(text, *_AMD)
+            field("vgpr_count"),
+            field("vgpr_spill_count"),
+            shared,
+            *_loads_in_loops(text, *_AMD),
+            "_atomic_" in text,
         )
     report = cuobjdump(compiled, "-res-usage")
     used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
-    loops = _loads_in_loops(compiled.asm["ptx"], *_PTX)
-    return Resources(used["REG"], used["STACK"] + used["LOCAL"], shared, *loops)
+    text = compiled.asm["ptx"]
+    atomics = re.search(r"\b(atom|red)\.", text) is not None
+    spilled = used["STACK"] + used["LOCAL"]
+    return Resources(used["REG"], spilled, shared, *_loads_in_loops(text, *_PTX), atomics)
 
 
 def cuobjdump(compiled, *options: str) -> str:

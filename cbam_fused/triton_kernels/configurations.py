@@ -1,11 +1,11 @@
 """Launch configurations: the pinned table, the user's table over it, and the look-up.
 
-A row is chosen by kernel, device generation, layout, class of the map and bytes an element; `meta`
-are the kernel's block sizes, `fill` how many programs a multiprocessor should get where the launcher
-can split further, and `registers`, where given, how many a thread may use where maps are cut into
-segments. A row for a device generation goes before one for any device, the user's table, which
-`python -m cbam_fused.tune` writes, before the pinned one, and either's row for thin maps before one for
-all large ones.
+A row is chosen by kernel, device generation, layout, class of the map and bytes an element; `meta` are the kernel's block
+sizes, `fill` how many programs a multiprocessor should get where the launcher can split further, and `registers`, where
+given, how many a thread may use in variants in which ptxas would spill to fit one more block: pools in segments or of
+inference, a backward that is given dz. A row for a device generation goes before one for its family and that before one
+for any device, the user's table, which `python -m cbam_fused.tune` writes, before the pinned one, and either's row for
+thin maps before one for all large ones.
 """
 
 from __future__ import annotations
@@ -114,6 +114,13 @@ def user_table_path() -> Path:
     return base / "cbam_fused" / "launch_table.json"
 
 
+def family(generation: str) -> str:
+    """The generation whose rows serve where a device has none of its own: sm_100 for sm_103, gfx942 for other CDNAs."""
+    if generation.startswith("gfx9"):
+        return "gfx942"
+    return generation[:-1] + "0" if generation.startswith("sm_") else generation
+
+
 def load_table(path: Path) -> dict:
     """A table, checked for its format. Raises ValueError with the path and what is wrong."""
     try:
@@ -159,7 +166,7 @@ def _matches(row: dict, kernel: str, layout: str, size: str, itemsize: int) -> b
 @functools.lru_cache(maxsize=None)
 def _look_up(kernel: str, generation: str, layout: str, size: str, itemsize: int) -> Configuration:
     sizes = ("thin", "large") if size == "thin" else (size,)
-    for like, table, wanted in itertools.product(sizes, _tables(), (generation, "any")):
+    for like, table, wanted in itertools.product(sizes, _tables(), (generation, family(generation), "any")):
         for row in table["rows"]:
             if row.get("device", "any") == wanted and _matches(row, kernel, layout, like, itemsize):
                 return Configuration(row["meta"], row["warps"], row["fill"], row.get("registers"))
@@ -187,7 +194,7 @@ def chunk_samples(device: Device, sample_bytes: int, samples: int, tensors: int)
     """Samples a chunk, so that `tensors` tensors of x's size stay in L2 between the launches."""
     fraction = 0.0
     for table in reversed(_tables()):
-        for name in ("any", device.generation):
+        for name in ("any", family(device.generation), device.generation):
             fraction = table.get("devices", {}).get(name, {}).get("l2_chunk", fraction)
     budget = int(fraction * device.l2_bytes)
     chunk = budget // (tensors * sample_bytes)
@@ -220,8 +227,10 @@ def user_row(
 
 def reason_unusable() -> Optional[str]:
     """None where kernels can run on this machine, or why not."""
-    if interpreting():
-        return None
-    if not torch.cuda.is_available():
+    if not interpreting() and not torch.cuda.is_available():
         return "torch finds no GPU, and TRITON_INTERPRET is not 1"
+    try:
+        _tables()
+    except ValueError as error:
+        return str(error)
     return None

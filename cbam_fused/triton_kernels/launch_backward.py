@@ -202,7 +202,7 @@ def _whole_backward_launch(
          pr.d, pr.h, pr.w),
         dict(BN_EPS=eps, POOLS=pr.pools, SPATIAL=pr.spatial, SPLIT=pr.split(), RESIDUAL=residual, GIVEN=known,
              FLAT=pr.flat(found), **pr.taps_meta(), **pr.layout(), **found.meta),
-        found,
+        found.limited(known),
     )  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def _pools_forward(x: Tensor, weights, pr: Problem, saved: Saved, rows: slice):
             (x, part, part_index, w1, hidden_part, u["c_units"], u["p_units"], each, segments, share_tiles, pr.hidden),
             dict(POOLS=pr.pools, SPLIT=pr.split(), SEGMENTED=segments > 1, WITH_INDEX=saved.save,
                  LONG=is_long(each, pr.acc), **pr.layout(), **found.meta),
-            found.limited(segments > 1),
+            found.limited(segments > 1 or not saved.save),
         )  # fmt: skip
     found, device = pr.tile("spatial_pool", MC=pr.c, HB=max(1, pr.hidden))
     tiles, splits, each = map_splits(pr, found, device, n)
@@ -80,7 +80,7 @@ def _pools_forward(x: Tensor, weights, pr: Problem, saved: Saved, rows: slice):
          u["c_units"], u["p_units"], pr.hidden, segments, shares, splits, each, group),
         dict(POOLS=pr.pools, SPATIAL=pr.spatial, SPLIT=pr.split(), SEGMENTED=segments > 1,
              WITH_INDEX=saved.save, EVEN=pr.c % found.meta["BC"] == 0, **pr.layout(), **found.meta),
-        found.limited(segments > 1),
+        found.limited(segments > 1 or not saved.save),
     )  # fmt: skip
     return part_maps, part_maps_index
 
