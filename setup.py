@@ -21,10 +21,11 @@ from setuptools import setup
 ROOT = os.path.dirname(os.path.abspath(__file__))
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # torch 2.10
 COMMON = [*STABLE_ABI, "-O3", "-g0", "-std=c++17", "-fvisibility=hidden"]
-# Newest first: the toolkit from which on an architecture list can be compiled.
+# Newest first: the toolkit from which on an architecture list can be compiled. Code for 9.0a and 10.0a runs on nothing
+# else, PTX on everything newer: that of 8.0 serves 10.3 and 11.0 with the streamed tier.
 ARCHITECTURES = [
-    ((12, 8), "8.0;8.6;8.9;9.0a;10.0a;12.0+PTX"),
-    ((11, 8), "8.0;8.6;8.9;9.0a+PTX"),
+    ((12, 8), "8.0+PTX;8.6;8.9;9.0a;10.0a;12.0+PTX"),
+    ((11, 8), "8.0+PTX;8.6;8.9;9.0a"),
 ]
 
 

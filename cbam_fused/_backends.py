@@ -182,11 +182,13 @@ def backends() -> Dict[str, Union[bool, Unavailable]]:
 
 
 @_constant
-def _say_once(name: str) -> None:
-    if not _state.get(f"said {name}"):
-        _state[f"said {name}"] = "yes"
+def _say_once(device: str) -> None:
+    """That a device's backends are all missing, if they are, and why."""
+    reasons = [unavailable(b.name) for b in TABLE if b.device == device]
+    if reasons and None not in reasons and not _state.get(f"said {device}"):
+        _state[f"said {device}"] = "yes"
         warnings.warn(
-            f"cbam_fused runs on the plain PyTorch reference: {unavailable(name)}",
+            f"cbam_fused runs on the plain PyTorch reference: {'; '.join(map(str, reasons))}",
             RuntimeWarning,
             stacklevel=4,
         )
@@ -242,8 +244,7 @@ def select(name: str, x: Tensor, c: Config) -> str:
             if b.device == device and unavailable(b.name) is None:
                 if b.covers is None or b.covers(x, c) is None:
                     return b.name
-        if device == "cpu":
-            _say_once("cpu")
+        _say_once(device)
         return "reference"
     if name == "reference":
         return name

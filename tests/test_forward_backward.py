@@ -351,10 +351,13 @@ def test_forward_does_not_depend_on_the_place_in_the_batch(fused, name):
         assert torch.equal(moved_dx, dx[order])
 
 
+@pytest.mark.parametrize("shape", [(3, 24, 11, 9), (1, 40, 28, 24)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_without_gradients_the_output_is_the_same(target, options):
+def test_without_gradients_the_output_is_the_same(target, options, dtype, layout, shape):
     """Inference and training take different paths to the same bits."""
-    problem = make_problem((3, 24, 11, 9), options, device=target.device)
+    problem = make_problem(shape, options, dtype, target.device, layout)
     y, *_ = run_problem(problem, target.backend)
     x, p, norm = leaves(problem)
     with torch.no_grad():

@@ -5,8 +5,14 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from cbam_fused import _backends, backends
+from cbam_fused._config import Config
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -123,6 +129,35 @@ def test_main_checks_every_available_backend():
     lines = result.stdout.split("self-check", 1)[1].splitlines()
     for backend in {t.backend for t in FUSED if t.device == "cpu"}:
         assert any(line.split()[:2] == [backend, "ok:"] for line in lines), result.stdout
+
+
+@pytest.mark.skipif(
+    os.environ.get("CBAM_FUSED_CPU") == "0" or not shutil.which("c++"),
+    reason="the kernels were not to be built",
+)
+def test_where_there_is_a_compiler_there_are_kernels():
+    """Without them every test of a backend would be skipped."""
+    assert backends()["cpu"] is True
+
+
+def test_a_gpu_without_kernels_is_told_of_once(monkeypatch):
+    """A fake tensor is enough: nothing is computed."""
+    monkeypatch.setattr(_backends, "_state", {})
+    monkeypatch.setattr(_backends, "unavailable", lambda name: f"no {name} here")
+    with FakeTensorMode():
+        x = torch.empty(2, 4, 3, 3, device="cuda")
+        with pytest.warns(
+            RuntimeWarning, match="plain PyTorch reference: no cuda here; no triton here"
+        ) as said:
+            assert [_backends.select("auto", x, Config()) for _ in range(2)] == ["reference"] * 2
+    assert len(said) == 1
+    # With one of them there, a call that it does not cover is nothing to warn of.
+    monkeypatch.setattr(
+        _backends, "unavailable", lambda name: None if name == "triton" else f"no {name} here"
+    )
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _backends.select("auto", torch.empty(2, 4, device="cuda"), Config()) == "reference"
 
 
 def test_main_fails_on_a_wrong_result(monkeypatch, capsys):

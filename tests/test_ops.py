@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from oracle import FUSED, OPTIONS, make_problem, poisoned_allocations
+from oracle import DTYPES, FUSED, OPTIONS, make_problem, poisoned_allocations
 
 from cbam_fused import _ops
 
@@ -92,11 +92,12 @@ def test_fakes_agree_with_kernels(ops, name, layout):
             assert got == want, f"{op} output {i}: the kernel gives {got}, the fake {want}"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_inference_gives_what_forward_gives(ops, name, dtype):
+def test_inference_gives_what_forward_gives(ops, name, dtype, layout):
     table, device = ops
-    arguments = dict(_calls(table, device, name, dtype, "contiguous", save=False)).get("cbam_inference")
+    arguments = dict(_calls(table, device, name, dtype, layout, save=False)).get("cbam_inference")
     if arguments is None:  # the block is cut in two
         assert make_problem((2, 6, 5, 7), OPTIONS[name]).norm.training
         return

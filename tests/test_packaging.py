@@ -1,5 +1,6 @@
 """Files that must agree with each other: versions, pins, and what is shipped."""
 
+import ast
 import pathlib
 import re
 
@@ -42,3 +43,19 @@ def test_ci_runs_what_the_readme_says():
     script = (ROOT / ".ci" / "run").read_text()
     assert "make test" in script and "make lint" in script
     assert "make test" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("capability", [80, 86, 87, 89, 90, 100, 103, 110, 120, 121, 130])
+def test_every_gpu_has_code_by_default(capability):
+    """What a device runs: code of its generation and not above it, of its own where that has an "a", or older PTX."""
+    text = (ROOT / "setup.py").read_text()
+    lists = ast.literal_eval(text.split("ARCHITECTURES = ", 1)[1].split("\n]", 1)[0] + "\n]")
+    assert len(lists) == 2
+    for _, architectures in lists:
+        runs = []
+        for name in architectures.split(";"):
+            number, own, ptx = re.fullmatch(r"([\d.]+)(a?)(\+PTX)?", name).groups()
+            found = int(number.replace(".", ""))
+            exact = found == capability
+            runs.append(exact or not own and found <= capability and (ptx or found // 10 == capability // 10))
+        assert any(runs), architectures
