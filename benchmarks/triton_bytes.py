@@ -27,9 +27,9 @@ that reads it again. The price is in another column: each sample reads the MLP's
 With few channels it is maps that weigh: a float32 one takes 4 / (2 C) of S in 16 bits, 0.031 S with 64 channels and
 0.0625 S with 32. On such thin maps the second and the fourth launch both convolve the gradient of the spatial logits,
 which is less than the two maps that one would hand on, and take tiles of several rows, of which the convolution reads
-1.6 times as much and not, as of stretches of 512 positions, 2.8 times. At (32, 320, 320) that is not enough: the gradient alone, written once and read for
-the pass over x and for that over dy, is 0.19 S without any halo and 0.27 S with that of the tiles, even if the
-convolution's weights took it from one of the two.
+1.6 times as much and not, as of stretches of 512 positions, 2.8 times. At (32, 320, 320) that is not enough: the gradient
+alone, written once and read for the pass over x and for that over dy, is 0.19 S without any halo and 0.27 S with that of
+the tiles, even if the convolution's weights took it from one of the two.
 """
 
 from __future__ import annotations

@@ -176,6 +176,10 @@ def main(arguments: Sequence[str] = ()) -> int:
     )
     options = parser.parse_args(list(arguments))
     try:
+        if options.output.exists():
+            configurations.load_table(
+                options.output
+            )  # what cannot be added to is said before an hour of tuning
         rows = tune()
     except (RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)

@@ -57,6 +57,13 @@ def test_a_broken_table_says_where_it_is(text, monkeypatch, capsys):
     assert tune.main([]) == 1 and str(path) in capsys.readouterr().err
 
 
+def test_an_output_that_cannot_be_added_to_is_refused_before_tuning(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps({"format": 1, "rows": []}))
+    monkeypatch.setattr(tune, "tune", lambda: pytest.fail("it was tuned all the same"))
+    assert tune.main(["--output", str(path)]) == 1 and str(path) in capsys.readouterr().err
+
+
 def test_a_second_tuning_keeps_what_it_does_not_replace():
     path = configurations.user_table_path()
     mine = replace(configurations._look_up(*KEY), warps=2)
