@@ -13,6 +13,7 @@ a kernel misses.
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import re
 import shutil
@@ -31,11 +32,20 @@ REGISTERS = 65536  # of a multiprocessor, on every architecture here
 STATIC_SHARED = int(re.search(r"kStaticShared = (\d+) << 10", (SOURCES / "streamed.h").read_text())[1]) << 10
 
 
+def architecture_lists() -> List[str]:
+    """setup.py's TORCH_CUDA_ARCH_LISTs, that of the newest toolkit first."""
+    module = ast.parse((ROOT / "setup.py").read_text())
+    (value,) = (
+        node.value
+        for node in module.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ARCHITECTURES"
+    )
+    return [architectures for _, architectures in ast.literal_eval(value)]
+
+
 def default_architectures() -> List[str]:
-    """What setup.py builds for with the newest toolkit."""
-    newest = re.search(r'"([\d.;a]+)\+PTX"', (ROOT / "setup.py").read_text())
-    assert newest, "setup.py has no list of architectures"
-    return [f"sm_{a.replace('.', '')}" for a in newest[1].split(";")]
+    """What setup.py builds machine code for with the newest toolkit."""
+    return [f"sm_{a.replace('+PTX', '').replace('.', '')}" for a in architecture_lists()[0].split(";")]
 
 
 def find_nvcc() -> Optional[str]:

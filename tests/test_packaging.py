@@ -1,14 +1,18 @@
 """Files that must agree with each other: versions, pins, and what is shipped."""
 
-import ast
 import pathlib
 import re
+import sys
 
 import pytest
 
 import cbam_fused
 
 ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import cuda_resources  # noqa: E402
+
 TOML = (ROOT / "pyproject.toml").read_text()
 
 
@@ -48,10 +52,9 @@ def test_ci_runs_what_the_readme_says():
 @pytest.mark.parametrize("capability", [80, 86, 87, 89, 90, 100, 103, 110, 120, 121, 130])
 def test_every_gpu_has_code_by_default(capability):
     """What a device runs: code of its generation and not above it, of its own where that has an "a", or older PTX."""
-    text = (ROOT / "setup.py").read_text()
-    lists = ast.literal_eval(text.split("ARCHITECTURES = ", 1)[1].split("\n]", 1)[0] + "\n]")
+    lists = cuda_resources.architecture_lists()
     assert len(lists) == 2
-    for _, architectures in lists:
+    for architectures in lists:
         runs = []
         for name in architectures.split(";"):
             number, own, ptx = re.fullmatch(r"([\d.]+)(a?)(\+PTX)?", name).groups()
