@@ -3,8 +3,9 @@
     python benchmarks/gpu.py [--skip tests sanitizer bars] [--tools memcheck ...] [--sanitized tests/test_ops.py ...]
                              [--backends cuda triton]
 
-1. the whole test suite; 2. every test of it that launches kernels (`pytest -m gpu`), under each of
-compute-sanitizer's four tools, which takes hours: --sanitized names fewer files; 3. the bars at N = 32, bfloat16,
+1. the whole test suite, and what launches kernels (`pytest -m gpu`) once more with the CUDA backend's resident tier
+wherever it fits, which small batches would leave for the streamed one; 2. the same tests with and without that, under
+each of compute-sanitizer's four tools, which takes hours: --sanitized names fewer files; 3. the bars at N = 32, bfloat16,
 (256, 56, 56): forward and backward against a copy on the same device, a forward and a training step against plain
 PyTorch, eager and compiled with mode="max-autotune", for each of the two backends. A result is judged against float64
 before it is timed.
@@ -54,9 +55,12 @@ BARS = {
 }
 
 
-def run(name: str, command: List[str], outcomes: Dict[str, bool]) -> None:
-    print(f"\n{name}: {' '.join(command)}", flush=True)
-    outcomes[name] = subprocess.run(command, cwd=ROOT).returncode == 0
+RESIDENT = {"CBAM_FUSED_TIER": "resident"}
+
+
+def run(name: str, command: List[str], outcomes: Dict[str, bool], **settings: str) -> None:
+    print(f"\n{name}: {' '.join((*(f'{k}={v}' for k, v in settings.items()), *command))}", flush=True)
+    outcomes[name] = subprocess.run(command, cwd=ROOT, env={**os.environ, **settings}).returncode == 0
 
 
 def sanitizer() -> str:
@@ -130,10 +134,13 @@ def main() -> None:
     python = [sys.executable, "-m", "pytest", "-q"]
     if "tests" not in a.skip:
         run("tests", python, outcomes)
+        run("tests, resident tier", [*python, "-m", "gpu"], outcomes, **RESIDENT)
     if "sanitizer" not in a.skip:
         for tool in a.tools:
             command = [sanitizer(), "--tool", tool, "--error-exitcode", "1", "--target-processes", "all"]
-            run(f"compute-sanitizer {tool}", [*command, *python, *a.sanitized, "-m", "gpu"], outcomes)
+            command += [*python, *a.sanitized, "-m", "gpu"]
+            run(f"compute-sanitizer {tool}", command, outcomes)
+            run(f"compute-sanitizer {tool}, resident tier", command, outcomes, **RESIDENT)
     if "bars" not in a.skip:
         for backend in a.backends:
             print(f"\nbars of {backend}", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import glob
 import importlib
 import math
@@ -25,24 +26,29 @@ def _constant(f: Callable) -> Callable:
     return f
 
 
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def _native_file(module: str) -> Optional[str]:
+    found = (p for ending in ("so", "pyd") for p in glob.glob(os.path.join(HERE, f"{module}.*{ending}")))
+    return min(found, default=None)
+
+
 def _load_native(module: str, hint: str) -> Callable[[], Optional[str]]:
     """Loader of the stable-ABI library `module`, whose static initialisers register its kernels."""
 
     def load() -> Optional[str]:
-        here = os.path.dirname(os.path.abspath(__file__))
-        found = sorted(
-            glob.glob(os.path.join(here, f"{module}.*so")) + glob.glob(os.path.join(here, f"{module}.*pyd"))
-        )
-        if not found:
+        found = _native_file(module)
+        if found is None:
             reason = f"the native module cbam_fused.{module} is not built: {hint}"
-            if os.path.exists(os.path.join(os.path.dirname(here), "setup.py")):
+            if os.path.exists(os.path.join(os.path.dirname(HERE), "setup.py")):
                 # An installed copy may have it, but Python found this one first.
                 reason += (
-                    f"; or run `make build` in {os.path.dirname(here)}, whose sources Python has imported"
+                    f"; or run `make build` in {os.path.dirname(HERE)}, whose sources Python has imported"
                 )
             return reason
         try:
-            torch.ops.load_library(found[0])
+            torch.ops.load_library(found)
         except OSError as error:
             return f"the native module cbam_fused.{module} does not load: {error}"
         return None
@@ -85,6 +91,21 @@ def _cuda_capability(index: int) -> Tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+_missing_code: Dict[int, Optional[str]] = {}
+
+
+@_constant
+def _cuda_missing_code(index: int) -> Optional[str]:
+    """None where `_C_cuda` has code for this device, or what CUDA says. Asked once a device."""
+    if index not in _missing_code:
+        ask = ctypes.CDLL(_native_file("_C_cuda")).cbam_fused_cuda_missing_code
+        ask.restype = ctypes.c_char_p
+        with torch.cuda.device(index):
+            answer = ask()
+        _missing_code[index] = None if answer is None else answer.decode()
+    return _missing_code[index]
+
+
 def _cuda_covers(x: Tensor, c: Config) -> Optional[str]:
     if x.dtype not in DTYPES:
         return f"x must have dtype float32, float64, bfloat16 or float16, got {x.dtype}"
@@ -101,6 +122,13 @@ def _cuda_covers(x: Tensor, c: Config) -> Optional[str]:
         if found < CUDA_CAPABILITY:
             least, got = (".".join(map(str, v)) for v in (CUDA_CAPABILITY, found))
             return f"the kernels need compute capability {least}, {x.device} has {got}"
+        missing = _cuda_missing_code(x.device.index)
+        if missing is not None:
+            got = ".".join(map(str, found))
+            return (
+                f"cbam_fused._C_cuda was not compiled for {x.device} of compute capability {got} ({missing}): "
+                f'rebuild with TORCH_CUDA_ARCH_LIST="{got}", or without it'
+            )
     return None
 
 

@@ -1,5 +1,6 @@
 // The host side of the CUDA backend (ops, tiers, workspace) on the CPU: its ops registered for CPU tensors,
-// on a runtime that tests/test_cuda_host.py controls and whose calls are logged. No kernel is in it.
+// on a runtime that tests/cuda_host.py controls and whose calls are logged. A launch runs the kernels of
+// cuda_module_kernels.cpp where it was given them, and else nothing.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -22,7 +23,19 @@ struct Fake {
   int clusters_of_8 = 16, clusters_of_16 = 8;  // that run at a time; negative: the error of this number
   int ptx = 90;                                // the version that the kernels were compiled for
   int launch_error = 0;
+  int code_error = 0;  // what the device says of kernels that were not compiled for it
 } fake;
+// By dtype, or null: what runs a launch.
+struct {
+  int (*streamed)(int backward, const cbam::Streamed*, const cbam::Variant*, uint64_t bytes);
+  int (*resident)(int backward, const cbam::resident::Resident*, uint64_t bytes);
+} bodies[4];
+const cbam::resident::Resident* launching;  // by cudaLaunchKernelExC, which has no more than its memory
+cudaError_t last_error;
+cudaError_t returned(int error) {
+  if (error) last_error = static_cast<cudaError_t>(error);
+  return static_cast<cudaError_t>(error);
+}
 // The current stream, and the counters that the last launch of the streamed tier was given.
 struct {
   void* handle = nullptr;
@@ -45,20 +58,25 @@ void log(const Parts&... parts) {
 
 // One address a kernel; `kernels` names them.
 char kernels[2][4];
+int64_t number_of(const void* kernel) {
+  return static_cast<const char*>(kernel) - &kernels[0][0];
+}
 std::string name_of(const void* kernel) {
-  const auto i = static_cast<const char*>(kernel) - &kernels[0][0];
+  const auto i = number_of(kernel);
   static const char* const dtypes[] = {"float32", "float64", "float16", "bfloat16"};
   return std::string(i / 4 ? "backward " : "forward ") + dtypes[i % 4];
 }
-cudaError_t streamed(bool backward, int dtype, const cbam::Streamed& k) {
+cudaError_t streamed(bool backward, int dtype, const cbam::Streamed& k, const cbam::Variant& v) {
   log("streamed", name_of(&kernels[backward][dtype]));
   counters = {k.w.counters, cbam::counter_words(k), true};
   for (int64_t i = 0; i < counters.words; ++i) counters.zero &= k.w.counters[i] == 0;
-  return static_cast<cudaError_t>(fake.launch_error);
+  if (fake.launch_error || !bodies[dtype].streamed) return returned(fake.launch_error);
+  return returned(bodies[dtype].streamed(backward, &k, &v, sizeof k));
 }
 cudaError_t resident(bool backward, int dtype, const cbam::resident::Resident& k, cudaStream_t stream,
                      int* clusters) {
   const auto kernel = reinterpret_cast<void (*)(const cbam::resident::Resident)>(&kernels[backward][dtype]);
+  launching = &k;
   return cbam::resident::launch_kernel(kernel, k, stream, clusters);
 }
 
@@ -67,7 +85,8 @@ cudaError_t resident(bool backward, int dtype, const cbam::resident::Resident& k
 extern "C" {
 
 __attribute__((visibility("default"))) void fake_set(const int* values) {
-  fake = {values[0], values[1], values[2], values[3], values[4], values[5], values[6], values[7], values[8]};
+  fake = {values[0], values[1], values[2], values[3], values[4],
+          values[5], values[6], values[7], values[8], values[9]};
   calls.clear();
 }
 __attribute__((visibility("default"))) void fake_stream(int64_t handle, int64_t id, int64_t capturing) {
@@ -81,6 +100,15 @@ __attribute__((visibility("default"))) void fake_counters(int64_t* out) {
 }
 __attribute__((visibility("default"))) const char* fake_calls() {
   return calls.c_str();
+}
+// What launches of a dtype run from now on: functions of cuda_module_kernels.cpp, or null.
+__attribute__((visibility("default"))) void fake_bodies(int dtype, void* streamed, void* resident) {
+  bodies[dtype] = {reinterpret_cast<decltype(bodies->streamed)>(streamed),
+                   reinterpret_cast<decltype(bodies->resident)>(resident)};
+}
+// The error that the next call of cudaGetLastError would return.
+__attribute__((visibility("default"))) int fake_last_error() {
+  return last_error;
 }
 
 // LibTorch's shims that would ask for a device; the build renames them, so that their declarations stay.
@@ -141,7 +169,9 @@ const char* cudaGetErrorString(cudaError_t error) {
   return text.c_str();
 }
 cudaError_t cudaGetLastError() {
-  return cudaSuccess;
+  const cudaError_t error = last_error;
+  last_error = cudaSuccess;
+  return error;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   *status = stream_now.capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
@@ -169,22 +199,29 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cud
   const unsigned cluster = config->attrs[0].val.clusterDim.x;
   log("asked of", cluster);
   *clusters = cluster == 8 ? fake.clusters_of_8 : fake.clusters_of_16;
-  return *clusters < 0 ? static_cast<cudaError_t>(-*clusters) : cudaSuccess;
+  return returned(*clusters < 0 ? -*clusters : 0);
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void**) {
   log("resident", name_of(kernel), "grid", config->gridDim.x, "cluster", config->attrs[0].val.clusterDim.x,
       "threads", config->blockDim.x, "shared", config->dynamicSmemBytes);
-  return static_cast<cudaError_t>(fake.launch_error);
+  const auto number = number_of(kernel);
+  const auto run = bodies[number % 4].resident;
+  return returned(fake.launch_error || !run ? fake.launch_error
+                                            : run(number / 4, launching, sizeof *launching));
 }
 
 }  // extern "C"
 
 namespace cbam {
 
-#define STREAMED(name, backward, dtype)                                          \
-  cudaError_t launch_streamed_##name(const Streamed& k, Variant, cudaStream_t) { \
-    return streamed(backward, dtype, k);                                         \
+#define STREAMED(name, backward, dtype)                                            \
+  cudaError_t launch_streamed_##name(const Streamed& k, Variant v, cudaStream_t) { \
+    return streamed(backward, dtype, k, v);                                        \
   }
+cudaError_t find_code() {
+  return returned(fake.code_error);
+}
+
 STREAMED(forward_float32, false, kFloat32)
 STREAMED(forward_float64, false, kFloat64)
 STREAMED(forward_float16, false, kFloat16)

@@ -1,62 +1,50 @@
-"""A pytest plugin: the tests of the GPU targets, on the CPU, as far as they go through `_ops.get`.
+"""A pytest plugin: the tests of the GPU targets, on the CPU.
 
     REHEARSE=cuda PYTHONPATH=tests pytest -p rehearsal tests/test_forward_backward.py tests/test_hypothesis.py
     REHEARSE=triton TRITON_INTERPRET=1 PYTHONPATH=tests pytest -p rehearsal tests/test_forward_backward.py
 
-The only target is then the CUDA kernels under tests/simt, the resident tier wherever it fits (REHEARSE=streamed: nowhere),
-or the Triton kernels in their interpreter. What a GPU would run of these files passes or fails here first.
+The only target is then the CUDA backend, from its ops to its kernels, on the runtime of tests/cuda_host.py, the resident
+tier wherever it fits (REHEARSE=streamed: nowhere), or the Triton kernels in their interpreter. What a GPU would run of
+these files passes or fails here first. REHEARSE_DTYPES="float32 bfloat16" compiles the CUDA kernels of no others.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import os
 
 import oracle
-import torch
+import pytest
 
-from cbam_fused import _backends, _ops
+from cbam_fused import _backends
 
 WHAT = os.environ["REHEARSE"]
 BACKEND = "triton" if WHAT == "triton" else "cuda"
 oracle.TARGETS = oracle.FUSED = (oracle.Target(BACKEND, "cpu"),)
 
 if BACKEND == "cuda":
-    import cuda_resident as cr
-    import cuda_streamed as cs
+    import cuda_host
 
-    class Tiers(cr.ResidentMachine):
-        """The resident tier where it covers a call and fits, else the streamed one."""
+    os.environ["CBAM_FUSED_TIER"] = "resident" if WHAT == "cuda" else "streamed"
+    host = cuda_host.Host()
+    host.set(cuda_host.Device(multiprocessors=3, shared=(227 if WHAT == "cuda" else 99) << 10))
+    dtypes = os.environ.get("REHEARSE_DTYPES", " ".join(cuda_host.DTYPES)).split()
+    kernels = [host.run_kernels(dtype) for dtype in dtypes]
 
-        streamed = cs.Machine()
-
-        def execute(self, call, arrays):
-            if WHAT == "cuda" and call.x.dtype != torch.float64:
-                plan = cr.plan(cr.library(call.x.dtype, self.flavor), call.sizes, self.cluster)
-                if plan["covered"] and plan["fits"]:
-                    return super().execute(call, arrays)
-            self.streamed.execute(call, arrays)
-            self.report, self.traffic = self.streamed.report, self.streamed.traffic
-
-    host = cs.HostOps(Tiers())
-    get, select = _ops.get, _backends.select
-
-    def dense(x: torch.Tensor) -> torch.Tensor:
-        return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
-
-    def call(name: str, *arguments):
-        """What csrc/cuda/ops.cpp does before a launch: an empty return, and copies of what is not dense."""
-        if arguments[0].numel() == 0:
-            return get("cpu", name)(*arguments)
-        if not name.endswith("backward"):
-            x, *rest = arguments
-            return host.call(name, dense(x), *rest)
-        dy, x, *rest = arguments
-        x = dense(x)
-        dy = dy.contiguous() if x.is_contiguous() else dy.movedim(1, -1).contiguous().movedim(-1, 1)
-        return host.call(name, dy, x, *rest)
-
-    _ops.get = lambda backend, name: (
-        functools.partial(call, name) if backend == "cuda" else get(backend, name)
+    _backends.TABLE = tuple(
+        dataclasses.replace(b, device="cpu", load=lambda: None) if b.name == "cuda" else b
+        for b in _backends.TABLE
     )
-    _backends.select = lambda name, x, c: name if name == "cuda" else select(name, x, c)
+    _backends._state.clear()  # oracle.py has asked
+
+    @pytest.fixture(autouse=True)
+    def _schedule(request):
+        """Another order of threads and blocks for every test, the same in every run."""
+        kernels[0].reset(seed=hash(tuple(request.node.nodeid.encode())), resident=6)
+        yield
+        assert not kernels[0].error(), kernels[0].error()
+
+    def pytest_terminal_summary(terminalreporter):
+        tiers = [line.split()[0] for line in host.calls()]
+        launches = ", ".join(f"{tiers.count(tier)} {tier}" for tier in ("resident", "streamed"))
+        terminalreporter.write_line(f"launches: {launches}")

@@ -3,62 +3,45 @@ tier and cluster it picks, and what a launch that fails says. tests/cuda_host.cp
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
+import cuda_host
 import pytest
-import torch
-from simt import build
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ROOT / "csrc" / "cuda"
-TOOLKIT = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
-# Shims of LibTorch that would ask for a device, and are the test's own.
-RENAMED = (
-    "aoti_torch_get_device_index",
-    "aoti_torch_device_type_cuda",
-    "aoti_torch_create_device_guard",
-    "aoti_torch_delete_device_guard",
-    "aoti_torch_get_current_cuda_stream",
-    "torch_c10_cuda_check_msg",
-    "torch_c10_cuda_free_error_msg",
+pytestmark = pytest.mark.skipif(bool(cuda_host.UNAVAILABLE), reason=cuda_host.UNAVAILABLE)
+
+H100 = cuda_host.Device()
+INVALID_ARGUMENT, NO_KERNEL_IMAGE, ILLEGAL_ADDRESS, OUT_OF_RESOURCES, CLUSTER_TOO_LARGE = (
+    1,
+    209,
+    700,
+    701,
+    912,
 )
-REASONS = {
-    "there is no g++": shutil.which(build.CXX) is None,
-    "there are no CUDA headers": not (TOOLKIT / "cuda_runtime.h").exists(),
-    "torch is built without CUDA": torch.version.cuda is None,
-}
-pytestmark = pytest.mark.skipif(any(REASONS.values()), reason=next((r for r, v in REASONS.items() if v), ""))
 
-# The order of `Fake` in cuda_host.cpp, and an H100.
-H100 = {"device": 0, "capability": 90, "multiprocessors": 132, "shared": 227 << 10, "l2": 50 << 20,
-        "clusters_of_8": 16, "clusters_of_16": 8, "ptx": 90, "launch_error": 0}  # fmt: skip
-OUT_OF_RESOURCES, CLUSTER_TOO_LARGE = 701, 912
-
+# In a process of its own: the ops take CPU tensors from then on.
 RUNNER = """
-import ctypes, json, sys, torch
+import json, sys, torch
 sys.path[:0] = [{tests!r}, {root!r}]
-import cbam_fused
 from cbam_fused import _ops
+from cuda_host import Device, Host
 from oracle import Options, make_problem
-torch.ops.load_library({library!r})
-lib = ctypes.CDLL({library!r})
-lib.fake_calls.restype = ctypes.c_char_p
+host = Host()
 for line in sys.stdin:
     device, shape, dtype, layout, backward, hidden = json.loads(line)
-    lib.fake_set((ctypes.c_int * len(device))(*device))
+    host.set(Device(**device))
     problem = make_problem((max(shape[0], 1), *shape[1:]), Options(hidden=max(1, shape[1] // 16)),
                            getattr(torch, dtype), layout=layout)
     x = problem.x[: shape[0]]
     p, c = problem.p, problem.c
     arguments = (*p, None, None, None, None, 0.0)
     options = (c.pools, c.spatial, c.ties, c.residual)
-    calls, error = b"", ""
+    calls, error = [], ""
     try:
         if backward:
             n, ch, *rest = x.shape
@@ -71,7 +54,7 @@ for line in sys.stdin:
         else:
             for op in ("cbam_forward", "cbam_inference"):
                 out = getattr(torch.ops.cbam_fused_cuda, op)(x, *arguments, *options)
-                calls = calls or lib.fake_calls()
+                calls = calls or host.calls()
                 fake = _ops.FAKES[op](x, *arguments, *options)
                 out, fake = (ts if isinstance(ts, tuple) else (ts,) for ts in (out, fake))
                 got, want = ([(tuple(t.shape), t.dtype) for t in ts] for ts in (out, fake))
@@ -79,32 +62,9 @@ for line in sys.stdin:
                     raise RuntimeError(f"outputs are {{got}}, the fake's {{want}}")
     except RuntimeError as e:
         error = str(e)
-    print(json.dumps([(calls or lib.fake_calls()).decode().splitlines(), error]), flush=True)
+    calls = calls or host.calls()
+    print(json.dumps([calls, error, host.last_error(), host.missing_code()]), flush=True)
 """
-
-
-def library() -> Path:
-    """cuda_host.cpp, compiled."""
-    include = Path(torch.__file__).parent / "include"
-    source = Path(__file__).with_name("cuda_host.cpp")
-    flags = ["-std=c++17", "-O0", "-shared", "-fPIC", "-fvisibility=hidden", "-Wl,-Bsymbolic", "-DUSE_CUDA"]
-    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", *(f"-D{name}=fake_{name}" for name in RENAMED)]
-    flags += [f"-I{p}" for p in (SOURCES, include, TOOLKIT)]
-    libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
-    parts = (
-        source,
-        SOURCES.parent / "tensors.h",
-        *sorted(SOURCES.glob("*.h")),
-        *sorted(SOURCES.glob("*.cpp")),
-    )
-    text = "".join((torch.__version__, *flags, *libraries, *(p.read_text() for p in parts)))
-    library = build.CACHE / f"cuda_host-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
-    if not library.exists():
-        build.CACHE.mkdir(parents=True, exist_ok=True)
-        temporary = library.with_suffix(f".{os.getpid()}")
-        subprocess.run([build.CXX, *flags, "-o", str(temporary), str(source), *libraries], check=True)
-        temporary.rename(library)
-    return library
 
 
 @pytest.fixture(scope="module")
@@ -112,21 +72,21 @@ def run():
     """run(shape, dtype, layout, backward, hidden, **device): the runtime's calls, and the error's text.
 
     A forward's are those of the one that saves. `hidden`: units of the saved layer, where not as many as w1 has.
+    `run.last_error`: what CUDA has kept of the call for the next one that asks; `run.missing_code`.
     """
-    code = RUNNER.format(tests=str(Path(__file__).parent), root=str(ROOT), library=str(library()))
+    cuda_host.compile_host()
+    code = RUNNER.format(tests=str(Path(__file__).parent), root=str(ROOT))
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    devices = iter(range(64))  # each call's own: what a device says is asked once
+    indices = iter(range(64))  # each call's own: what a device says is asked once
 
     def call(shape, dtype="bfloat16", layout="contiguous", backward=False, hidden=0, **device):
-        values = {**H100, "device": next(devices), **device}
-        process.stdin.write(
-            json.dumps([list(values.values()), shape, dtype, layout, backward, hidden]) + "\n"
-        )
+        values = {**asdict(H100), "index": next(indices), **device}
+        process.stdin.write(json.dumps([values, shape, dtype, layout, backward, hidden]) + "\n")
         process.stdin.flush()
-        calls, error = json.loads(process.stdout.readline())
-        index = str(values["device"])
+        calls, error, call.last_error, call.missing_code = json.loads(process.stdout.readline())
+        index = str(values["index"])
         assert hidden or calls[:2] == [f"guard {index} ", f"stream of {index} "], calls
         return [c.strip() for c in calls[2:]], error
 
@@ -140,7 +100,7 @@ def test_the_launcher_asks_the_device_before_it_launches(run):
     assert not error and len(calls) == 4, (calls, error)
     assert calls[:3] == ["shared limit 232448", "asked of 8", "shared limit 232448"]
     assert calls[3].startswith("resident forward bfloat16 grid 128 cluster 8 threads 256 shared ")
-    assert int(calls[3].split()[-1]) <= H100["shared"]
+    assert int(calls[3].split()[-1]) <= H100.shared
 
 
 def test_sixteen_blocks_are_allowed_explicitly_and_asked_for_only_where_eight_do_not_hold_a_sample(run):
@@ -154,6 +114,7 @@ ELSEWHERE = {
     "older than sm_90": ({"capability": 80}, ()),
     "less shared memory": ({"shared": 48 << 10}, ()),
     "refuses the cluster": ({"clusters_of_8": -CLUSTER_TOO_LARGE, "clusters_of_16": -CLUSTER_TOO_LARGE}, ("8", "8", "16", "16")),
+    "refuses its settings": ({"clusters_of_8": -INVALID_ARGUMENT, "clusters_of_16": -INVALID_ARGUMENT}, ("8", "8", "16", "16")),
     "runs none at a time": ({"clusters_of_8": 0, "clusters_of_16": 0}, ("8", "8", "16", "16")),
     "knows PTX before clusters alone": ({"ptx": 80}, ()),
     "would be mostly empty": ({"clusters_of_8": 66}, ("8",)),
@@ -173,6 +134,23 @@ def test_a_device_that_refuses_eight_blocks_is_asked_for_sixteen(run):
     assert not error and calls[-1].startswith("resident forward bfloat16 grid 256 cluster 16 ")
 
 
+def test_an_error_that_is_no_answer_about_clusters_is_raised(run):
+    """Of an earlier kernel, for example: not taken for a device without clusters, now or later."""
+    calls, error = run((16, 512, 28, 28), clusters_of_8=-ILLEGAL_ADDRESS)
+    assert calls[-1] == "asked of 8" and run.last_error == 0
+    assert (
+        "cbam_fused: asking what runs of the resident kernel of cbam_forward failed: "
+        f"what CUDA says of error {ILLEGAL_ADDRESS}" in error
+    )
+
+
+def test_what_the_module_says_of_a_device_that_it_was_not_compiled_for(run):
+    run((1, 8, 3, 3))
+    assert run.missing_code == ""
+    run((1, 8, 3, 3), code_error=NO_KERNEL_IMAGE)
+    assert run.missing_code == f"what CUDA says of error {NO_KERNEL_IMAGE}"
+
+
 @pytest.mark.parametrize("backward", (False, True), ids=("forward", "backward"))
 def test_a_failed_launch_raises_with_the_kernel_and_cudas_message(run, backward):
     """Of either tier; nothing is launched in its place."""
@@ -184,6 +162,7 @@ def test_a_failed_launch_raises_with_the_kernel_and_cudas_message(run, backward)
             in error
         )
         assert [c.split()[0] for c in calls if c.startswith(("resident", "streamed"))] == [tier]
+        assert run.last_error == 0, "torch's next check would raise it once more"
 
 
 def test_a_hidden_layer_of_another_size_is_refused(run):

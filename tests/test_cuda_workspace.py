@@ -6,32 +6,31 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import cuda_host
 import pytest
-from test_cuda_host import H100, library, pytestmark  # noqa: F401
 
 HERE = Path(__file__).resolve().parent
+pytestmark = pytest.mark.skipif(bool(cuda_host.UNAVAILABLE), reason=cuda_host.UNAVAILABLE)
+
 RUNNER = """
-import ctypes, json, sys, torch
-sys.path.insert(0, {root!r})
-import cbam_fused
-torch.ops.load_library({library!r})
-lib = ctypes.CDLL({library!r})
-lib.fake_calls.restype = ctypes.c_char_p
+import json, sys, torch
+sys.path[:0] = [{tests!r}, {root!r}]
+from cuda_host import Device, Host
+host = Host()
 w1, w2, kernel = torch.ones(2, 8), torch.ones(8, 2), torch.ones(1, 2, 3, 3)
 found, kept = [], []
-for fake, stream, samples in json.loads(sys.stdin.read()):
-    lib.fake_set((ctypes.c_int * len(fake))(*fake))
-    lib.fake_stream(*(ctypes.c_int64(v) for v in stream))
+for device, stream, samples in json.loads(sys.stdin.read()):
+    host.set(Device(**device))
+    host.set_stream(*stream)
     x = torch.ones(samples, 8, 4, 4)
     # Memory that is not zero, of any size that the allocator may hand out next.
     kept.append(torch.ops.cbam_fused_cuda.cbam_forward(
         x, w1, None, w2, None, kernel, None, None, None, None, None, 0.0, 3, 1, 0, False))
-    out = (ctypes.c_int64 * 3)()
-    lib.fake_counters(out)
-    found.append([*out, [c.split()[0] for c in lib.fake_calls().decode().splitlines()]])
+    found.append([*host.counters(), [c.split()[0] for c in host.calls()]])
 print(json.dumps(found))
 """
 
@@ -56,12 +55,13 @@ class Launch(NamedTuple):
 @pytest.fixture(scope="module")
 def launches():
     def run(*calls: Call):
-        device = {**H100, "capability": 80, "l2": 1 << 14}
+        device = cuda_host.Device(capability=80, l2=1 << 14)
         steps = [
-            ([*{**device, "device": c.device}.values()], (c.handle, c.id, int(c.capturing)), c.samples)
+            (asdict(replace(device, index=c.device)), (c.handle, c.id, int(c.capturing)), c.samples)
             for c in calls
         ]
-        code = RUNNER.format(root=str(HERE.parent), library=str(library()))
+        cuda_host.compile_host()
+        code = RUNNER.format(tests=str(HERE), root=str(HERE.parent))
         out = subprocess.run(
             [sys.executable, "-c", code], input=json.dumps(steps), capture_output=True, text=True
         )

@@ -72,7 +72,7 @@ def test_option_grid(target, options, shape):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=_id)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_dtypes(target, options, dtype):
-    for shape in ((2, 16, 7, 7), (1, 65, 9, 31)):
+    for shape in ((2, 16, 7, 7), (1, 65, 9, 31), (2, 24, 14, 16)):
         for layout in ("contiguous", "channels_last"):
             check(make_problem(shape, options, dtype, target.device, layout), target.backend)
 

@@ -18,6 +18,9 @@ cudaError_t launch_streamed_backward_float64(const Streamed&, Variant, cudaStrea
 cudaError_t launch_streamed_backward_float16(const Streamed&, Variant, cudaStream_t);
 cudaError_t launch_streamed_backward_bfloat16(const Streamed&, Variant, cudaStream_t);
 
+// Success where the module has code for the current device.
+cudaError_t find_code();
+
 using StreamedLauncher = cudaError_t (*)(const Streamed&, Variant, cudaStream_t);
 
 // Indexed by [backward][DType].

@@ -19,10 +19,28 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+constexpr const char* kNames[] = {"cbam_forward", "cbam_backward"};
+
 int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
   return value;
+}
+
+// Whether a device says by this that it does not run such clusters; any other error is one of the program's.
+bool refuses_clusters(cudaError_t error) {
+  switch (error) {
+    case cudaErrorInvalidValue:
+    case cudaErrorInvalidConfiguration:
+    case cudaErrorInvalidClusterSize:
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorLaunchOutOfResources:
+    case cudaErrorNotSupported:
+      return true;
+    default:
+      return false;
+  }
 }
 
 // What does not change while the process lives, and would cost every call microseconds to ask.
@@ -48,8 +66,11 @@ class Known {
     const auto found = clusters_.find(key);
     if (found != clusters_.end()) return found->second;
     int count = 0;
-    if (kLaunchers[backward][k.p.dtype](k, nullptr, &count) != cudaSuccess) {
-      cudaGetLastError();  // a cluster size that the device refuses is an answer
+    const cudaError_t error = kLaunchers[backward][k.p.dtype](k, nullptr, &count);
+    if (error != cudaSuccess) {
+      cudaGetLastError();
+      STD_TORCH_CHECK(refuses_clusters(error), "cbam_fused: asking what runs of the resident kernel of ",
+                      kNames[backward], " failed: ", cudaGetErrorString(error));
       count = 0;
     }
     clusters_.emplace(key, count);
@@ -65,7 +86,8 @@ class Known {
 
 }  // namespace
 
-bool launch(const Problem& p, Operation operation, bool aligned, const Tensor& x, cudaStream_t stream) {
+bool launch(const Problem& p, Operation operation, bool aligned, bool always, const Tensor& x,
+            cudaStream_t stream) {
   static auto* known = new Known;
   const int device = x.get_device_index();
   const Machine machine = known->machine(device);
@@ -78,7 +100,7 @@ bool launch(const Problem& p, Operation operation, bool aligned, const Tensor& x
     active = known->clusters(device, planned);
     return active > 0;
   });
-  if (!fits || !preferred(p, active)) return false;
+  if (!fits || !(always || preferred(p, active))) return false;
   const int64_t bytes = lay_out(k, nullptr);
   Tensor scratch, counters;
   if (is_backward(operation)) {
@@ -88,8 +110,8 @@ bool launch(const Problem& p, Operation operation, bool aligned, const Tensor& x
     k.counters = static_cast<uint32_t*>(counters.data_ptr());
   }
   const cudaError_t error = kLaunchers[is_backward(operation)][p.dtype](k, stream, nullptr);
-  STD_TORCH_CHECK(error == cudaSuccess, "cbam_fused: the resident kernel of ",
-                  is_backward(operation) ? "cbam_backward" : "cbam_forward",
+  if (error != cudaSuccess) cudaGetLastError();  // told here; torch's next check is not to find it
+  STD_TORCH_CHECK(error == cudaSuccess, "cbam_fused: the resident kernel of ", kNames[is_backward(operation)],
                   " did not launch: ", cudaGetErrorString(error));
   return true;
 }

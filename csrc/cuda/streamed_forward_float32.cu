@@ -13,4 +13,11 @@ cudaError_t launch_streamed_forward_float32(const Streamed& k, Variant v, cudaSt
   return launch_variant<float, ForwardKernel>(k, v, stream);
 }
 
+// Every kernel is compiled for the same devices: one is asked for all.
+cudaError_t find_code() {
+  cudaFuncAttributes found;
+  const auto kernel = ForwardKernel<StreamedTraits<float, 1, kContiguous, kWhole>>::get();
+  return cudaFuncGetAttributes(&found, reinterpret_cast<const void*>(kernel));
+}
+
 }  // namespace cbam

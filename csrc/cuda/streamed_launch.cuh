@@ -11,9 +11,13 @@ inline cudaError_t launch_kernel(void (*kernel)(Streamed), const Streamed& k, cu
   const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                  cudaFuncAttributeMaxDynamicSharedMemorySize, k.shared_limit);
   if (error != cudaSuccess) return error;
+  cudaLaunchConfig_t config{};
   // Blocks that find no room at first run when others have ended, and find no item left.
-  kernel<<<static_cast<unsigned>(k.grid), kThreads, static_cast<size_t>(k.shared_bytes), stream>>>(k);
-  return cudaGetLastError();
+  config.gridDim = dim3(static_cast<unsigned>(k.grid));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(k.shared_bytes);
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, k);
 }
 
 // Kernel<Traits>::get() is the kernel of these traits.

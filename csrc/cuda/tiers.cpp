@@ -7,6 +7,8 @@
 
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 
 #include "launch.h"
 #include "resident_tier.h"
@@ -50,6 +52,20 @@ bool aligned(const Problem& p) {
   return true;
 }
 
+// What CBAM_FUSED_TIER asks for: "streamed" alone, or "resident" wherever it fits, however few the samples.
+enum Wish { kTheBetter, kStreamedAlone, kResidentFirst };
+Wish wished_tier() {
+  static const Wish wish = [] {
+    const char* wanted = std::getenv("CBAM_FUSED_TIER");
+    if (!wanted) return kTheBetter;
+    if (!std::strcmp(wanted, "streamed")) return kStreamedAlone;
+    STD_TORCH_CHECK(!std::strcmp(wanted, "resident"),
+                    "cbam_fused: CBAM_FUSED_TIER must be streamed or resident, got ", wanted);
+    return kResidentFirst;
+  }();
+  return wish;
+}
+
 constexpr const char* kNames[] = {"cbam_forward",  "attention_forward",  "scale_forward",
                                   "cbam_backward", "attention_backward", "scale_backward"};
 
@@ -68,6 +84,7 @@ void launch_streamed(const Problem& p, Operation operation, const Device& device
   const Tensor counters = counters_for(x, counter_words(k), stream);
   k.w.counters = static_cast<uint32_t*>(counters.data_ptr());
   const cudaError_t error = kStreamedLaunchers[is_backward(operation)][p.dtype](k, variant, stream);
+  if (error != cudaSuccess) cudaGetLastError();  // told here; torch's next check is not to find it
   STD_TORCH_CHECK(error == cudaSuccess, "cbam_fused: the streamed kernel of ", kNames[operation],
                   " did not launch: ", cudaGetErrorString(error));
 }
@@ -75,8 +92,17 @@ void launch_streamed(const Problem& p, Operation operation, const Device& device
 }  // namespace
 
 void launch(const Problem& p, Operation operation, const Tensor& x, cudaStream_t stream) {
-  if (resident::launch(p, operation, aligned(p), x, stream)) return;
+  const Wish wish = wished_tier();
+  if (wish != kStreamedAlone && resident::launch(p, operation, aligned(p), wish == kResidentFirst, x, stream))
+    return;
   launch_streamed(p, operation, device_of(x.get_device_index()), x, stream);
 }
 
 }  // namespace cbam
+
+const char* cbam_fused_cuda_missing_code() {
+  const cudaError_t error = cbam::find_code();
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}

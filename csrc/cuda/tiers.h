@@ -13,3 +13,10 @@ namespace cbam {
 void launch(const Problem& p, Operation operation, const torch::stable::Tensor& x, cudaStream_t stream);
 
 }  // namespace cbam
+
+// What Python asks once a device: null where the module has code for the current one, or what CUDA says.
+#ifdef _WIN32
+extern "C" __declspec(dllexport) const char* cbam_fused_cuda_missing_code();
+#else
+extern "C" __attribute__((visibility("default"))) const char* cbam_fused_cuda_missing_code();
+#endif

@@ -222,6 +222,20 @@ class Library:
         self._libc = ctypes.CDLL(None)
         self._libc.free.argtypes = [ctypes.c_void_p]
 
+    def reset(self, seed: int = 0, resident: int = 16) -> None:
+        """Before launches that `run` does not make: see there."""
+        self._lib.simt_reset(ctypes.c_uint64(seed), ctypes.c_uint(resident))
+
+    def error(self) -> str:
+        """What a kernel did wrong since the last reset, or nothing."""
+        return (self._lib.simt_error() or b"").decode()
+
+    def address(self, function: str) -> int:
+        """Of one of the driver's functions, for other C++ to call."""
+        found = ctypes.cast(getattr(self._lib, function), ctypes.c_void_p).value
+        assert found is not None
+        return found
+
     def run(self, function: str, *arguments: Any, seed: int = 0, resident: int = 16) -> Counts:
         """Calls `function`, which launches kernels, and returns what was counted.
 
@@ -235,7 +249,7 @@ class Library:
             SimtError: a kernel did something wrong.
         """
         lib = self._lib
-        lib.simt_reset(ctypes.c_uint64(seed), ctypes.c_uint(resident))
+        self.reset(seed, resident)
         converted: list[Any] = []
         arrays: list[tuple[Array, int, int]] = []
         try:
@@ -258,9 +272,8 @@ class Library:
                 else:
                     converted.append(value)
             getattr(lib, function)(*converted)
-            error = lib.simt_error()
-            if error:
-                raise SimtError(error.decode())
+            if error := self.error():
+                raise SimtError(error)
             counts = (ctypes.c_uint64 * 5)()
             lib.simt_counts(counts)
             pair = (ctypes.c_uint64 * 2)()

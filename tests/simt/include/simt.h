@@ -5,6 +5,7 @@
 #endif
 #include "simt/core.h"
 #include "simt/half.h"
+#include "simt/host.h"
 #include "simt/math.h"
 #include "simt/memory.h"
 #include "simt/types.h"

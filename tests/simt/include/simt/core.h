@@ -90,9 +90,23 @@ SIMT_API void store(void* address, const void* value, std::size_t bytes, std::si
 
 #define threadIdx (::simt::self->thread_index)
 #define blockIdx (::simt::self->block_index)
-#define blockDim (::simt::self->block_dim)
-#define gridDim (::simt::self->grid_dim)
 constexpr int warpSize = 32;
+
+namespace simt {
+template <dim3 View::* Of, unsigned dim3::* Axis>
+struct Extent {
+  operator unsigned() const { return (self->*Of).*Axis; }
+};
+template <dim3 View::* Of>
+struct Extents {
+  Extent<Of, &dim3::x> x;
+  Extent<Of, &dim3::y> y;
+  Extent<Of, &dim3::z> z;
+};
+}  // namespace simt
+// No macros as the two above: launch configurations have members of these names.
+constexpr simt::Extents<&simt::View::block_dim> blockDim{};
+constexpr simt::Extents<&simt::View::grid_dim> gridDim{};
 
 #define __global__
 #define __device__
