@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 from dataclasses import replace
 
@@ -54,15 +55,39 @@ def test_auto_picks_cuda_before_triton_where_it_is_built(monkeypatch):
     assert _backends.select("auto", _meta((2, 8, 7, 7)), Config()) == "triton"
 
 
+class OnGPU:
+    """What is asked of an x before a call, without a GPU to have it on."""
+
+    def __init__(self):
+        self.dtype, self.device, self.shape = torch.float32, torch.device("cuda", 0), torch.Size((1, 8, 3, 3))
+
+    def dim(self):
+        return len(self.shape)
+
+
 def test_an_old_device_is_named(monkeypatch):
-    class Old:
-        dtype, device, shape = torch.float32, torch.device("cuda", 0), torch.Size((1, 8, 3, 3))
-
-        def dim(self):
-            return 4
-
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    assert "compute capability 8.0, cuda:0 has 7.5" in str(_backends._cuda_covers(Old(), Config()))
+    assert "compute capability 8.0, cuda:0 has 7.5" in str(_backends._cuda_covers(OnGPU(), Config()))
+
+
+def test_a_device_that_the_module_was_not_compiled_for_goes_to_the_next_backend(monkeypatch):
+    """An A100, and a module built with TORCH_CUDA_ARCH_LIST=9.0a: auto takes Triton, and "cuda" says what to do."""
+    x = OnGPU()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
+    monkeypatch.setattr(_backends, "_missing_code", {0: "no kernel image is available", 1: None})
+    table = tuple(replace(b, load=lambda: None) for b in _backends.TABLE)
+    cuda, triton, _ = table
+    monkeypatch.setattr(_backends, "TABLE", (cuda, replace(triton, covers=None)))
+    monkeypatch.setattr(_backends, "_state", {})
+    assert _backends.select("auto", x, Config()) == "triton"
+    message = (
+        "was not compiled for cuda:0 of compute capability 8.0 (no kernel image is available): "
+        'rebuild with TORCH_CUDA_ARCH_LIST="8.0", or without it'
+    )
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        _backends.select("cuda", x, Config())
+    x.device = torch.device("cuda", 1)
+    assert _backends.select("auto", x, Config()) == _backends.select("cuda", x, Config()) == "cuda"
 
 
 LAYOUTS = ("contiguous", "channels_last")

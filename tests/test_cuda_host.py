@@ -3,7 +3,9 @@ tier and cluster it picks, and what a launch that fails says. tests/cuda_host.cp
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -67,8 +69,8 @@ for line in sys.stdin:
 """
 
 
-@pytest.fixture(scope="module")
-def run():
+@contextlib.contextmanager
+def started(**environment: str):
     """run(shape, dtype, layout, backward, hidden, **device): the runtime's calls, and the error's text.
 
     A forward's are those of the one that saves. `hidden`: units of the saved layer, where not as many as w1 has.
@@ -77,8 +79,9 @@ def run():
     cuda_host.compile_host()
     code = RUNNER.format(tests=str(Path(__file__).parent), root=str(ROOT))
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, **environment},
+    )  # fmt: skip
     indices = iter(range(64))  # each call's own: what a device says is asked once
 
     def call(shape, dtype="bfloat16", layout="contiguous", backward=False, hidden=0, **device):
@@ -93,6 +96,12 @@ def run():
     yield call
     process.stdin.close()
     assert process.wait() == 0
+
+
+@pytest.fixture(scope="module")
+def run():
+    with started() as call:
+        yield call
 
 
 def test_the_launcher_asks_the_device_before_it_launches(run):
@@ -127,6 +136,20 @@ def test_what_the_device_does_not_run_goes_to_the_streamed_tier(run, device, ask
     assert not error
     assert [c.split()[-1] for c in calls if c.startswith("asked")] == list(asked)
     assert calls[-1] == "streamed forward bfloat16" and not any(c.startswith("resident") for c in calls)
+
+
+def test_a_tier_can_be_asked_for():
+    """The resident one for a batch that would leave most of the device idle, and where it fits alone."""
+    with started(CBAM_FUSED_TIER="resident") as run:
+        for shape, tier in (((1, 512, 28, 28), "resident"), ((1, 512, 7, 7), "streamed")):
+            calls, error = run(shape)
+            assert not error and calls[-1].startswith(f"{tier} forward bfloat16"), calls
+    with started(CBAM_FUSED_TIER="streamed") as run:
+        calls, error = run((16, 512, 28, 28))
+        assert not error and calls == ["streamed forward bfloat16"]
+    with started(CBAM_FUSED_TIER="persistent") as run:
+        calls, error = run((16, 512, 28, 28))
+        assert not calls and "CBAM_FUSED_TIER must be streamed or resident, got persistent" in error
 
 
 def test_a_device_that_refuses_eight_blocks_is_asked_for_sixteen(run):

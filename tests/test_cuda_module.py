@@ -95,7 +95,10 @@ def test_loads_and_registers_its_ops(module):
     """With every symbol resolved at once, in a process without a device as in one with."""
     code = f"""
 import ctypes, os, torch
-ctypes.CDLL({str(module)!r}, mode=os.RTLD_NOW | os.RTLD_LOCAL)
+library = ctypes.CDLL({str(module)!r}, mode=os.RTLD_NOW | os.RTLD_LOCAL)
+library.cbam_fused_cuda_missing_code.restype = ctypes.c_char_p
+missing = library.cbam_fused_cuda_missing_code()
+assert missing or torch.cuda.is_available(), missing
 import cbam_fused
 assert cbam_fused.__file__.startswith({str(module.parent)!r}), cbam_fused.__file__
 found = cbam_fused.backends()["cuda"]

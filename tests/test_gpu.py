@@ -1,0 +1,92 @@
+"""What a GPU alone has: graphs that are replayed, and streams that run at the same time.
+
+tests/test_cuda_workspace.py and tests/test_triton_capture.py look without one for what would break either.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import FUSED
+
+from cbam_fused import FusedCBAM
+
+TARGETS = [t for t in FUSED if t.device == "cuda"]
+pytestmark = pytest.mark.skipif(not TARGETS, reason="no fused backend runs on a GPU here")
+
+# Of one tile and of several; the last fills devices of up to 132 multiprocessors with clusters (CBAM_FUSED_TIER).
+SHAPES = [(3, 65, 7, 7), (2, 40, 13, 57), (16, 256, 28, 28)]
+FORMS = {"plain": {"spatial_norm": False}, "norm": {}}
+COMMON = (
+    pytest.mark.parametrize("target", TARGETS or [None], ids=lambda t: t and t.backend),
+    pytest.mark.parametrize("shape", SHAPES, ids=str),
+    pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str),
+    pytest.mark.parametrize("form", FORMS),
+)
+
+
+def common(test):
+    for mark in COMMON:
+        test = mark(test)
+    return test
+
+
+def _step(module, x, dy):
+    """Output and every gradient."""
+    y = module(x)
+    return [y.detach(), *torch.autograd.grad(y, (x, *module.parameters()), dy)]
+
+
+def _draw(shape, dtype, device="cuda"):
+    x, dy = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
+    return x.requires_grad_(), dy
+
+
+def _module(target, shape, dtype, form):
+    # With BatchNorm in training: its running statistics change with every call, and no result depends on them.
+    return FusedCBAM(shape[1], backend=target.backend, device=target.device, dtype=dtype, **FORMS[form])
+
+
+def _assert_same_bits(found, wanted):
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+@common
+def test_a_replayed_graph_computes_with_what_its_inputs_hold(target, shape, dtype, form):
+    module = _module(target, shape, dtype, form)
+    x, dy = _draw(shape, dtype)
+    warm = torch.cuda.Stream()
+    warm.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm):
+        for _ in range(2):
+            _step(module, x, dy)
+    torch.cuda.current_stream().wait_stream(warm)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = _step(module, x, dy)
+    for _ in range(3):
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+        dy.copy_(torch.randn_like(dy))
+        graph.replay()
+        replayed = [t.clone() for t in kept]
+        _assert_same_bits(replayed, _step(module, x, dy))
+
+
+@common
+def test_streams_that_run_at_the_same_time(target, shape, dtype, form):
+    module = _module(target, shape, dtype, form)
+    drawn = [_draw(shape, dtype) for _ in range(2)]
+    wanted = [_step(module, *d) for d in drawn]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in drawn]
+    found = [[] for _ in drawn]
+    for _ in range(10):
+        for stream, inputs, results in zip(streams, drawn, found, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(_step(module, *inputs))
+    torch.cuda.synchronize()
+    for results, want in zip(found, wanted, strict=True):
+        for result in results:
+            _assert_same_bits(result, want)
