@@ -5,7 +5,8 @@
 
 The only target is then the CUDA backend, from its ops to its kernels, on the runtime of tests/cuda_host.py, the resident
 tier wherever it fits (REHEARSE=streamed: nowhere), or the Triton kernels in their interpreter. What a GPU would run of
-these files passes or fails here first. REHEARSE_DTYPES="float32 bfloat16" compiles the CUDA kernels of no others.
+these files passes or fails here first. REHEARSE_DTYPES="float32 bfloat16" compiles the CUDA kernels of no others;
+REHEARSE_MULTIPROCESSORS=132 has the plans of a large device, where 3 give a block many items.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ if BACKEND == "cuda":
 
     os.environ["CBAM_FUSED_TIER"] = "resident" if WHAT == "cuda" else "streamed"
     host = cuda_host.Host()
-    host.set(cuda_host.Device(multiprocessors=3, shared=(227 if WHAT == "cuda" else 99) << 10))
+    multiprocessors = int(os.environ.get("REHEARSE_MULTIPROCESSORS", 3))
+    host.set(cuda_host.Device(multiprocessors=multiprocessors, shared=(227 if WHAT == "cuda" else 99) << 10))
     dtypes = os.environ.get("REHEARSE_DTYPES", " ".join(cuda_host.DTYPES)).split()
     kernels = [host.run_kernels(dtype) for dtype in dtypes]
 

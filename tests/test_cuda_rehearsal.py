@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Tuple
 
 import cuda_host
 import pytest
@@ -20,23 +21,44 @@ pytestmark = pytest.mark.skipif(bool(cuda_host.UNAVAILABLE), reason=cuda_host.UN
 
 DTYPES = ("float32", "bfloat16")
 # Every option in both layouts, slices and other layouts of x and dy, weights wider than x; and the ops one by one.
-TESTS = (
+COMMON = (
     "(test_dtypes and bfloat16) or (test_option_grid and 5x17x14x14) or test_strides "
     "or (test_float32_parameters and bfloat16) or (test_opcheck and cuda and (plain or norm-train))"
 )
+# The rest of test_networks.py takes six minutes more.
+NETWORKS = "bfloat16 and (256x56x56 or 512x28x28 or 1024x14x14 or 2048x7x7)"
 
 
-def test_common_tests():
+def _rehearse(files, which, what, **settings) -> Tuple[int, int, int]:
+    """Tests passed, launches of the resident tier, launches of the streamed one."""
     for dtype in DTYPES:
         cuda_host.compile_kernels(dtype)
-    files = [str(HERE / name) for name in ("test_forward_backward.py", "test_ops.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "rehearsal", "-p", "no:cacheprovider"]
     out = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "rehearsal", "-p", "no:cacheprovider", *files, "-k", TESTS],
-        env={**os.environ, "REHEARSE": "cuda", "REHEARSE_DTYPES": " ".join(DTYPES), "PYTHONPATH": str(HERE)},
+        [*command, *(str(HERE / name) for name in files), "-k", which],
+        env={**os.environ, "REHEARSE": what, "REHEARSE_DTYPES": " ".join(DTYPES), "PYTHONPATH": str(HERE), **settings},
         cwd=HERE.parent, capture_output=True, text=True,
     )  # fmt: skip
     assert out.returncode == 0, out.stdout + out.stderr
-    assert int(re.search(r"(\d+) passed", out.stdout)[1]) > 80 and "skipped" not in out.stdout, out.stdout
-    resident, streamed = map(int, re.search(r"launches: (\d+) resident, (\d+) streamed", out.stdout).groups())
+    found = re.search(
+        r"launches: (\d+) resident, (\d+) streamed.*\n(\d+) passed, \d+ deselected in", out.stdout
+    )
+    assert found and "skipped" not in out.stdout, out.stdout
+    resident, streamed, passed = map(int, found.groups())
+    return passed, resident, streamed
+
+
+def test_common_tests():
+    passed, resident, streamed = _rehearse(("test_forward_backward.py", "test_ops.py"), COMMON, "cuda")
     # The resident tier has no small or misaligned x, and none of the split ops.
-    assert resident > 100 and streamed > 500, out.stdout
+    assert passed > 80 and resident > 100 and streamed > 500
+
+
+@pytest.mark.parametrize("tier", ["streamed", "resident"])
+def test_networks(tier):
+    what = "cuda" if tier == "resident" else tier
+    passed, resident, streamed = _rehearse(
+        ("test_networks.py",), NETWORKS, what, REHEARSE_MULTIPROCESSORS="132"
+    )
+    # A forward and a backward each; the resident tier leaves (2048, 7, 7).
+    assert (passed, resident, streamed) == (8, *((12, 4) if tier == "resident" else (0, 16)))
