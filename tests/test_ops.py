@@ -1,6 +1,7 @@
 """The ops themselves: schemas, fakes and what a backend returns, with torch.library.opcheck."""
 
 import itertools
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -151,22 +152,35 @@ def test_backprop_through_a_bare_op_is_warned_of(ops):
 
 
 @needs_cpu
-def test_a_cpu_call_allocates_its_outputs_and_nothing_else():
-    """Scratch is a thread's, once it has called; what comes and goes beside y can make the heap grow and shrink."""
-    problem = make_problem((2, 64, 28, 28), OPTIONS["plain"])
-    x, p, c = problem.x, problem.p, problem.c
-    arguments = (x, *p, *(None,) * 4, 0.0, c.pools, c.spatial, c.ties, c.residual)
-    op = _ops.get("cpu", "cbam_inference")
-    op(*arguments)
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        op(*arguments)
-    events = list(profiler.profiler.kineto_results.experimental_event_tree())
-    sizes = []
-    for event in events:
-        events.extend(event.children)
-        if event.tag.name == "Allocation" and event.extra_fields.alloc_size > 0:
-            sizes.append(event.extra_fields.alloc_size)
-    assert sizes == [x.nbytes]
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["plain", "norm-train", "all-pools", "light", "split", "channel-only"])
+def test_a_cpu_call_allocates_its_outputs_and_nothing_else(name, dtype, layout):
+    """No copy of x in another layout and no temporary of its size, but of 16-bit weights, and of their gradients, a
+    float32 copy each. Scratch is a thread's, once it has called; what comes and goes beside an output can make the heap
+    grow and shrink."""
+    table = {op: _ops.get("cpu", op) for op in _ops.SCHEMAS}
+    seen = set()
+    for save in (True, False):
+        for op, arguments in _calls(table, "cpu", name, dtype, layout, save, shape=(2, 64, 28, 28)):
+            table[op](*arguments)
+            with torch.profiler.profile(profile_memory=True) as profiler:
+                found = table[op](*arguments)
+            events = list(profiler.profiler.kineto_results.experimental_event_tree())
+            sizes = Counter()
+            for event in events:
+                events.extend(event.children)
+                if event.tag.name == "Allocation" and event.extra_fields.alloc_size > 0:
+                    sizes[event.extra_fields.alloc_size] += 1
+            sizes.subtract(
+                t.nbytes for t in ([found] if isinstance(found, torch.Tensor) else found) if t.numel()
+            )
+            given = (t for t in arguments if isinstance(t, torch.Tensor) and t.dtype == torch.bfloat16)
+            weights = Counter(4 * t.numel() for t in given if t.shape[0] != 2)
+            weights += weights if op.endswith("backward") else Counter()
+            assert min(sizes.values()) >= 0 and sizes <= weights, (op, sizes, weights)
+            seen.add(op)
+    assert seen >= ({"attention_backward", "scale_backward"} if name == "norm-train" else {"cbam_backward"})
 
 
 @needs_cpu
