@@ -373,22 +373,30 @@ def test_each_backend_of_the_gpu_is_judged_by_its_own_bars(monkeypatch, capsys):
 
 
 def test_the_sanitizers_run_every_test_that_launches_kernels(monkeypatch):
-    commands = []
+    """Once as a user would, and once with the resident tier wherever it fits."""
+    commands, tiers = [], []
 
     class Done:
         returncode = 0
 
-    monkeypatch.setattr(gpu.subprocess, "run", lambda command, **_: commands.append(command) or Done)
+    def run(command, env, **_):
+        commands.append(command)
+        tiers.append(env.get("CBAM_FUSED_TIER"))
+        return Done
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu.torch.cuda, "get_device_name", lambda _: "a GPU")
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--skip", "bars"])
     with pytest.raises(SystemExit) as stop:
         gpu.main()
     assert stop.value.code == 0
-    assert commands[0][1:] == ["-m", "pytest", "-q"]
-    assert [c[2] for c in commands[1:]] == list(gpu.TOOLS)
-    for command in commands[1:]:
-        assert command[command.index(sys.executable) :] == [*commands[0], "tests", "-m", "gpu"]
+    tests, resident, *sanitized = commands
+    assert tests[1:] == ["-m", "pytest", "-q"] and resident == [*tests, "-m", "gpu"]
+    assert [c[2] for c in sanitized] == [tool for tool in gpu.TOOLS for _ in range(2)]
+    for command in sanitized:
+        assert command[command.index(sys.executable) :] == [*tests, "tests", "-m", "gpu"]
+    assert tiers == [None, "resident"] * (1 + len(gpu.TOOLS))
 
 
 def test_what_runs_on_a_gpu_is_marked():
