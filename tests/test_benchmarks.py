@@ -8,6 +8,7 @@ import mmap
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -444,6 +445,30 @@ def test_plain_and_fused_learn_the_same_from_real_digits(threads):
     assert plain[-1]["loss"] < 0.7 * plain[0]["loss"]
     assert fused[0]["test_accuracy"] > 0.5 and fused[0]["peak_bytes"] > 0
     assert "small CNN at 8 x 8, fused" in train.summary(rows)
+
+
+def test_a_training_run_writes_rows_and_both_pictures(threads, monkeypatch, tmp_path, capsys):
+    """benchmarks/train.py from its arguments to its files, with short trainings."""
+    for package in ("sklearn", "skimage", "matplotlib"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    from benchmarks import train
+
+    plans = tuple(replace(plan, size=8, batch=8, steps=6) for plan in train.PLANS[True])
+    monkeypatch.setattr(train, "PLANS", {True: plans})
+    monkeypatch.setattr(train, "PATCH_STEPS", {True: 2})
+    threads(torch.get_num_threads())  # put back after what main sets
+    path = tmp_path / "train.csv"
+    assert train.main(["--quick", "--threads", "1", "--out", str(path)]) == 0
+    with open(path, newline="") as f:
+        rows = list(csv.DictReader(f))
+    groups = {(r["network"], r["variant"]) for r in rows}
+    assert groups == {(p.network, v) for p in plans for v in ("plain", "fused", "control")}
+    assert len(rows) == 6 * len(groups) and all(float(r["loss"]) > 0 and float(r["ms"]) > 0 for r in rows)
+    assert all(r["threads"] == "1" and r["commit"] and int(r["peak_bytes"]) > 0 for r in rows)
+    for name in ("train.png", "train-attention.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    assert "ResNet-18 at 8 x 8, fused" in out and out.count("picture: ") == 2
 
 
 def test_a_summary_of_the_reference_says_so():
