@@ -98,11 +98,14 @@ _missing_code: Dict[int, Optional[str]] = {}
 def _cuda_missing_code(index: int) -> Optional[str]:
     """None where `_C_cuda` has code for this device, or what CUDA says. Asked once a device."""
     if index not in _missing_code:
-        ask = ctypes.CDLL(_native_file("_C_cuda")).cbam_fused_cuda_missing_code
-        ask.restype = ctypes.c_char_p
-        with torch.cuda.device(index):
-            answer = ask()
-        _missing_code[index] = None if answer is None else answer.decode()
+        ask = getattr(ctypes.CDLL(_native_file("_C_cuda")), "cbam_fused_cuda_missing_code", None)
+        if ask is None:
+            _missing_code[index] = "it is older than this package"
+        else:
+            ask.restype = ctypes.c_char_p
+            with torch.cuda.device(index):
+                answer = ask()
+            _missing_code[index] = None if answer is None else answer.decode()
     return _missing_code[index]
 
 
@@ -117,18 +120,22 @@ def _cuda_covers(x: Tensor, c: Config) -> Optional[str]:
                     f"the kernels take {limit.least} to {limit.most} {limit.what}, got {value} "
                     f"(x has shape {tuple(x.shape)} and dtype {x.dtype})"
                 )
-    if x.device.type == "cuda":
-        found = _cuda_capability(x.device.index)
-        if found < CUDA_CAPABILITY:
-            least, got = (".".join(map(str, v)) for v in (CUDA_CAPABILITY, found))
-            return f"the kernels need compute capability {least}, {x.device} has {got}"
-        missing = _cuda_missing_code(x.device.index)
-        if missing is not None:
-            got = ".".join(map(str, found))
-            return (
-                f"cbam_fused._C_cuda was not compiled for {x.device} of compute capability {got} ({missing}): "
-                f'rebuild with TORCH_CUDA_ARCH_LIST="{got}", or without it'
-            )
+    return None
+
+
+def _cuda_runs_on(device: torch.device) -> Optional[str]:
+    if device.type != "cuda":
+        return None
+    found = _cuda_capability(device.index)
+    least, got = (".".join(map(str, v)) for v in (CUDA_CAPABILITY, found))
+    if found < CUDA_CAPABILITY:
+        return f"the kernels need compute capability {least}, {device} has {got}"
+    missing = _cuda_missing_code(device.index)
+    if missing is not None:
+        return (
+            f"cbam_fused._C_cuda was not compiled for {device} of compute capability {got} ({missing}): "
+            f'rebuild with TORCH_CUDA_ARCH_LIST="{got}", or without it'
+        )
     return None
 
 
@@ -162,17 +169,19 @@ class Backend:
     load: makes the ops callable; returns None, or the reason why this machine cannot run them.
     device: the type of device whose tensors it takes.
     covers: None if it can run this call, or the limit that it breaks.
+    runs_on: None if it can run on this device of the machine, or the reason why not.
     """
 
     name: str
     device: str
     load: Callable[[], Optional[str]]
     covers: Optional[Callable[[Tensor, Config], Optional[str]]] = None
+    runs_on: Callable[[torch.device], Optional[str]] = lambda device: None
 
 
 # In the order in which "auto" tries them; the reference is what is left.
 TABLE: Tuple[Backend, ...] = (
-    Backend("cuda", "cuda", _load_cuda, _cuda_covers),
+    Backend("cuda", "cuda", _load_cuda, _cuda_covers, _cuda_runs_on),
     Backend("triton", "cuda", _load_triton, _triton_covers),
     Backend("cpu", "cpu", _load_native("_C", "reinstall with a C++ compiler (g++ or clang++) on the PATH")),
 )
@@ -209,10 +218,16 @@ def backends() -> Dict[str, Union[bool, Unavailable]]:
     return table
 
 
+def _missing(b: Backend, device: torch.device) -> Optional[str]:
+    """None if the backend runs on this device, or the reason why not."""
+    reason = unavailable(b.name)
+    return b.runs_on(device) if reason is None else reason
+
+
 @_constant
-def _say_once(device: str) -> None:
+def _say_once(device: torch.device) -> None:
     """That a device's backends are all missing, if they are, and why."""
-    reasons = [unavailable(b.name) for b in TABLE if b.device == device]
+    reasons = [_missing(b, device) for b in TABLE if b.device == device.type]
     if reasons and None not in reasons and not _state.get(f"said {device}"):
         _state[f"said {device}"] = "yes"
         warnings.warn(
@@ -229,7 +244,7 @@ def _refusal(b: Backend, x: Tensor, c: Config) -> Optional[str]:
         return f"x must be on a {b.device} device, got {x.device}" + (
             "" if reason is None else f"; and {reason}"
         )
-    reason = unavailable(b.name)
+    reason = _missing(b, x.device)
     if reason is None and b.covers is not None:
         reason = b.covers(x, c)
     return reason
@@ -269,10 +284,10 @@ def select(name: str, x: Tensor, c: Config) -> str:
     if name == "auto":
         device = x.device.type
         for b in TABLE:
-            if b.device == device and unavailable(b.name) is None:
+            if b.device == device and _missing(b, x.device) is None:
                 if b.covers is None or b.covers(x, c) is None:
                     return b.name
-        _say_once(device)
+        _say_once(x.device)
         return "reference"
     if name == "reference":
         return name

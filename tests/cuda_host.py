@@ -6,6 +6,7 @@ files, which tests/simt executes. What lies between Python and the kernels is th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -14,11 +15,13 @@ import subprocess
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import List
+from unittest import mock
 
 import torch
 from simt import build
 
 import cbam_fused._ops  # noqa: F401  the schemas, before their implementations
+from cbam_fused import _backends
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parent / "csrc" / "cuda"
@@ -98,11 +101,10 @@ class Host:
     """The loaded backend: `torch.ops.cbam_fused_cuda` takes CPU tensors from here on, until the process ends."""
 
     def __init__(self):
-        path = str(compile_host())
-        torch.ops.load_library(path)
-        self._lib = ctypes.CDLL(path)
-        for name in ("fake_calls", "cbam_fused_cuda_missing_code"):
-            getattr(self._lib, name).restype = ctypes.c_char_p
+        self._path = str(compile_host())
+        torch.ops.load_library(self._path)
+        self._lib = ctypes.CDLL(self._path)
+        self._lib.fake_calls.restype = ctypes.c_char_p
 
     def set(self, device: Device) -> None:
         """What ops see of the machine from now on; forgets the calls."""
@@ -127,8 +129,11 @@ class Host:
         return self._lib.fake_last_error()
 
     def missing_code(self) -> str:
-        """What the module answers Python, which asks whether it has code for the device."""
-        return (self._lib.cbam_fused_cuda_missing_code() or b"").decode()
+        """What Python finds when it asks the module whether it has code for the device."""
+        no_device = mock.patch.object(torch.cuda, "device", lambda index: contextlib.nullcontext())
+        with no_device, mock.patch.object(_backends, "_native_file", lambda module: self._path):
+            _backends._missing_code.clear()
+            return _backends._cuda_missing_code(0) or ""
 
     def run_kernels(self, dtype: str, seed: int = 0, resident: int = 6) -> build.Library:
         """Launches of this dtype run from now on, on at most `resident` blocks together."""

@@ -67,7 +67,7 @@ class OnGPU:
 
 def test_an_old_device_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    assert "compute capability 8.0, cuda:0 has 7.5" in str(_backends._cuda_covers(OnGPU(), Config()))
+    assert "compute capability 8.0, cuda:0 has 7.5" in str(_backends._cuda_runs_on(OnGPU().device))
 
 
 def test_a_device_that_the_module_was_not_compiled_for_goes_to_the_next_backend(monkeypatch):
@@ -86,6 +86,14 @@ def test_a_device_that_the_module_was_not_compiled_for_goes_to_the_next_backend(
     )
     with pytest.raises(RuntimeError, match=re.escape(message)):
         _backends.select("cuda", x, Config())
+    # Without Triton it is the reference, which is said once.
+    monkeypatch.setattr(_backends, "TABLE", (cuda, replace(triton, load=lambda: "no triton here")))
+    monkeypatch.setattr(_backends, "_state", {})
+    with pytest.warns(
+        RuntimeWarning, match=f"plain PyTorch reference: .*{re.escape(message)}; no triton here"
+    ) as said:
+        assert [_backends.select("auto", x, Config()) for _ in range(2)] == ["reference"] * 2
+    assert len(said) == 1
     x.device = torch.device("cuda", 1)
     assert _backends.select("auto", x, Config()) == _backends.select("cuda", x, Config()) == "cuda"
 

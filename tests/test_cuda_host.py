@@ -65,7 +65,8 @@ for line in sys.stdin:
     except RuntimeError as e:
         error = str(e)
     calls = calls or host.calls()
-    print(json.dumps([calls, error, host.last_error(), host.missing_code()]), flush=True)
+    left = host.last_error()
+    print(json.dumps([calls, error, left, host.missing_code(), host.last_error()]), flush=True)
 """
 
 
@@ -82,13 +83,14 @@ def started(**environment: str):
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env={**os.environ, **environment},
     )  # fmt: skip
-    indices = iter(range(64))  # each call's own: what a device says is asked once
+    indices = iter(range(62))  # each call's own: what a device says is asked once
 
     def call(shape, dtype="bfloat16", layout="contiguous", backward=False, hidden=0, **device):
         values = {**asdict(H100), "index": next(indices), **device}
         process.stdin.write(json.dumps([values, shape, dtype, layout, backward, hidden]) + "\n")
         process.stdin.flush()
-        calls, error, call.last_error, call.missing_code = json.loads(process.stdout.readline())
+        calls, error, call.last_error, call.missing_code, after = json.loads(process.stdout.readline())
+        assert after == 0
         index = str(values["index"])
         assert hidden or calls[:2] == [f"guard {index} ", f"stream of {index} "], calls
         return [c.strip() for c in calls[2:]], error
@@ -159,12 +161,14 @@ def test_a_device_that_refuses_eight_blocks_is_asked_for_sixteen(run):
 
 def test_an_error_that_is_no_answer_about_clusters_is_raised(run):
     """Of an earlier kernel, for example: not taken for a device without clusters, now or later."""
-    calls, error = run((16, 512, 28, 28), clusters_of_8=-ILLEGAL_ADDRESS)
+    calls, error = run((16, 512, 28, 28), clusters_of_8=-ILLEGAL_ADDRESS, index=62)
     assert calls[-1] == "asked of 8" and run.last_error == 0
     assert (
         "cbam_fused: asking what runs of the resident kernel of cbam_forward failed: "
         f"what CUDA says of error {ILLEGAL_ADDRESS}" in error
     )
+    calls, error = run((16, 512, 28, 28), index=62)
+    assert not error and calls[-1].startswith("resident forward bfloat16")
 
 
 def test_what_the_module_says_of_a_device_that_it_was_not_compiled_for(run):
@@ -172,6 +176,9 @@ def test_what_the_module_says_of_a_device_that_it_was_not_compiled_for(run):
     assert run.missing_code == ""
     run((1, 8, 3, 3), code_error=NO_KERNEL_IMAGE)
     assert run.missing_code == f"what CUDA says of error {NO_KERNEL_IMAGE}"
+    # Nothing about the module: the launch tells it.
+    run((1, 8, 3, 3), code_error=ILLEGAL_ADDRESS)
+    assert run.missing_code == ""
 
 
 @pytest.mark.parametrize("backward", (False, True), ids=("forward", "backward"))

@@ -40,9 +40,7 @@ def _rehearse(files, which, what, **settings) -> Tuple[int, int, int]:
         cwd=HERE.parent, capture_output=True, text=True,
     )  # fmt: skip
     assert out.returncode == 0, out.stdout + out.stderr
-    found = re.search(
-        r"launches: (\d+) resident, (\d+) streamed.*\n(\d+) passed, \d+ deselected in", out.stdout
-    )
+    found = re.search(r"launches: (\d+) resident, (\d+) streamed.*\n(\d+) passed, \d+ deselected", out.stdout)
     assert found and "skipped" not in out.stdout, out.stdout
     resident, streamed, passed = map(int, found.groups())
     return passed, resident, streamed

@@ -5,6 +5,8 @@ tests/test_cuda_workspace.py and tests/test_triton_capture.py look without one f
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from oracle import FUSED
@@ -81,6 +83,10 @@ def test_streams_that_run_at_the_same_time(target, shape, dtype, form):
     wanted = [_step(module, *d) for d in drawn]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in drawn]
+    for stream in streams:
+        # Until the host has queued all that follows, which takes it longer than the kernels.
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(200_000_000)
     found = [[] for _ in drawn]
     for _ in range(10):
         for stream, inputs, results in zip(streams, drawn, found, strict=True):
@@ -90,3 +96,26 @@ def test_streams_that_run_at_the_same_time(target, shape, dtype, form):
     for results, want in zip(found, wanted, strict=True):
         for result in results:
             _assert_same_bits(result, want)
+
+
+@pytest.mark.parametrize(
+    "target", [t for t in TARGETS if t.backend == "cuda"] or [None], ids=lambda t: t and t.backend
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_the_resident_tier_runs_where_it_is_asked_for(target, layout):
+    """Else the other tests under CBAM_FUSED_TIER=resident would be those of the streamed tier once more."""
+    if target is None or os.environ.get("CBAM_FUSED_TIER") != "resident":
+        pytest.skip("CBAM_FUSED_TIER does not ask backend cuda for it")
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("this device has no clusters")
+    shape = (2, 256, 28, 28)
+    module = _module(target, shape, torch.bfloat16, "plain")
+    x, dy = _draw(shape, torch.bfloat16)
+    x = x.detach().to(memory_format=layout).requires_grad_()
+    _step(module, x, dy)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        _step(module, x, dy)
+        torch.cuda.synchronize()
+    names = " ".join(event.key for event in profiler.key_averages())
+    for kernel in ("resident_forward_kernel", "resident_backward_kernel"):
+        assert kernel in names, names

@@ -13,11 +13,11 @@ from cbam_fused import backends
 
 HERE = Path(__file__).parent
 # Every dtype and option, several tiles, tails of vectors, the lanes that NaN takes, threads, and inference. The
-# reference, whose tests are not repeated, has no instruction set.
+# reference, a parameter that stands first and whose tests are not repeated, has no instruction set.
 CASES = (
     "(test_dtypes or test_large or test_ties or test_nan_and_infinity or test_strides_of_x or test_threads"
     " or test_float32_parameters or (test_option_grid and (3x65x7x7 or 1x16x13x57))"
-    " or (test_without_gradients and float32)) and not triton and not reference"
+    " or (test_without_gradients and float32)) and not triton and not [reference"
 )
 
 
@@ -64,7 +64,10 @@ def test_against_the_reference(name):
     file = str(HERE / "test_forward_backward.py")
     run = _run(["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", cases], name)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
-    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 30
+    if cases == CASES:
+        assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 300
+    else:
+        assert " passed" in run.stdout
 
 
 # The last pass alone, with gates as they are given, on every 16-bit number there is: y is the exact rounding of

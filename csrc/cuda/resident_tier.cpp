@@ -27,7 +27,8 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
-// Whether a device says by this that it does not run such clusters; any other error is one of the program's.
+// Whether a device may say by this that it does not run such clusters; any other error is one of the
+// program's.
 bool refuses_clusters(cudaError_t error) {
   switch (error) {
     case cudaErrorInvalidValue:

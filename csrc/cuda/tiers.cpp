@@ -102,7 +102,16 @@ void launch(const Problem& p, Operation operation, const Tensor& x, cudaStream_t
 
 const char* cbam_fused_cuda_missing_code() {
   const cudaError_t error = cbam::find_code();
-  if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();
-  return cudaGetErrorString(error);
+  if (error != cudaSuccess) cudaGetLastError();
+  switch (error) {
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidPtx:
+    case cudaErrorUnsupportedPtxVersion:
+    case cudaErrorJitCompilerNotFound:
+    case cudaErrorJitCompilationDisabled:
+      return cudaGetErrorString(error);
+    default:  // no error, or none of the code's: a launch will tell
+      return nullptr;
+  }
 }

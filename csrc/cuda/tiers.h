@@ -14,9 +14,5 @@ void launch(const Problem& p, Operation operation, const torch::stable::Tensor& 
 
 }  // namespace cbam
 
-// What Python asks once a device: null where the module has code for the current one, or what CUDA says.
-#ifdef _WIN32
-extern "C" __declspec(dllexport) const char* cbam_fused_cuda_missing_code();
-#else
+// What Python asks once a device: what CUDA says where the module has no code for the current one, else null.
 extern "C" __attribute__((visibility("default"))) const char* cbam_fused_cuda_missing_code();
-#endif

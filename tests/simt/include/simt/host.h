@@ -1,5 +1,5 @@
-// CUDA's runtime as launch code calls it, with its names, numbers and refusals. A launch runs its grid to the
-// end.
+// CUDA's runtime as launch code calls it, with its names and numbers. A launch runs its grid to the end, and
+// is refused where the kernel has not been allowed its shared memory or its cluster.
 #pragma once
 #include <cstddef>
 #include <map>
@@ -15,7 +15,7 @@ enum cudaError_t : int {
 };
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
-  cudaFuncAttributeNonPortableClusterSizeAllowed = 13
+  cudaFuncAttributeNonPortableClusterSizeAllowed = 14
 };
 struct cudaFuncAttributes {
   int ptxVersion;
