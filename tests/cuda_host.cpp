@@ -8,9 +8,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <sstream>
 #include <string>
+#include <utility>
 
 #include "launch.h"
 #include "resident_launch.h"
@@ -24,6 +26,7 @@ struct Fake {
   int ptx = 90;                                // the version that the kernels were compiled for
   int launch_error = 0;
   int code_error = 0;  // what the device says of kernels that were not compiled for it
+  int malloc_error = 0;
 } fake;
 // By dtype, or null: what runs a launch.
 struct {
@@ -85,8 +88,8 @@ cudaError_t resident(bool backward, int dtype, const cbam::resident::Resident& k
 extern "C" {
 
 __attribute__((visibility("default"))) void fake_set(const int* values) {
-  fake = {values[0], values[1], values[2], values[3], values[4],
-          values[5], values[6], values[7], values[8], values[9]};
+  fake = {values[0], values[1], values[2], values[3], values[4], values[5],
+          values[6], values[7], values[8], values[9], values[10]};
   calls.clear();
 }
 __attribute__((visibility("default"))) void fake_stream(int64_t handle, int64_t id, int64_t capturing) {
@@ -179,6 +182,19 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status)
 }
 cudaError_t cudaStreamGetId(cudaStream_t, unsigned long long* id) {
   *id = stream_now.id;
+  return cudaSuccess;
+}
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  static cudaStreamCaptureMode now = cudaStreamCaptureModeGlobal;
+  std::swap(*mode, now);
+  log("capture mode", now);
+  return cudaSuccess;
+}
+cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  if (fake.malloc_error) return returned(fake.malloc_error);
+  *memory = std::malloc(bytes);
+  std::memset(*memory, 0xa5, bytes);  // as it comes from a device
+  log("malloc", bytes);
   return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {

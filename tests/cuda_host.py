@@ -65,6 +65,7 @@ class Device:
     ptx: int = 90
     launch_error: int = 0
     code_error: int = 0
+    malloc_error: int = 0
 
 
 def compile_host() -> Path:

@@ -76,6 +76,22 @@ def test_a_replayed_graph_computes_with_what_its_inputs_hold(target, shape, dtyp
         _assert_same_bits(replayed, _step(module, x, dy))
 
 
+@pytest.mark.parametrize("target", TARGETS or [None], ids=lambda t: t and t.backend)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_graphs_of_torch_compile(target, shape, form):
+    """They look after each step for memory in their pool that is none of the step's, and raise where they find some."""
+    torch._dynamo.reset()
+    module = _module(target, shape, torch.float32, form)
+    compiled = torch.compile(module, mode="reduce-overhead")
+    for _ in range(5):  # a step to warm up, one to capture, and replays
+        x, dy = _draw(shape, torch.float32)
+        torch.compiler.cudagraph_mark_step_begin()
+        found = [t.clone() for t in _step(compiled, x, dy)]
+        for a, b in zip(found, _step(module, x, dy), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 @common
 def test_streams_that_run_at_the_same_time(target, shape, dtype, form):
     module = _module(target, shape, dtype, form)

@@ -9,8 +9,8 @@
 
 namespace cbam {
 
-// Memory is a handle that keeps its memory alive, and that is copied. A launch needs zeros, and leaves zeros
-// when it ends; launches on one stream follow each other, so that one set serves them all.
+// Memory is a handle that is copied. A launch needs zeros, and leaves zeros when it ends; launches on one
+// stream follow each other, so that one set serves them all.
 template <class Memory>
 class StreamCounters {
  public:
@@ -25,8 +25,7 @@ class StreamCounters {
     if (kept.words < words) {
       int64_t room = kLeast;
       while (room < words) room *= 2;
-      // The outgrown memory goes back to its allocator, which hands it out in the order of the stream: after
-      // the launches that still use it.
+      // What it has outgrown is left alone, as launches may still use it: in all, less than it has now.
       kept.memory = make(room);
       kept.words = room;
     }
