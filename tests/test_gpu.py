@@ -89,7 +89,8 @@ def test_graphs_of_torch_compile(target, shape, form):
         torch.compiler.cudagraph_mark_step_begin()
         found = [t.clone() for t in _step(compiled, x, dy)]
         for a, b in zip(found, _step(module, x, dy), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+            # Another BatchNorm's sums, but nothing of another step.
+            assert (a - b).abs().max() <= 1e-3 * (1 + b.abs().max())
 
 
 @common
