@@ -138,7 +138,8 @@ def main() -> None:
     if "sanitizer" not in a.skip:
         for tool in a.tools:
             command = [sanitizer(), "--tool", tool, "--error-exitcode", "1", "--target-processes", "all"]
-            command += [*python, *a.sanitized, "-m", "gpu"]
+            # A profiler and the sanitizers cannot both watch a process.
+            command += [*python, *a.sanitized, "-m", "gpu", "-k", "not resident_tier_runs"]
             run(f"compute-sanitizer {tool}", command, outcomes)
             run(f"compute-sanitizer {tool}, resident tier", command, outcomes, **RESIDENT)
     if "bars" not in a.skip:
