@@ -24,15 +24,16 @@ def _rows(capsys, *arguments: str) -> list:
 @pytest.mark.skipif(build.default_flavor() != "checked", reason="only the checked flavour counts bytes")
 def test_counted_rows_of_the_resident_tier(capsys):
     """Exactly 2 S and 3 S; what the tier does not take is said to go elsewhere."""
-    rows = _rows(capsys, "--shapes", "16,14,14", "16,7,7", "--dtype", "float32")
+    rows = _rows(capsys, "--shapes", "16,14,14", "16,7,7", "6,7,7", "--dtype", "float32")
     assert [row.split()[:3] for row in rows] == [
         ["resident", name, f"1,{shape}"]
-        for shape in ("16,14,14", "16,7,7")
+        for shape in ("16,14,14", "16,7,7", "6,7,7")
         for name in ("forward", "backward")
     ]
-    assert re.search(r"x-sized 2\.000 S .* pass \(bar 2\)$", rows[0])
-    assert re.search(r"x-sized 3\.000 S .* pass \(bar 3\)$", rows[1])
-    assert all(row.endswith("goes to the streamed tier") for row in rows[2:])
+    for forward, backward in (rows[:2], rows[2:4]):
+        assert re.search(r"x-sized 2\.000 S .* pass \(bar 2\)$", forward)
+        assert re.search(r"x-sized 3\.000 S .* pass \(bar 3\)$", backward)
+    assert all(row.endswith("goes to the streamed tier") for row in rows[4:])
 
 
 @pytest.mark.skipif(build.default_flavor() != "checked", reason="only the checked flavour counts bytes")
@@ -67,7 +68,7 @@ def test_counted_rows_of_the_streamed_tier(capsys, shape, x_sized):
 @pytest.mark.skipif(cuda_ptx.unavailable() is not None, reason=str(cuda_ptx.unavailable()))
 def test_modelled_rows_of_the_resident_tier(capsys):
     """The traffic of a tiny map: all of it once, and small tensors counted apart; no bar for its time."""
-    rows = _rows(capsys, "--modelled", "--samples", "2", "--shapes", "32,14,14", "16,7,7")
+    rows = _rows(capsys, "--modelled", "--samples", "2", "--shapes", "32,14,14", "6,7,7")
     pattern = (
         r"resident (forward|backward) +2,32,14,14 +bfloat16 +contiguous L2 50 MB   DRAM (\S+) of the floor,"
         r" (\S+) without small tensors (pass|MISS) \(bar 1\.03\) +(\S+) PTX instructions an element"

@@ -85,18 +85,23 @@ struct Machine {
 constexpr int64_t kRowBytes = 256;            // least part of a contiguous row that a block takes by choice
 constexpr int64_t kSmallTile = 100 << 10;     // below, half the threads take fewer instructions; modelled
 constexpr int64_t kReserved = 1 << 10;        // of a block's shared memory, CUDA's own
-constexpr int64_t kLeastPositions = 196;      // below, the weights outweigh x, and the streamed tier batches
 constexpr int kMergeRows = 6, kTermRows = 2;  // what merging a strip, or reading its terms, costs in rows
 constexpr int kClusters[] = {8, 16};          // portable first
+// Lanes that share a row where an access is an element: rows of 49 fill 77% of them, and are two ways in conflict.
+constexpr int kElementLanes = 16;
+constexpr int kMostMarks = (1 << 16) - 1;  // vectors of a backward tile, which 16 bits number
 // Blocks against places on the device, over the waves that they run in: a wave that is mostly empty costs
 // as much as a full one. Modelled, to be measured.
 constexpr double kLeastOccupancy = 0.6;
+// The MLP's weights against x, where clusters run in several waves. Each cluster reads them from L2, where samples
+// share them in the streamed tier, which however has x come from L2 twice more. By bytes, to be measured.
+constexpr int64_t kMostWeights = 2;
 
 inline int vector_of(const Problem& p) {
   const int full = 16 / element_bytes(p.dtype);
-  const int64_t row = p.layout == kChannelsLast ? p.channels : p.positions;
-  if (row % full == 0) return full;
-  return p.layout == kContiguous && full == 8 && row % 4 == 0 ? 4 : 0;
+  if (p.layout == kChannelsLast) return p.channels % full == 0 ? full : 0;
+  if (p.positions % full == 0) return full;
+  return full == 8 && p.positions % 4 == 0 ? 4 : 1;
 }
 
 // The one place that says what this tier computes; the rest is the streamed tier's.
@@ -105,7 +110,7 @@ inline bool covers(const Problem& p, Operation operation, const Machine& m, bool
   if (operation != kCbamForward && operation != kCbamBackward) return false;
   if (m.capability < 90 || !aligned || p.dtype == kFloat64) return false;
   if (!p.pools && !p.spatial) return false;
-  return p.positions >= kLeastPositions && vector_of(p) > 0;
+  return vector_of(p) > 0;
 }
 
 inline int64_t part(int64_t total, int64_t unit, int64_t parts) {
@@ -131,7 +136,7 @@ inline int groups_for(int64_t strips, int64_t lane_rows, int warps, int setup, i
 // Bytes of a row that a warp reads at a time, by accesses of so many. Where rows are short and many, 64 waste
 // less of a row's end; else 128 leave less to merge.
 constexpr int strip_bytes(int layout, int split, int access) {
-  return layout == kContiguous && split == kByPositions && access == 16 ? 64 : 128;
+  return access < 8 ? kElementLanes * access : layout == kContiguous && split == kByPositions && access == 16 ? 64 : 128;
 }
 
 struct MapBuilder {
@@ -227,6 +232,7 @@ inline bool plan_block(Resident& k, const Machine& m, int cluster, Split split, 
     const bool needs_x = (split_ties && (p.spatial || p.pools & kMax)) || p.pools & (kLp | kLse);
     at.rare = b.take(needs_x ? tc * 4 * a : 0);
     const int64_t rows = last ? tp : tc;
+    if (rows * ceil_div(columns, k.vector) > kMostMarks || tc + tp > kMostMarks) return false;
     k.mark_words = static_cast<int32_t>(ceil_div(ceil_div(columns, k.vector), 32));
     at.mark_bits = b.take(rows * k.mark_words * 4);
     at.mark_first = b.take(last ? 0 : (rows + 1) * 2);
@@ -267,6 +273,7 @@ auto with_traits(const Resident& k, F f) {
   constexpr int kFull = 16 / static_cast<int>(sizeof(T));
   if (k.p.layout == kChannelsLast) return f(Of<T, kFull, kChannelsLast, kByPositions>{});
   if (k.split == kByPositions) return f(Of<T, kFull, kContiguous, kByPositions>{});
+  if (k.vector == 1) return f(Of<T, 1, kContiguous, kByChannels>{});
   if constexpr (sizeof(T) == 2) {
     if (k.vector < kFull) return f(Of<T, kFull / 2, kContiguous, kByChannels>{});
   }
@@ -310,6 +317,11 @@ inline int64_t lay_out(Resident& k, char* base) {
 inline bool preferred(const Problem& p, int64_t active_clusters) {
   if (active_clusters <= 0) return false;
   const int64_t waves = policy::ceil_div(p.samples, active_clusters);
+  const auto bytes_of = [&](const Weight& w, int64_t elements) {
+    return w.data ? elements * (w.wide ? 4 : element_bytes(p.dtype)) : 0;
+  };
+  const int64_t matrix = p.channels * p.hidden, weights = bytes_of(p.w1, matrix) + bytes_of(p.w2, matrix);
+  if (waves > 1 && weights > kMostWeights * p.channels * p.positions * element_bytes(p.dtype)) return false;
   return double(p.samples) >= kLeastOccupancy * double(waves * active_clusters);
 }
 

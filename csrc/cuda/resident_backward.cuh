@@ -16,19 +16,20 @@ __device__ __forceinline__ void input_grads(const Block<Tr>& b, Landed& landed) 
   using A = typename Tr::A;
   constexpr int V = Tr::V;
   // With x, the terms of V positions are kept too: sm_120 has no register left to unroll with.
-  [[maybe_unused]] constexpr int kUnroll = kNeedsX ? 1 : 4;
+  constexpr int kUnroll = kNeedsX ? 1 : 4;
   const Resident& k = b.k;
   const Problem& p = k.p;
   const T* x = b.template at<T>(k.at.tile);
-  const T* dy = b.template at<T>(k.at.tile_dy);
+  T* dy = b.template at<T>(k.at.tile_dy);
   const ChannelTerms<A>* channels = b.template at<ChannelTerms<A>>(k.at.terms);
   const RareTerms<A>* rare = b.template at<RareTerms<A>>(k.at.rare);
   const A* tops = b.template at<A>(k.at.top);
   const Places<A> places(b);
   const Marks<Tr> marks(b);
-  T* dx = as<T>(p.dx) + b.origin();
-  const int64_t stride = b.stride();
-  const int pitch = b.vectors * V, c0 = b.tile_channels.begin, p0 = b.tile_positions.begin;
+  const int pitch = b.vectors * V;
+  T* dx = Tr::kStaged ? dy : as<T>(p.dx) + b.origin();
+  const int64_t stride = Tr::kStaged ? pitch : b.stride();
+  const int c0 = b.tile_channels.begin, p0 = b.tile_positions.begin;
   const bool split = kRareOptions && p.ties == kTiesSplit;
   landed.wait(b.rows - 1);
   for (int item = b.warp; item < Strip<Tr>::items(b, k.map_groups); item += b.warps) {
@@ -51,10 +52,9 @@ __device__ __forceinline__ void input_grads(const Block<Tr>& b, Landed& landed) 
     }
     PositionTerms<A> of_place[V];
     if constexpr (kNeedsX && !Tr::kLast) places.read(column, of_place);
-#pragma unroll kUnroll
-    for (int r = s.first; r < b.rows; r += s.step) {
-      A d[V], grad[V];
-      load_shared<Tr>(dy + r * pitch + column, d);
+    const auto load = [&](int r) { return shared_vector<Tr>(dy + r * pitch + column); };
+    for_rows<Tr, kUnroll>(b, s, load, [&](int r, const Vector<Tr>& d) {
+      A grad[V];
       if constexpr (kNeedsX) {
         A v[V];
         load_shared<Tr>(x + r * pitch + column, v);
@@ -62,22 +62,23 @@ __device__ __forceinline__ void input_grads(const Block<Tr>& b, Landed& landed) 
         for (int j = 0; j < V; ++j) {
           const int c = Tr::kLast ? column + j : r, at = Tr::kLast ? r : column + j;
           grad[j] = input_grad_of_x(p, channels[c], rare[c], Tr::kLast ? places[r] : of_place[j],
-                                    split ? tops[at] : A(0), d[j], v[j], c0 + c, p0 + at);
+                                    split ? tops[at] : A(0), d.of[j], v[j], c0 + c, p0 + at);
         }
       } else {
         const A row_factor = Tr::kLast ? places.spatial[r] : channels[r].gate;
         const A row_offset = Tr::kLast ? places.mean[r] : channels[r].average;
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-          grad[j] = Tr::kLast ? factor[j] * (d[j] * row_factor + row_offset) + offset[j]
-                              : row_factor * (d[j] * factor[j] + offset[j]) + row_offset;
-          if (kResidual) grad[j] += d[j];
+          grad[j] = Tr::kLast ? factor[j] * (d.of[j] * row_factor + row_offset) + offset[j]
+                              : row_factor * (d.of[j] * factor[j] + offset[j]) + row_offset;
+          if (kResidual) grad[j] += d.of[j];
         }
       }
       if (kNeedsX || !(bits[r * marks.words] & bit)) store_vector<Tr>(dx + r * stride + column, grad);  // [V]
-    }
+    });
   }
   if constexpr (kNeedsX) return;
+  if constexpr (Tr::kStaged) __syncthreads();  // all have read the marked vectors of dy, which dx now replaces
   marks.for_each([&](int, int r, int vector) {
     const int column = vector * V;
     A d[V];
@@ -132,9 +133,11 @@ __device__ __forceinline__ void backward(const Resident& k, unsigned char* memor
     input_grads<Tr, false, true>(b, landed);
   else
     input_grads<Tr, false, false>(b, landed);
+  if constexpr (Tr::kStaged) store_tile(b, k.at.tile_dy, p.dx);
   if (Tr::kByChannel && p.pools) ptx::cluster_wait();
   __syncthreads();
   finish_weights(b);
+  if constexpr (Tr::kStaged) tile_stored(b);
 }
 
 #endif  // CBAM_HAS_CLUSTERS

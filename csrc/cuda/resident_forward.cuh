@@ -253,32 +253,31 @@ __device__ __forceinline__ void output(const Block<Tr>& b) {
   using A = typename Tr::A;
   constexpr int V = Tr::V;
   const Resident& k = b.k;
-  const T* tile = b.template at<T>(k.at.tile);
+  T* tile = b.template at<T>(k.at.tile);
   const A* of_rows = b.template at<A>(Tr::kLast ? k.at.spatial : k.at.gate);
   const A* of_columns = b.template at<A>(Tr::kLast ? k.at.gate : k.at.spatial);
-  T* y = as<T>(k.p.y) + b.origin();
-  const int64_t stride = b.stride();
   const int pitch = b.vectors * V;
+  T* y = Tr::kStaged ? tile : as<T>(k.p.y) + b.origin();
+  const int64_t stride = Tr::kStaged ? pitch : b.stride();
   for (int item = b.warp; item < Strip<Tr>::items(b, k.map_groups); item += b.warps) {
     const Strip<Tr> s(b, item, k.map_groups);
     if (!s.inside) continue;
     A factor[V];
     load_factors<V>(of_columns + s.vector * V, factor);
-#pragma unroll 4
-    for (int r = s.first; r < b.rows; r += s.step) {
-      A v[V];
-      load_shared<Tr>(tile + r * pitch + s.vector * V, v);
+    const auto load = [&](int r) { return shared_vector<Tr>(tile + r * pitch + s.vector * V); };
+    for_rows<Tr, 4>(b, s, load, [&](int r, Vector<Tr>& v) {
       const A row = of_rows[r];
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         // The channel's gate first, as the reference has it.
-        const A gated = Tr::kLast ? v[j] * factor[j] : v[j] * row;
+        const A gated = Tr::kLast ? v.of[j] * factor[j] : v.of[j] * row;
         const A both = Tr::kLast ? gated * row : gated * factor[j];
-        v[j] = kResidual ? both + v[j] : both;
+        v.of[j] = kResidual ? both + v.of[j] : both;
       }
-      store_vector<Tr>(y + r * stride + s.vector * V, v);  // [V]
-    }
+      store_vector<Tr>(y + r * stride + s.vector * V, v.of);  // [V]
+    });
   }
+  if constexpr (Tr::kStaged) store_tile(b, k.at.tile, k.p.y);
 }
 
 template <class Tr>
@@ -325,6 +324,7 @@ __device__ __forceinline__ void forward(const Resident& k, unsigned char* memory
   // No block may leave while another reads its pools, or its share of the hidden layer.
   if (!Tr::kByChannel && p.spatial) ptx::cluster_wait();
   if (Tr::kByChannel && !p.spatial) ptx::cluster_sync();
+  if constexpr (Tr::kStaged) tile_stored(b);
 }
 
 #endif  // CBAM_HAS_CLUSTERS

@@ -15,7 +15,7 @@ struct Marks {
   const Block<Tr>& b;
   unsigned* bits;         // [rows][words]
   unsigned short* first;  // [rows + 1], where a row's part of the list begins; not channels-last
-  unsigned short* list;   // row * vectors + vector; a tile has fewer than 2^15 vectors
+  unsigned short* list;   // row * vectors + vector; the plan sees to it that 16 bits do
   int* entries;           // of the list, channels-last
   int words;
 

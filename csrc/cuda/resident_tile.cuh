@@ -25,7 +25,11 @@ struct Traits {
   static constexpr int kAccess = V * static_cast<int>(sizeof(T));
   static constexpr int kAcross = strip_bytes(kLayout_, kSplit_, kAccess) / kAccess;
   static constexpr int kDown = 32 / kAcross;
-  static_assert(kAccess == 16 || kAccess == 8, "an access is 8 or 16 bytes");
+  // Narrower rows do not begin where an access of 16 bytes may: y and dx take the tile's place in shared memory,
+  // and leave it by bulk copies.
+  static constexpr bool kStaged = kAccess < 16;
+  static_assert(kAccess == 16 || kAccess == 8 || V == 1, "an access is 8 or 16 bytes, or an element");
+  static_assert(!kStaged || kByChannel, "a bulk copy takes whole rows");
   static_assert(!(kLast && kByChannel), "channels-last samples are cut by positions");
   static_assert(kAcross * kDown == 32);
 };
@@ -150,6 +154,27 @@ __device__ __forceinline__ void load_tile(const Block<Tr>& b, int32_t tile, cons
   }
 }
 
+// Of a staged tile, after the block has written it: one bulk copy for the rows of each load. The threads that issue
+// them wait for them before they end, by `tile_stored`.
+template <class Tr>
+__device__ __forceinline__ void store_tile(const Block<Tr>& b, int32_t tile, void* to) {
+  static_assert(Tr::kStaged);
+  using T = typename Tr::T;
+  ptx::fence_proxy_async();
+  __syncthreads();
+  const int each = b.rows_a_load(), row = b.vectors * Tr::V;
+  const int first = b.thread * each, rows = min(b.rows - first, each);
+  if (b.thread >= kLoads || rows <= 0) return;
+  ptx::bulk_store(static_cast<T*>(to) + b.origin() + int64_t{first} * row,
+                  b.template at<T>(tile) + first * row,
+                  static_cast<uint32_t>(rows * row * static_cast<int>(sizeof(T))));
+  ptx::bulk_commit();
+}
+template <class Tr>
+__device__ __forceinline__ void tile_stored(const Block<Tr>& b) {
+  if (b.thread < kLoads) ptx::bulk_wait_read<0>();
+}
+
 // Rows of the tile that have landed; a warp asks for rows in any order, and waits for each load once.
 struct Landed {
   uint64_t* barriers;
@@ -189,7 +214,10 @@ __device__ __forceinline__ void unpack_words(const unsigned* w, Accumulate<T> (&
 }
 template <class Tr>
 __device__ __forceinline__ void load_shared(const typename Tr::T* p, typename Tr::A (&v)[Tr::V]) {
-  if constexpr (Tr::V * sizeof(typename Tr::T) == 16) {
+  if constexpr (Tr::V == 1) {
+    using Element = cbam::Element<typename Tr::T>;
+    v[0] = Element::decode(*reinterpret_cast<const typename Element::Word*>(p));
+  } else if constexpr (Tr::V * sizeof(typename Tr::T) == 16) {
     const uint4 w = *reinterpret_cast<const uint4*>(p);
     const unsigned words[4] = {w.x, w.y, w.z, w.w};
     unpack_words<typename Tr::T>(words, v);
@@ -200,13 +228,25 @@ __device__ __forceinline__ void load_shared(const typename Tr::T* p, typename Tr
   }
 }
 template <class Tr>
+struct Vector {
+  typename Tr::A of[Tr::V];
+};
+template <class Tr>
+__device__ __forceinline__ Vector<Tr> shared_vector(const typename Tr::T* p) {
+  Vector<Tr> v;
+  load_shared<Tr>(p, v.of);
+  return v;
+}
+// To p in global memory, or where the tile is staged in shared memory.
+template <class Tr>
 __device__ __forceinline__ void store_vector(typename Tr::T* p, const typename Tr::A (&v)[Tr::V]) {
   using T = typename Tr::T;
-  if constexpr (Tr::V * sizeof(T) == 16) {
+  if constexpr (!Tr::kStaged) {
     store_global<true>(p, v);
+  } else if constexpr (Tr::V == 1) {
+    *reinterpret_cast<typename Element<T>::Word*>(p) = Element<T>::encode(v[0]);
   } else {
-    ptx::store_streaming(reinterpret_cast<uint2*>(p),
-                         make_uint2(pack_pair<T>(v[0], v[1]), pack_pair<T>(v[2], v[3])));
+    *reinterpret_cast<uint2*>(p) = make_uint2(pack_pair<T>(v[0], v[1]), pack_pair<T>(v[2], v[3]));
   }
 }
 

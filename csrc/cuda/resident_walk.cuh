@@ -8,17 +8,21 @@ namespace resident {
 
 #if CBAM_HAS_CLUSTERS
 
-// V values of shared memory, a multiple of 4 from a multiple of 4 on.
+// V values of shared memory: one, or a multiple of 4 from a multiple of 4 on.
 template <int V>
 __device__ __forceinline__ void load_factors(const float* from, float (&v)[V]) {
-  static_assert(V % 4 == 0);
+  static_assert(V == 1 || V % 4 == 0);
+  if constexpr (V == 1) {
+    v[0] = *from;
+  } else {
 #pragma unroll
-  for (int j = 0; j < V; j += 4) {
-    const float4 w = *reinterpret_cast<const float4*>(from + j);
-    v[j] = w.x;
-    v[j + 1] = w.y;
-    v[j + 2] = w.z;
-    v[j + 3] = w.w;
+    for (int j = 0; j < V; j += 4) {
+      const float4 w = *reinterpret_cast<const float4*>(from + j);
+      v[j] = w.x;
+      v[j + 1] = w.y;
+      v[j + 2] = w.z;
+      v[j + 3] = w.w;
+    }
   }
 }
 
@@ -63,6 +67,31 @@ struct Strip {
     return (b.vectors + Tr::kAcross - 1) / Tr::kAcross * groups;
   }
 };
+
+// Calls use(row, load(row)) for the lane's rows of a strip. A staged tile is written where it was read: rows are
+// loaded a few at a time, since the compiler may not carry a load across the store of the row before.
+template <class Tr, int kUnroll, class Load, class Use>
+__device__ __forceinline__ void for_rows(const Block<Tr>& b, const Strip<Tr>& s, Load load, Use use) {
+  if constexpr (Tr::kStaged) {
+    for (int base = s.first; base < b.rows; base += kUnroll * s.step) {
+      decltype(load(0)) v[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if (base + u * s.step < b.rows) v[u] = load(base + u * s.step);
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if (base + u * s.step < b.rows) use(base + u * s.step, v[u]);
+      }
+    }
+  } else {
+#pragma unroll kUnroll
+    for (int r = s.first; r < b.rows; r += s.step) {
+      auto v = load(r);
+      use(r, v);
+    }
+  }
+}
 
 // Merges each of kCount values over the lanes whose numbers differ in the bits [kFrom, kTo). At every step
 // half of the values change places, so that few are exchanged: the lane is left with `left` values from
