@@ -293,7 +293,7 @@ MODELLED = {
     "channels": ((4, 512, 28, 28), 1.15, 1.1),
     "channels-small": ((4, 256, 28, 28), 1.15, 1.1),
     "channels-narrow": ((4, 1024, 14, 14), None, None),
-    "channels-element": ((4, 512, 7, 7), None, None),
+    "channels-element": ((4, 1024, 7, 7), None, None),
 }
 no_ptx = pytest.mark.skipif(cuda_ptx.unavailable() is not None, reason=str(cuda_ptx.unavailable()))
 

@@ -15,6 +15,8 @@ CASES = (
     ("forward", "BFloat16, 8, kContiguous, kByPositions", "sm_90a"),
     ("backward", "BFloat16, 8, kContiguous, kByPositions", "sm_90a"),
     ("backward", "BFloat16, 4, kContiguous, kByChannels", "sm_100a"),
+    ("forward", "Half, 1, kContiguous, kByChannels", "sm_90a"),
+    ("backward", "float, 1, kContiguous, kByChannels", "sm_90a"),
     ("forward", "Half, 8, kChannelsLast, kByPositions", "sm_100a"),
     ("backward", "BFloat16, 8, kContiguous, kByPositions", "sm_120"),
     ("forward", "float, 4, kContiguous, kByChannels", "sm_120"),
@@ -33,18 +35,24 @@ def _compile(folder: Path, direction: str, traits: str, arch: str):
 
 @pytest.mark.parametrize("direction, traits, arch", CASES, ids=lambda v: re.sub(r"\W+", "-", v))
 def test_resources_and_copies(tmp_path, direction, traits, arch):
-    """No spills, no stack, 512 threads a multiprocessor, no static shared memory that the plan does not count;
-    bulk copies and cluster barriers; x, dy, y and dx are touched in no other width than the traits'."""
+    """No spills, no stack, 512 threads a multiprocessor, no static shared memory that the plan does not count; cluster
+    barriers; x and dy come by bulk copies, y and dx leave 128 bits at a time, or by bulk copies of a staged tile."""
     cubin, (kernel,) = _compile(tmp_path, direction, traits, arch)
     assert kernel.fault() == ""
     sass = streamed.machine_code(cubin)
-    assert len(re.findall(r"\bUBLKCP\b", sass)) >= (1 if direction == "forward" else 2)
+    element, vector = re.match(r"(\w+), (\d)", traits).groups()
+    width = int(vector) * (32 if element == "float" else 16)
+    staged = width < 128
+    copies = re.findall(r"\bUBLKCP(\S*)", sass)
+    assert sum(".S.G" in c for c in copies) >= (1 if direction == "forward" else 2)
+    assert any(".G.S" in c for c in copies) == staged
     assert re.search(r"\bUCGABAR", sass) and re.search(r"\bSYNCS\b", sass)
-    width = "64" if ", 4, kContiguous, kByChannels" in traits and "BFloat16" in traits else "128"
-    # y and dx leave by streaming stores alone, x and dy come by bulk copies alone: no load is as wide.
-    assert set(re.findall(r"\bSTG\.E\.EF(\S*)", sass)) == {f".{width}"}
-    assert not re.findall(r"\bLDG\S*\.(?:64|128)\b", sass)
-    assert len(re.findall(rf"\bLDS\.{width}\b", sass)) >= (3 if direction == "forward" else 4)
+    # Streaming stores are those of y and dx.
+    assert set(re.findall(r"\bSTG\.E\.EF(\S*)", sass)) == (set() if staged else {".128"})
+    # The MLP's weights come 128 bits at a time, too.
+    assert re.search(r"\bLDG\.E\.128\.CONSTANT\b", sass)
+    if width >= 64:
+        assert len(re.findall(rf"\bLDS\.{width}\b", sass)) >= (3 if direction == "forward" else 4)
     assert not re.search(r"\b(LDL|STL)\b", sass)
 
 

@@ -27,9 +27,9 @@ struct SharedMap {
   int32_t gate;                         // A [tile channels]
   int32_t spatial;                      // A [tile positions]
   int32_t base, squares, exponentials;  // forward, statistics of [tile channels]
-  int32_t input;                        // A [inputs][own channels], forward
+  int32_t input;                        // A [inputs][own channels, rounded up to quads], forward
   int32_t hidden_part;  // A [inputs][h], backward one [h]: this block's share of sums over channels
-  int32_t hidden;       // A [inputs][h], the layer and then its gradient; forward: [h]
+  int32_t hidden;       // A [inputs][h], the layer and then its gradient; forward: [h], rounded up to quads
   int32_t pooled;       // forward: the spatial pools of [tile positions]; backward: ds, or dz
   int32_t place_mean, place_maximum;  // backward: A [tile positions], dq; the mean's divided by C
   int32_t place_mark;   // backward: int [tile positions], the maximum's channel or how many equal it
@@ -64,6 +64,7 @@ struct Resident {
   int32_t mark_words;
   int32_t kernel_pieces;  // parts of the positions whose kernel gradients are summed apart
   int32_t inputs;         // vectors that the MLP sees, after blending
+  int32_t weight_quads;   // its matrices are read 4 elements an access
   int32_t save;
   // Backward: sums over the batch, in global memory; see ResidentScratch in resident_weights.cuh.
   uint32_t* counters;
@@ -87,14 +88,16 @@ constexpr int64_t kSmallTile = 100 << 10;     // below, half the threads take fe
 constexpr int64_t kReserved = 1 << 10;        // of a block's shared memory, CUDA's own
 constexpr int kMergeRows = 6, kTermRows = 2;  // what merging a strip, or reading its terms, costs in rows
 constexpr int kClusters[] = {8, 16};          // portable first
-// Lanes that share a row where an access is an element: rows of 49 fill 77% of them, and are two ways in conflict.
+// Lanes that share a row where an access is an element: rows of 49 fill 77% of them, and are two ways in
+// conflict.
 constexpr int kElementLanes = 16;
 constexpr int kMostMarks = (1 << 16) - 1;  // vectors of a backward tile, which 16 bits number
 // Blocks against places on the device, over the waves that they run in: a wave that is mostly empty costs
 // as much as a full one. Modelled, to be measured.
 constexpr double kLeastOccupancy = 0.6;
-// The MLP's weights against x, where clusters run in several waves. Each cluster reads them from L2, where samples
-// share them in the streamed tier, which however has x come from L2 twice more. By bytes, to be measured.
+// The MLP's weights against x, where clusters run in several waves. Each cluster reads them from L2, where
+// samples share them in the streamed tier, which however has x come from L2 twice more. By bytes, to be
+// measured.
 constexpr int64_t kMostWeights = 2;
 
 inline int vector_of(const Problem& p) {
@@ -136,7 +139,9 @@ inline int groups_for(int64_t strips, int64_t lane_rows, int warps, int setup, i
 // Bytes of a row that a warp reads at a time, by accesses of so many. Where rows are short and many, 64 waste
 // less of a row's end; else 128 leave less to merge.
 constexpr int strip_bytes(int layout, int split, int access) {
-  return access < 8 ? kElementLanes * access : layout == kContiguous && split == kByPositions && access == 16 ? 64 : 128;
+  return access < 8                                                       ? kElementLanes * access
+         : layout == kContiguous && split == kByPositions && access == 16 ? 64
+                                                                          : 128;
 }
 
 struct MapBuilder {
@@ -152,6 +157,19 @@ inline bool can_split(const Problem& p, Split split) {
   const int full = 16 / element_bytes(p.dtype);
   if (split == kByPositions) return p.layout == kChannelsLast || p.positions % full == 0;
   return p.layout == kContiguous && p.channels % (full / policy::gcd(full, p.positions)) == 0;
+}
+
+// Whether the rows of the MLP's matrices, and what of them is a block's, begin at multiples of 4 elements.
+inline bool weight_quads(const Resident& k) {
+  const Problem& p = k.p;
+  for (const Weight* w : {&p.w1, &p.w2}) {
+    const int64_t bytes = 4 * (w->wide ? 4 : element_bytes(p.dtype));
+    if (reinterpret_cast<uintptr_t>(w->data) % bytes) return false;
+  }
+  const int64_t units = p.channels / k.channel_unit;
+  const bool even =
+      k.channel_unit % 4 == 0 || (units % k.cluster == 0 && units / k.cluster * k.channel_unit % 4 == 0);
+  return even && p.channels % 4 == 0 && p.hidden % 4 == 0;
 }
 
 // Fills in k for k.p and k.operation with this cluster and block; false where a block's memory is too small.
@@ -170,6 +188,9 @@ inline bool plan_block(Resident& k, const Machine& m, int cluster, Split split, 
   k.split = split;
   k.position_unit = !last && k.split == kByPositions ? static_cast<int32_t>(full) : 1;
   k.channel_unit = k.split == kByChannels ? static_cast<int32_t>(full / policy::gcd(full, p.positions)) : 1;
+  // Where many are shared, in multiples of what an access of weights takes.
+  if (p.channels % 4 == 0 && p.channels >= 16 * cluster) k.channel_unit = std::max(k.channel_unit, 4);
+  k.weight_quads = weight_quads(k);
   k.own_channels = static_cast<int32_t>(part(p.channels, k.channel_unit, cluster));
   k.own_positions = static_cast<int32_t>(part(p.positions, k.position_unit, cluster));
   k.tile_channels = static_cast<int32_t>(k.split == kByPositions ? p.channels : k.own_channels);
@@ -208,9 +229,10 @@ inline bool plan_block(Resident& k, const Machine& m, int cluster, Split split, 
   at.item = b.take(backward ? 8 : 0);
   at.gate = b.take(tc * a);
   at.spatial = b.take(tp * a);
-  at.input = b.take(backward ? 0 : k.inputs * k.own_channels * a);
+  at.input = b.take(backward ? 0 : k.inputs * policy::round_up(k.own_channels, 4) * a);
   at.hidden_part = b.take((backward ? 1 : k.inputs) * p.hidden * a * (p.pools ? 1 : 0));
-  at.hidden = b.take((backward ? k.inputs : 1) * p.hidden * a * (p.pools ? 1 : 0));
+  at.hidden =
+      b.take((backward ? k.inputs * p.hidden : policy::round_up(p.hidden, 4)) * a * (p.pools ? 1 : 0));
   at.kernel = b.take(p.spatial ? 2 * taps(p) * a : 0);
   if (!backward) {
     at.base = b.take(p.pools & (kAvg | kMax) ? tc * mean_max : 0);
@@ -238,7 +260,7 @@ inline bool plan_block(Resident& k, const Machine& m, int cluster, Split split, 
     at.mark_first = b.take(last ? 0 : (rows + 1) * 2);
     at.mark_list = b.take((tc + tp) * 2);
     const int64_t sums = strips * rows + std::max(k.column_groups * columns, last ? 0 : tc + tp);
-    at.scratch = at.window = b.take(std::max({window * 3 * a, sums * a, threads * kMaxInputs * a}));
+    at.scratch = at.window = b.take(std::max({window * 3 * a, sums * a, threads * 4 * a}));
     at.window_grad = at.window + static_cast<int32_t>(policy::round_up(window * 2 * a, 16));
   }
   at.total = static_cast<int32_t>(std::min<int64_t>(b.used, INT32_MAX));

@@ -78,7 +78,8 @@ __device__ __forceinline__ void input_grads(const Block<Tr>& b, Landed& landed) 
     });
   }
   if constexpr (kNeedsX) return;
-  if constexpr (Tr::kStaged) __syncthreads();  // all have read the marked vectors of dy, which dx now replaces
+  if constexpr (Tr::kStaged)
+    __syncthreads();  // all have read the marked vectors of dy, which dx now replaces
   marks.for_each([&](int, int r, int vector) {
     const int column = vector * V;
     A d[V];

@@ -75,7 +75,7 @@ __device__ __forceinline__ void own_mean_max(const Block<Tr>& b, int c, int i) {
     if (!kSplit && part.peak.mark != kNoIndex) part.peak.mark += first;
   });
   A* input = b.template at<A>(b.k.at.input);
-  const int own = b.own_channels.size(), count = pool_count(p.pools);
+  const int pitch = quads_of(b.own_channels.size()) * kQuad, count = pool_count(p.pools);
   const bool blend = p.pools & kBlend;
   const A mean = v.sum / A(p.positions);
   if (p.pools & kAvg) {
@@ -87,7 +87,7 @@ __device__ __forceinline__ void own_mean_max(const Block<Tr>& b, int c, int i) {
     if (blend)
       input[i] = A(0.5) * mean + A(0.5) * v.peak.value;
     else
-      input[row * own + i] = v.peak.value;
+      input[row * pitch + i] = v.peak.value;
     if (b.k.save) {
       put(p.pooled, (b.n * count + row) * p.channels + c, v.peak.value);
       store_index(p.pool_index, b.n * p.channels + c, is_short_extent(p.positions), v.peak.mark);
@@ -102,10 +102,13 @@ __device__ __forceinline__ void own_pools(const Block<Tr>& b) {
   const Resident& k = b.k;
   const Problem& p = k.p;
   A* input = b.template at<A>(k.at.input);
-  const int own = b.own_channels.size(), count = pool_count(p.pools);
+  const int own = b.own_channels.size(), pitch = quads_of(own) * kQuad, count = pool_count(p.pools);
+  for (int i = b.thread; i < k.inputs * (pitch - own); i += b.threads) {
+    input[i / (pitch - own) * pitch + own + i % (pitch - own)] = A(0);
+  }
   const auto put_pool = [&](int bit, int i, A value) {
     const int row = pool_row(p.pools, bit);
-    input[row * own + i] = value;
+    input[row * pitch + i] = value;
     if (k.save) put(p.pooled, (b.n * count + row) * p.channels + b.own_channels.begin + i, value);
   };
   const auto keep = [](auto&, int) {};

@@ -25,8 +25,8 @@ struct Traits {
   static constexpr int kAccess = V * static_cast<int>(sizeof(T));
   static constexpr int kAcross = strip_bytes(kLayout_, kSplit_, kAccess) / kAccess;
   static constexpr int kDown = 32 / kAcross;
-  // Narrower rows do not begin where an access of 16 bytes may: y and dx take the tile's place in shared memory,
-  // and leave it by bulk copies.
+  // Narrower rows do not begin where an access of 16 bytes may: y and dx take the tile's place in shared
+  // memory, and leave it by bulk copies.
   static constexpr bool kStaged = kAccess < 16;
   static_assert(kAccess == 16 || kAccess == 8 || V == 1, "an access is 8 or 16 bytes, or an element");
   static_assert(!kStaged || kByChannel, "a bulk copy takes whole rows");
@@ -154,8 +154,8 @@ __device__ __forceinline__ void load_tile(const Block<Tr>& b, int32_t tile, cons
   }
 }
 
-// Of a staged tile, after the block has written it: one bulk copy for the rows of each load. The threads that issue
-// them wait for them before they end, by `tile_stored`.
+// Of a staged tile, after the block has written it: one bulk copy for the rows of each load. The threads that
+// issue them wait for them before they end, by `tile_stored`.
 template <class Tr>
 __device__ __forceinline__ void store_tile(const Block<Tr>& b, int32_t tile, void* to) {
   static_assert(Tr::kStaged);

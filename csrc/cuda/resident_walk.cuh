@@ -68,8 +68,8 @@ struct Strip {
   }
 };
 
-// Calls use(row, load(row)) for the lane's rows of a strip. A staged tile is written where it was read: rows are
-// loaded a few at a time, since the compiler may not carry a load across the store of the row before.
+// Calls use(row, load(row)) for the lane's rows of a strip. A staged tile is written where it was read: rows
+// are loaded a few at a time, since the compiler may not carry a load across the store of the row before.
 template <class Tr, int kUnroll, class Load, class Use>
 __device__ __forceinline__ void for_rows(const Block<Tr>& b, const Strip<Tr>& s, Load load, Use use) {
   if constexpr (Tr::kStaged) {

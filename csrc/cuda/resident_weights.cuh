@@ -15,27 +15,42 @@ namespace resident {
 //   hidden_grad  A (N, inputs, h)     its gradient, before the ReLU
 //   conv_parts   A (N, blocks, 2 taps + 1)  sums over a block's positions of dz q_max, dz q_mean, dz
 
-// tile[r][c] = sum_i left(i, r) right(i, c), `tile` counting kWeightRows x kWeightColumns pieces.
-template <class A, class Left, class Right, class Out>
-__device__ __forceinline__ void outer_sum(int tile, int rows, int columns, int64_t count, A* parts, Left left,
-                                          Right right, Out out) {
+// tile[r][c] = sum_i left[i][r] right(i, c), `tile` counting kWeightRows x kWeightColumns pieces. `left`: A
+// (count, rows), in global memory; kQuads: where its rows are a multiple of a quad.
+template <bool kQuads, class A, class Right, class Out>
+__device__ __forceinline__ void outer_sum(int tile, int rows, int columns, int64_t count, A* parts,
+                                          const void* left, Right right, Out out) {
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
-  const int tiles = (columns + kWeightColumns - 1) / kWeightColumns, groups = threads / kWeightColumns;
+  const int tiles = (columns + kWeightColumns - 1) / kWeightColumns;
+  const int groups = static_cast<int>(min(int64_t{threads / kWeightColumns}, count));
   const int r0 = tile / tiles * kWeightRows, c = tile % tiles * kWeightColumns + thread % kWeightColumns;
   const int group = thread / kWeightColumns;
   A acc[kWeightRows] = {};
-  if (c < columns) {
+  if (c < columns && group < groups) {
 #pragma unroll 2
     for (int64_t i = group; i < count; i += groups) {
       const A of_right = right(i, c);  // [1]
+      const int64_t row = i * rows + r0;
 #pragma unroll
-      for (int r = 0; r < kWeightRows; ++r) {
-        if (r0 + r < rows) acc[r] += left(i, r0 + r) * of_right;  // [1]
+      for (int r = 0; r < kWeightRows; r += kQuad) {
+        if (r0 + r >= rows) break;
+        A of_left[kQuad];
+        if constexpr (kQuads) {
+          fresh_quad(left, row + r, of_left);  // [kQuad]
+        } else {
+#pragma unroll
+          for (int j = 0; j < kQuad; ++j)
+            of_left[j] = r0 + r + j < rows ? fresh<A>(left, row + r + j) : A(0);  // [1]
+        }
+#pragma unroll
+        for (int j = 0; j < kQuad; ++j) acc[r + j] += of_left[j] * of_right;
       }
     }
   }
+  if (group < groups) {
 #pragma unroll
-  for (int r = 0; r < kWeightRows; ++r) parts[r * threads + thread] = acc[r];
+    for (int r = 0; r < kWeightRows; ++r) parts[r * threads + thread] = acc[r];
+  }
   __syncthreads();
   if (group < kWeightRows && c < columns && r0 + group < rows) {
     const A* row = parts + group * threads + thread % kWeightColumns;
@@ -101,7 +116,7 @@ __device__ __forceinline__ void conv_weights(const Resident& k, A* parts, A* tot
 }
 
 // Item `index` of weight_item_count(p).
-template <class T, class A>
+template <class T, bool kQuads, class A>
 __device__ __forceinline__ void weight_item(const Resident& k, int index, A* parts, A* totals) {
   const Problem& p = k.p;
   const int channels = static_cast<int>(p.channels), hidden = static_cast<int>(p.hidden), inputs = k.inputs;
@@ -109,11 +124,10 @@ __device__ __forceinline__ void weight_item(const Resident& k, int index, A* par
     return (rows + kWeightRows - 1) / kWeightRows * ((columns + kWeightColumns - 1) / kWeightColumns);
   };
   const auto logit = [&](int64_t n, int c) { return fresh<A>(k.logit_grad, n * channels + c); };
-  const auto hidden_grad = [&](int64_t i, int j) { return fresh<A>(k.hidden_grad, i * hidden + j); };
   if (p.pools) {
     if (index < tiles(channels, hidden)) {
-      outer_sum<A>(
-          index, channels, hidden, p.samples, parts, logit,
+      outer_sum<kQuads>(
+          index, channels, hidden, p.samples, parts, k.logit_grad,
           [&](int64_t n, int j) { return fresh<A>(k.hidden, n * hidden + j); },
           [&](int c, int j, A sum) {
             if (p.dw2.data) store_weight<T>(p.dw2, int64_t{c} * hidden + j, sum);
@@ -130,8 +144,8 @@ __device__ __forceinline__ void weight_item(const Resident& k, int index, A* par
     index -= tiles(1, channels);
     if (p.w1.data) {
       if (index < tiles(hidden, channels)) {
-        outer_sum<A>(
-            index, hidden, channels, p.samples * inputs, parts, hidden_grad,
+        outer_sum<kQuads>(
+            index, hidden, channels, p.samples * inputs, parts, k.hidden_grad,
             [&](int64_t i, int c) { return mlp_input<A>(p, i / inputs, i % inputs, c); },
             [&](int j, int c, A sum) {
               if (p.dw1.data) store_weight<T>(p.dw1, int64_t{j} * channels + c, sum);
@@ -140,9 +154,12 @@ __device__ __forceinline__ void weight_item(const Resident& k, int index, A* par
       }
       index -= tiles(hidden, channels);
       if (index < tiles(1, hidden)) {
-        column_sum<A>(index, hidden, p.samples * inputs, parts, hidden_grad, [&](int j, A sum) {
-          if (p.db1.data) store_weight<T>(p.db1, j, sum);
-        });
+        column_sum<A>(
+            index, hidden, p.samples * inputs, parts,
+            [&](int64_t i, int j) { return fresh<A>(k.hidden_grad, i * hidden + j); },
+            [&](int j, A sum) {
+              if (p.db1.data) store_weight<T>(p.db1, j, sum);
+            });
         return;
       }
     }
@@ -180,9 +197,14 @@ __device__ __forceinline__ void finish_weights(const Block<Tr>& b) {
   while (true) {
     const uint32_t item = shared_item;
     if (item >= items) break;
-    weight_item<typename Tr::T>(k, static_cast<int>(item), parts, totals);
+    const uint32_t next =
+        leader ? ptx::add_relaxed(k.counters + kTicket, 1) : 0;  // while this one is computed
+    if (k.p.channels % kQuad == 0 && k.p.hidden % kQuad == 0)
+      weight_item<typename Tr::T, true>(k, static_cast<int>(item), parts, totals);
+    else
+      weight_item<typename Tr::T, false>(k, static_cast<int>(item), parts, totals);
     __syncthreads();
-    if (leader) shared_item = ptx::add_relaxed(k.counters + kTicket, 1);
+    if (leader) shared_item = next;
     __syncthreads();
   }
   if (leader && ptx::increment_acquire_release(k.counters + kEnded, gridDim.x - 1) == gridDim.x - 1) {
