@@ -143,7 +143,11 @@ def test_what_the_device_does_not_run_goes_to_the_streamed_tier(run, device, ask
 def test_a_tier_can_be_asked_for():
     """The resident one for a batch that would leave most of the device idle, and where it fits alone."""
     with started(CBAM_FUSED_TIER="resident") as run:
-        for shape, tier in (((1, 512, 28, 28), "resident"), ((1, 512, 7, 7), "streamed")):
+        for shape, tier in (
+            ((1, 512, 28, 28), "resident"),
+            ((1, 512, 7, 7), "resident"),
+            ((1, 510, 7, 7), "streamed"),
+        ):
             calls, error = run(shape)
             assert not error and calls[-1].startswith(f"{tier} forward bfloat16"), calls
     with started(CBAM_FUSED_TIER="streamed") as run:
@@ -152,6 +156,16 @@ def test_a_tier_can_be_asked_for():
     with started(CBAM_FUSED_TIER="persistent") as run:
         calls, error = run((16, 512, 28, 28))
         assert not calls and "CBAM_FUSED_TIER must be streamed or resident, got persistent" in error
+
+
+def test_weights_that_outweigh_x_are_read_once_a_cluster_in_one_wave_alone(run):
+    for shape, tier in (
+        ((16, 2048, 7, 7), "resident"),
+        ((32, 2048, 7, 7), "streamed"),
+        ((32, 1024, 14, 14), "resident"),
+    ):
+        calls, error = run(shape)
+        assert not error and calls[-1].startswith(f"{tier} forward bfloat16"), (shape, calls)
 
 
 def test_a_device_that_refuses_eight_blocks_is_asked_for_sixteen(run):
@@ -185,7 +199,7 @@ def test_what_the_module_says_of_a_device_that_it_was_not_compiled_for(run):
 def test_a_failed_launch_raises_with_the_kernel_and_cudas_message(run, backward):
     """Of either tier; nothing is launched in its place."""
     op = "cbam_backward" if backward else "cbam_forward"
-    for tier, shape in (("resident", (16, 512, 28, 28)), ("streamed", (16, 512, 7, 7))):
+    for tier, shape in (("resident", (16, 512, 28, 28)), ("streamed", (16, 510, 7, 7))):
         calls, error = run(shape, backward=backward, launch_error=OUT_OF_RESOURCES)
         assert (
             f"cbam_fused: the {tier} kernel of {op} did not launch: what CUDA says of error {OUT_OF_RESOURCES}"
