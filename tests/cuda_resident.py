@@ -13,7 +13,18 @@ import torch
 from simt import build
 
 DRIVER = Path(__file__).with_name("cuda_resident_driver.cpp")
-REPORT = ("covered", "fits", "cluster", "split", "vector", "threads", "shared", "scratch", "counters")
+REPORT = (
+    "covered",
+    "fits",
+    "cluster",
+    "split",
+    "vector",
+    "threads",
+    "shared",
+    "scratch",
+    "counters",
+    "quads",
+)
 BY_POSITIONS, BY_CHANNELS = 0, 1
 
 

@@ -12,13 +12,14 @@ extern "C" SIMT_API void plan(const int64_t* sizes, int64_t cluster, int64_t* re
   plan_resident(sizes, cluster, k, report);
 }
 
-extern "C" SIMT_API void preferred(int64_t samples, int64_t active, int64_t weights, int64_t* answer) {
-  // Of (512, 14, 14), the MLP's matrices `weights` times as large as x.
+extern "C" SIMT_API void preferred(int64_t samples, int64_t active, int64_t positions, int64_t weights,
+                                   int64_t* answer) {
+  // 512 channels, the MLP's matrices `weights` times as large as a sample.
   Problem p{};
   p.samples = samples;
   p.channels = 512;
-  p.positions = 196;
-  p.hidden = 98 * weights;
+  p.positions = positions;
+  p.hidden = positions * weights / 2;
   p.w1.data = p.w2.data = &p;
   *answer = resident::preferred(p, active);
 }

@@ -7,7 +7,7 @@
 namespace cbam {
 
 // `cluster` 0 leaves the choice to the policy. Fills report: covered, fits, cluster, split, vector, threads,
-// shared bytes, scratch bytes, counter words.
+// shared bytes, scratch bytes, counter words, whether weights are read in quads.
 inline bool plan_resident(const int64_t* sizes, int64_t cluster, resident::Resident& k, int64_t* report) {
   k.operation = int32_t(sizes[kOperationAt]);
   const resident::Machine machine{90, int32_t(sizes[kMultiprocessorsAt]), int32_t(sizes[kSharedBytesAt])};
@@ -24,7 +24,8 @@ inline bool plan_resident(const int64_t* sizes, int64_t cluster, resident::Resid
                               k.threads,
                               k.at.total,
                               fits ? resident::lay_out(k, nullptr) : 0,
-                              resident::kCounterWords};
+                              resident::kCounterWords,
+                              k.weight_quads};
     for (int i = 0; i < int(sizeof(values) / sizeof(values[0])); ++i) report[i] = values[i];
   }
   return fits;

@@ -68,7 +68,8 @@ ORDER = (
 
 @dataclass
 class Machine:
-    """A modelled device and how the host schedules it. `offset`: bytes by which x's tensors are displaced.
+    """A modelled device and how the host schedules it. `offset`: bytes by which x's tensors are displaced,
+    `weight_offset`: the MLP's matrices.
 
     All launches of a machine share its counters, as those on one stream do, and nothing but the launches
     themselves ever clears them.
@@ -81,6 +82,7 @@ class Machine:
     resident: int = 6
     launches: int = 1
     offset: int = 0
+    weight_offset: int = 0
     flavor: Optional[str] = None
     report: Dict[str, int] = field(default_factory=dict)
     traffic: Dict[str, int] = field(default_factory=dict)
@@ -164,7 +166,7 @@ class _Call:
     def given(self, name: str, t: Optional[Tensor], big: bool = False) -> Optional[build.Array]:
         if t is None or t.numel() == 0:
             return None
-        offset = self.machine.offset if big else 0
+        offset = self.machine.offset if big else self.machine.weight_offset if name in ("w1", "w2") else 0
         return build.Array(_numpy(_memory(t) if big else t.contiguous()), name, read_only=True, offset=offset)
 
     def made(self, name: str, t: Optional[Tensor], big: bool = False) -> Optional[build.Array]:

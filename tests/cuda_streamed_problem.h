@@ -52,7 +52,8 @@ inline Problem sizes_of(const int64_t* v) {
   p.dtype = int32_t(v[kDTypeAt]);
   p.layout = int32_t(v[kLayoutAt]);
   if (v[kHasW1At])
-    p.w1 = {v, int32_t(v[kWideAt] & 1)};  // planning only asks whether it is there, and its size
+    // Planning only asks whether it is there, its size and its alignment.
+    p.w1 = {reinterpret_cast<const void*>(uintptr_t{16}), int32_t(v[kWideAt] & 1)};
   return p;
 }
 

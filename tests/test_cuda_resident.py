@@ -86,6 +86,23 @@ def test_dtypes(monkeypatch, dtype):
             _check(monkeypatch, make_problem(shape, OPTIONS[name], dtype, layout=layout))
 
 
+@pytest.mark.parametrize("pools", (("avg", "max"), ("avg", "max", "lp", "lse")), ids=("two", "four"))
+@pytest.mark.parametrize(
+    "dtype, wide",
+    ((torch.float32, False), (torch.float16, False), (torch.bfloat16, True)),
+    ids=("float32", "float16", "bfloat16-wide"),
+)
+def test_weights_are_read_in_quads_where_they_begin_at_one(monkeypatch, dtype, wide, pools):
+    for shape, layout in (((3, 32, 7, 7), "contiguous"), ((2, 32, 7, 9), "channels_last")):
+        problem = make_problem(shape, Options(pools=pools, hidden=12), dtype, layout=layout, wide=wide)
+        ops = _check(monkeypatch, problem)
+        assert all(report["quads"] for report in ops.reports.values())
+    # A view that begins elsewhere: the host faults a misaligned access. So do rows that are no multiple of a quad.
+    _check(monkeypatch, problem, weight_offset=4 if wide else dtype.itemsize)
+    problem = make_problem(shape, Options(pools=pools, hidden=10), dtype, layout=layout, wide=wide)
+    assert not any(report["quads"] for report in _check(monkeypatch, problem).reports.values())
+
+
 SHAPES = {
     "1-D": (2, 8, 512),
     "3-D": (2, 8, 6, 7, 8),
@@ -267,19 +284,21 @@ def test_what_is_not_covered():
 def test_a_last_wave_that_is_mostly_empty_goes_to_the_streamed_tier():
     lib = cr.library(torch.float32)
 
-    def preferred(samples, active, weights=0):
+    def preferred(samples, active, positions=196, weights=0):
         answer = torch.zeros(1, dtype=torch.int64).numpy()
-        lib.run("preferred", samples, active, weights, answer)
+        lib.run("preferred", samples, active, positions, weights, answer)
         return bool(answer[0])
 
     assert [preferred(n, 16) for n in (1, 9, 10, 16, 17, 20, 32, 256)] == [
         False, False, True, True, False, True, True, True
     ]  # fmt: skip
     assert not preferred(16, 0)
-    # Weights that outweigh x are read once a cluster: in one wave, as many samples read them in either tier.
-    assert [preferred(n, 16, weights) for n in (16, 32) for weights in (1, 2, 3)] == [
+    # Weights that outweigh a sample are read once a cluster: in one wave, as many samples read them in either tier.
+    assert [preferred(n, 16, weights=weights) for n in (16, 32) for weights in (1, 2, 3)] == [
         True, True, True, True, True, False
     ]  # fmt: skip
+    # Samples of 16 KiB.
+    assert [preferred(n, 16, positions=8) for n in (16, 32)] == [True, False]
 
 
 # Modelled on an H100 with ptxcpu: DRAM traffic over the floor, without what the weights and the saved tensors

@@ -95,10 +95,12 @@ constexpr int kMostMarks = (1 << 16) - 1;  // vectors of a backward tile, which 
 // Blocks against places on the device, over the waves that they run in: a wave that is mostly empty costs
 // as much as a full one. Modelled, to be measured.
 constexpr double kLeastOccupancy = 0.6;
-// The MLP's weights against x, where clusters run in several waves. Each cluster reads them from L2, where
-// samples share them in the streamed tier, which however has x come from L2 twice more. By bytes, to be
+// Where clusters run in several waves: the MLP's weights, over a sample. Each cluster reads them from L2,
+// where samples share them in the streamed tier, which however has x come from L2 twice more. And the least
+// bytes of a sample, below which a wave is barriers and small tensors for the most part. By bytes, to be
 // measured.
 constexpr int64_t kMostWeights = 2;
+constexpr int64_t kLeastSample = 32 << 10;
 
 inline int vector_of(const Problem& p) {
   const int full = 16 / element_bytes(p.dtype);
@@ -107,8 +109,8 @@ inline int vector_of(const Problem& p) {
   return full == 8 && p.positions % 4 == 0 ? 4 : 1;
 }
 
-// The one place that says what this tier computes; the rest is the streamed tier's.
-// `aligned`: every tensor of x's size starts at a multiple of 16 bytes.
+// What this tier computes, if `choose_cluster` finds a way to split it that fits; the rest is the streamed
+// tier's. `aligned`: every tensor of x's size starts at a multiple of 16 bytes.
 inline bool covers(const Problem& p, Operation operation, const Machine& m, bool aligned) {
   if (operation != kCbamForward && operation != kCbamBackward) return false;
   if (m.capability < 90 || !aligned || p.dtype == kFloat64) return false;
@@ -191,6 +193,8 @@ inline bool plan_block(Resident& k, const Machine& m, int cluster, Split split, 
   // Where many are shared, in multiples of what an access of weights takes.
   if (p.channels % 4 == 0 && p.channels >= 16 * cluster) k.channel_unit = std::max(k.channel_unit, 4);
   k.weight_quads = weight_quads(k);
+  // The walks of a row take it that there is a vector.
+  if (!last && k.split == kByPositions && p.positions < int64_t{k.position_unit} * cluster) return false;
   k.own_channels = static_cast<int32_t>(part(p.channels, k.channel_unit, cluster));
   k.own_positions = static_cast<int32_t>(part(p.positions, k.position_unit, cluster));
   k.tile_channels = static_cast<int32_t>(k.split == kByPositions ? p.channels : k.own_channels);
@@ -343,7 +347,8 @@ inline bool preferred(const Problem& p, int64_t active_clusters) {
     return w.data ? elements * (w.wide ? 4 : element_bytes(p.dtype)) : 0;
   };
   const int64_t matrix = p.channels * p.hidden, weights = bytes_of(p.w1, matrix) + bytes_of(p.w2, matrix);
-  if (waves > 1 && weights > kMostWeights * p.channels * p.positions * element_bytes(p.dtype)) return false;
+  const int64_t sample = p.channels * p.positions * element_bytes(p.dtype);
+  if (waves > 1 && (weights > kMostWeights * sample || sample < kLeastSample)) return false;
   return double(p.samples) >= kLeastOccupancy * double(waves * active_clusters);
 }
 

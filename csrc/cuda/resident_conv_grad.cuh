@@ -25,7 +25,7 @@ struct Places {
   __device__ __forceinline__ PositionTerms<A> operator[](int i) const {
     return {spatial[i], mean[i], maximum[i], mark[i]};
   }
-  // Of V positions from i on, a multiple of 4.
+  // Of V positions from i on, as load_factors has them.
   template <int V>
   __device__ __forceinline__ void read(int i, PositionTerms<A> (&q)[V]) const {
     A of_spatial[V], of_mean[V], of_maximum[V], of_mark[V];

@@ -164,11 +164,13 @@ __device__ __forceinline__ void store_tile(const Block<Tr>& b, int32_t tile, voi
   __syncthreads();
   const int each = b.rows_a_load(), row = b.vectors * Tr::V;
   const int first = b.thread * each, rows = min(b.rows - first, each);
-  if (b.thread >= kLoads || rows <= 0) return;
-  ptx::bulk_store(static_cast<T*>(to) + b.origin() + int64_t{first} * row,
-                  b.template at<T>(tile) + first * row,
-                  static_cast<uint32_t>(rows * row * static_cast<int>(sizeof(T))));
-  ptx::bulk_commit();
+  if (b.thread < kLoads && rows > 0) {
+    ptx::bulk_store(static_cast<T*>(to) + b.origin() + int64_t{first} * row,
+                    b.template at<T>(tile) + first * row,
+                    static_cast<uint32_t>(rows * row * static_cast<int>(sizeof(T))));
+    ptx::bulk_commit();
+  }
+  __syncwarp();  // a barrier of the cluster may follow, which wants whole warps
 }
 template <class Tr>
 __device__ __forceinline__ void tile_stored(const Block<Tr>& b) {
