@@ -306,13 +306,13 @@ def test_a_last_wave_that_is_mostly_empty_goes_to_the_streamed_tier():
 TRAFFIC = 1.03
 # Shared memory's wavefronts over what they are without bank conflicts: less than two-way ones throughout.
 CONFLICTS = 2
+# The translation of a pair of kernels takes a core a minute: "channels-narrow" stands for what leaves by bulk copies.
 MODELLED = {
     "positions": ((4, 256, 56, 56), 1.15, 1.1),
     "positions-small": ((4, 256, 40, 40), 1.15, 1.1),
     "channels": ((4, 512, 28, 28), 1.15, 1.1),
     "channels-small": ((4, 256, 28, 28), 1.15, 1.1),
     "channels-narrow": ((4, 1024, 14, 14), None, None),
-    "channels-element": ((4, 1024, 7, 7), None, None),
 }
 no_ptx = pytest.mark.skipif(cuda_ptx.unavailable() is not None, reason=str(cuda_ptx.unavailable()))
 
@@ -339,8 +339,8 @@ def test_compiled_kernels_as_modelled(monkeypatch, shape, forward, backward):
 @pytest.mark.parametrize("seed", (0, 5))
 @pytest.mark.parametrize(
     "shape",
-    ((2, 16, 40, 40), (2, 16, 28, 28), (2, 32, 14, 14), (2, 32, 7, 7)),
-    ids=("positions", "channels", "narrow", "element"),
+    ((2, 16, 40, 40), (2, 16, 28, 28), (2, 32, 14, 14)),
+    ids=("positions", "channels", "narrow"),
 )
 def test_compiled_kernels_against_fp64(monkeypatch, shape, seed):
     """Of the same instantiations, under two orders of blocks and warps."""
