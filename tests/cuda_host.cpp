@@ -8,11 +8,13 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <sstream>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "launch.h"
 #include "resident_launch.h"
@@ -26,8 +28,11 @@ struct Fake {
   int ptx = 90;                                // the version that the kernels were compiled for
   int launch_error = 0;
   int code_error = 0;  // what the device says of kernels that were not compiled for it
-  int malloc_error = 0;
+  int malloc_error = 0, retain_error = 0;
+  int capture_broken = 0;
 } fake;
+char own_stream;  // that the library makes
+std::pair<void*, size_t> pending;
 // By dtype, or null: what runs a launch.
 struct {
   int (*streamed)(int backward, const cbam::Streamed*, const cbam::Variant*, uint64_t bytes);
@@ -43,8 +48,15 @@ cudaError_t returned(int error) {
 struct {
   void* handle = nullptr;
   unsigned long long id = 0;
-  bool capturing = false;
+  int64_t graph = 0;  // the number of the graph that a capture of it fills, or 0
 } stream_now;
+// What graphs hold, and what is to be called when they are gone.
+struct Held {
+  int64_t graph;
+  void* object;
+  cudaHostFn_t destroy;
+};
+std::vector<Held> held;
 struct {
   const uint32_t* address = nullptr;
   int64_t words = 0;
@@ -88,12 +100,20 @@ cudaError_t resident(bool backward, int dtype, const cbam::resident::Resident& k
 extern "C" {
 
 __attribute__((visibility("default"))) void fake_set(const int* values) {
-  fake = {values[0], values[1], values[2], values[3], values[4], values[5],
-          values[6], values[7], values[8], values[9], values[10]};
+  fake = {values[0], values[1], values[2], values[3],  values[4],  values[5], values[6],
+          values[7], values[8], values[9], values[10], values[11], values[12]};
   calls.clear();
 }
-__attribute__((visibility("default"))) void fake_stream(int64_t handle, int64_t id, int64_t capturing) {
-  stream_now = {reinterpret_cast<void*>(handle), static_cast<unsigned long long>(id), capturing != 0};
+__attribute__((visibility("default"))) void fake_stream(int64_t handle, int64_t id, int64_t graph) {
+  stream_now = {reinterpret_cast<void*>(handle), static_cast<unsigned long long>(id), graph};
+}
+// The graph and its instances are destroyed.
+__attribute__((visibility("default"))) void fake_destroy(int64_t graph) {
+  for (const Held& h : held) {
+    if (h.graph == graph) h.destroy(h.object);
+  }
+  held.erase(std::remove_if(held.begin(), held.end(), [&](const Held& h) { return h.graph == graph; }),
+             held.end());
 }
 // Address, words, whether they were all zero.
 __attribute__((visibility("default"))) void fake_counters(int64_t* out) {
@@ -177,7 +197,52 @@ cudaError_t cudaGetLastError() {
   return error;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = stream_now.capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  *status = stream_now.graph ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+#if CUDART_VERSION >= 13000
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status,
+                                     unsigned long long*, cudaGraph_t* graph, const cudaGraphNode_t**,
+                                     const cudaGraphEdgeData**, size_t*) {
+#else
+cudaError_t cudaStreamGetCaptureInfo_v2(cudaStream_t stream, cudaStreamCaptureStatus* status,
+                                        unsigned long long*, cudaGraph_t* graph, const cudaGraphNode_t**,
+                                        size_t*) {
+#endif
+  *graph = reinterpret_cast<cudaGraph_t>(stream_now.graph);
+  if (fake.capture_broken) *status = cudaStreamCaptureStatusInvalidated;
+  return fake.capture_broken ? cudaSuccess : cudaStreamIsCapturing(stream, status);
+}
+cudaError_t cudaUserObjectCreate(cudaUserObject_t* object, void* of, cudaHostFn_t destroy, unsigned,
+                                 unsigned) {
+  held.push_back({-1, of, destroy});
+  *object = reinterpret_cast<cudaUserObject_t>(of);
+  return cudaSuccess;
+}
+cudaError_t cudaUserObjectRelease(cudaUserObject_t, unsigned) {
+  fake_destroy(-1);
+  return cudaSuccess;
+}
+cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t object, unsigned, unsigned) {
+  if (fake.retain_error) return returned(fake.retain_error);
+  const auto number = reinterpret_cast<int64_t>(graph);
+  for (Held& h : held) {
+    if (h.graph == -1 && h.object == reinterpret_cast<void*>(object)) h.graph = number;
+  }
+  log("graph", number, "holds counters");
+  return cudaSuccess;
+}
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  *stream = reinterpret_cast<cudaStream_t>(&own_stream);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamDestroy(cudaStream_t) {
+  return cudaSuccess;
+}
+// What was cleared on the stream becomes so here.
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  log("synchronize");
+  if (stream == reinterpret_cast<cudaStream_t>(&own_stream)) std::memset(pending.first, 0, pending.second);
   return cudaSuccess;
 }
 cudaError_t cudaStreamGetId(cudaStream_t, unsigned long long* id) {
@@ -197,9 +262,13 @@ cudaError_t cudaMalloc(void** memory, size_t bytes) {
   log("malloc", bytes);
   return cudaSuccess;
 }
-cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
-  log("memset", bytes);
-  std::memset(memory, value, bytes);
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream) {
+  const bool own = stream == reinterpret_cast<cudaStream_t>(&own_stream);
+  log("memset", bytes, own ? "apart" : stream_now.graph ? "in the graph" : "");
+  if (own)
+    pending = {memory, bytes};
+  else if (!stream_now.graph)
+    std::memset(memory, value, bytes);
   return cudaSuccess;
 }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute which, int value) {

@@ -66,6 +66,8 @@ class Device:
     launch_error: int = 0
     code_error: int = 0
     malloc_error: int = 0
+    retain_error: int = 0
+    capture_broken: int = 0
 
 
 def compile_host() -> Path:
@@ -116,9 +118,13 @@ class Host:
         """What was asked of the runtime since `set`."""
         return self._lib.fake_calls().decode().splitlines()
 
-    def set_stream(self, handle: int, id: int, capturing: bool) -> None:
-        """The current stream from now on."""
-        self._lib.fake_stream(*map(ctypes.c_int64, (handle, id, capturing)))
+    def set_stream(self, handle: int, id: int, graph: int) -> None:
+        """The current stream from now on, and the number of the graph that a capture of it fills, or 0."""
+        self._lib.fake_stream(*map(ctypes.c_int64, (handle, id, graph)))
+
+    def destroy(self, graph: int) -> None:
+        """A graph and all of its instances."""
+        self._lib.fake_destroy(ctypes.c_int64(graph))
 
     def counters(self) -> List[int]:
         """Of the last launch of the streamed tier: address, words, and whether they were all zero."""

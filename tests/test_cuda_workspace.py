@@ -23,8 +23,9 @@ from cuda_host import Device, Host
 host = Host()
 w1, w2, kernel = torch.ones(2, 8), torch.ones(8, 2), torch.ones(1, 2, 3, 3)
 found, kept = [], []
-for device, stream, samples in json.loads(sys.stdin.read()):
+for device, stream, samples, destroyed in json.loads(sys.stdin.read()):
     host.set(Device(**device))
+    host.destroy(destroyed)
     host.set_stream(*stream)
     x = torch.ones(samples, 8, 4, 4)
     # Memory that is not zero, of any size that the allocator may hand out next.
@@ -36,13 +37,14 @@ print(json.dumps(found))
 
 
 class Call(NamedTuple):
-    """One forward: on which stream of which device, and whether that stream is being captured."""
+    """One forward: on which stream of which device, captured into which graph, and which graph is gone before it."""
 
     handle: int = 1
     id: int = 1
-    capturing: bool = False
+    graph: int = 0
     device: int = 0
     samples: int = 3
+    destroyed: int = 0
 
 
 class Launch(NamedTuple):
@@ -57,7 +59,7 @@ def launches():
     def run(*calls: Call):
         device = cuda_host.Device(capability=80, l2=1 << 14)
         steps = [
-            (asdict(replace(device, index=c.device)), (c.handle, c.id, int(c.capturing)), c.samples)
+            (asdict(replace(device, index=c.device)), (c.handle, c.id, c.graph), c.samples, c.destroyed)
             for c in calls
         ]
         cuda_host.compile_host()
@@ -86,17 +88,31 @@ def test_counters_that_are_kept_are_not_of_torchs_allocator(launches):
     (first,) = launches(Call())
     relaxed, usual = 2, 0
     assert first.runtime[2:] == [
-        f"capture mode {relaxed}", "malloc 4096", f"capture mode {usual}", "memset 4096", "streamed forward float32"
+        f"capture mode {relaxed}", "malloc 4096", "memset 4096", f"capture mode {usual}", "streamed forward float32"
     ]  # fmt: skip
 
 
-def test_counters_that_do_not_fit_are_named():
-    device = cuda_host.Device(capability=80, malloc_error=2)
+@pytest.mark.parametrize(
+    "graph, broken, message",
+    (
+        (0, dict(malloc_error=2), "no 4096 bytes for counters: what CUDA says of error 2"),
+        (1, dict(malloc_error=2), "no 65536 bytes for counters: what CUDA says of error 2"),
+        (1, dict(retain_error=1), "the CUDA graph does not take its counters: what CUDA says of error 1"),
+        (
+            1,
+            dict(capture_broken=1),
+            "an earlier error has ended the capture of this stream into a CUDA graph",
+        ),
+    ),
+    ids=("no memory", "no memory for a graph", "refused by the graph", "capture ended"),
+)
+def test_what_goes_wrong_is_named(graph, broken, message):
+    device = cuda_host.Device(capability=80, **broken)
+    cuda_host.compile_host()
     code = RUNNER.format(tests=str(HERE), root=str(HERE.parent))
-    steps = json.dumps([(asdict(device), (1, 1, 0), 3)])
+    steps = json.dumps([(asdict(device), (1, 1, graph), 3, 0)])
     out = subprocess.run([sys.executable, "-c", code], input=steps, capture_output=True, text=True)
-    assert out.returncode != 0
-    assert "no 4096 bytes for a stream's counters: what CUDA says of error 2" in out.stderr
+    assert out.returncode != 0 and f"cbam_fused: {message}" in out.stderr, out.stderr
 
 
 def test_another_stream_or_device_has_others(launches):
@@ -118,9 +134,33 @@ def test_a_stream_outgrows_its_counters_alone(launches):
     assert beside.address == other.address
 
 
-def test_a_captured_launch_has_its_own_and_a_memset_in_the_graph(launches):
-    eager, captured, after = launches(Call(), Call(capturing=True), Call())
-    assert captured.address != eager.address == after.address
-    memset = f"memset {4 * captured.words}"
-    assert captured.runtime[2:] == [memset, "streamed forward float32"]
+def test_a_captured_launch_has_its_own_and_no_memset_in_the_graph(launches):
+    eager, captured, another, after = launches(Call(), Call(graph=1), Call(graph=1), Call())
+    assert len({eager.address, captured.address, another.address}) == 3 and after.address == eager.address
+    relaxed, usual = 2, 0
+    assert captured.runtime[2:] == [
+        f"capture mode {relaxed}", "malloc 65536", "memset 65536 apart", "synchronize", f"capture mode {usual}",
+        "graph 1 holds counters", "streamed forward float32",
+    ]  # fmt: skip
+    # One allocation serves many launches.
+    assert another.runtime[2:] == ["graph 1 holds counters", "streamed forward float32"]
     assert after.runtime[2:] == ["streamed forward float32"]
+
+
+def test_counters_of_a_graph_serve_another_once_it_is_gone(launches):
+    first, second, third, fourth = launches(
+        Call(graph=1), Call(graph=2), Call(graph=3, destroyed=1), Call(graph=4, destroyed=9)
+    )
+    assert len({first.address, second.address, fourth.address}) == 3
+    assert third.address == first.address
+    other_device = launches(Call(graph=1), Call(graph=2, destroyed=1, device=1))
+    assert other_device[0].address != other_device[1].address
+
+
+def test_a_graph_that_needs_more_counters_has_its_own_memory(launches):
+    small, large, again = launches(Call(graph=1), Call(graph=1, samples=2000), Call(graph=2, samples=2000))
+    assert large.words > 1024 > small.words and len({small.address, large.address, again.address}) == 3
+    step = 256 * -(-small.words // 64)
+    assert (
+        abs(large.address - small.address) >= step and abs(again.address - large.address) >= 4 * large.words
+    )

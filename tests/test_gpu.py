@@ -5,6 +5,7 @@ tests/test_cuda_workspace.py and tests/test_triton_capture.py look without one f
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -54,10 +55,8 @@ def _assert_same_bits(found, wanted):
         assert torch.equal(a, b)
 
 
-@common
-def test_a_replayed_graph_computes_with_what_its_inputs_hold(target, shape, dtype, form):
-    module = _module(target, shape, dtype, form)
-    x, dy = _draw(shape, dtype)
+def _capture(module, x, dy):
+    """A graph of a step, and what it writes."""
     warm = torch.cuda.Stream()
     warm.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(warm):
@@ -67,6 +66,14 @@ def test_a_replayed_graph_computes_with_what_its_inputs_hold(target, shape, dtyp
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = _step(module, x, dy)
+    return graph, kept
+
+
+@common
+def test_a_replayed_graph_computes_with_what_its_inputs_hold(target, shape, dtype, form):
+    module = _module(target, shape, dtype, form)
+    x, dy = _draw(shape, dtype)
+    graph, kept = _capture(module, x, dy)
     for _ in range(3):
         with torch.no_grad():
             x.copy_(torch.randn_like(x))
@@ -74,6 +81,25 @@ def test_a_replayed_graph_computes_with_what_its_inputs_hold(target, shape, dtyp
         graph.replay()
         replayed = [t.clone() for t in kept]
         _assert_same_bits(replayed, _step(module, x, dy))
+
+
+@common
+def test_graphs_that_come_and_go(target, shape, dtype, form):
+    """What a graph has held serves the next one: also where its last replay still runs as it is destroyed."""
+    module = _module(target, shape, dtype, form)
+    x, dy = _draw(shape, dtype)
+    lasting, kept = _capture(module, x, dy)
+    wanted = [t.clone() for t in _step(module, x, dy)]
+    for _ in range(3):
+        graph, passing = _capture(module, x, dy)
+        torch.cuda._sleep(20_000_000)
+        graph.replay()
+        found = [t.clone() for t in passing]
+        del graph, passing
+        gc.collect()
+        lasting.replay()
+        _assert_same_bits(found, wanted)
+        _assert_same_bits(kept, wanted)
 
 
 @pytest.mark.parametrize("target", TARGETS or [None], ids=lambda t: t and t.backend)

@@ -104,12 +104,10 @@ bool launch(const Problem& p, Operation operation, bool aligned, bool always, co
   if (!fits || !(always || preferred(p, active))) return false;
   const int64_t bytes = lay_out(k, nullptr);
   Tensor scratch;
-  Counters counters{};
   if (is_backward(operation)) {
     scratch = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
     lay_out(k, static_cast<char*>(scratch.data_ptr()));
-    counters = counters_for(x, kCounterWords, stream);
-    k.counters = counters.data;
+    k.counters = counters_for(device, kCounterWords, stream);
   }
   const cudaError_t error = kLaunchers[is_backward(operation)][p.dtype](k, stream, nullptr);
   if (error != cudaSuccess) cudaGetLastError();  // told here; torch's next check is not to find it

@@ -81,8 +81,7 @@ void launch_streamed(const Problem& p, Operation operation, const Device& device
   const int64_t bytes = lay_out_scratch(k, nullptr);
   Tensor scratch = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
   lay_out_scratch(k, static_cast<char*>(scratch.data_ptr()));
-  const Counters counters = counters_for(x, counter_words(k), stream);
-  k.w.counters = counters.data;
+  k.w.counters = counters_for(x.get_device_index(), counter_words(k), stream);
   const cudaError_t error = kStreamedLaunchers[is_backward(operation)][p.dtype](k, variant, stream);
   if (error != cudaSuccess) cudaGetLastError();  // told here; torch's next check is not to find it
   STD_TORCH_CHECK(error == cudaSuccess, "cbam_fused: the streamed kernel of ", kNames[operation],
