@@ -28,7 +28,7 @@ struct Fake {
   int ptx = 90;                                // the version that the kernels were compiled for
   int launch_error = 0;
   int code_error = 0;  // what the device says of kernels that were not compiled for it
-  int malloc_error = 0, retain_error = 0;
+  int malloc_error = 0, memset_error = 0, object_error = 0, retain_error = 0;
   int capture_broken = 0;
 } fake;
 char own_stream;  // that the library makes
@@ -100,8 +100,8 @@ cudaError_t resident(bool backward, int dtype, const cbam::resident::Resident& k
 extern "C" {
 
 __attribute__((visibility("default"))) void fake_set(const int* values) {
-  fake = {values[0], values[1], values[2], values[3],  values[4],  values[5], values[6],
-          values[7], values[8], values[9], values[10], values[11], values[12]};
+  static_assert(sizeof fake == 15 * sizeof(int));
+  std::memcpy(&fake, values, sizeof fake);
   calls.clear();
 }
 __attribute__((visibility("default"))) void fake_stream(int64_t handle, int64_t id, int64_t graph) {
@@ -213,8 +213,10 @@ cudaError_t cudaStreamGetCaptureInfo_v2(cudaStream_t stream, cudaStreamCaptureSt
   if (fake.capture_broken) *status = cudaStreamCaptureStatusInvalidated;
   return fake.capture_broken ? cudaSuccess : cudaStreamIsCapturing(stream, status);
 }
-cudaError_t cudaUserObjectCreate(cudaUserObject_t* object, void* of, cudaHostFn_t destroy, unsigned,
-                                 unsigned) {
+cudaError_t cudaUserObjectCreate(cudaUserObject_t* object, void* of, cudaHostFn_t destroy, unsigned count,
+                                 unsigned flags) {
+  if (fake.object_error) return returned(fake.object_error);
+  if (count != 1 || flags != cudaUserObjectNoDestructorSync) return returned(cudaErrorInvalidValue);
   held.push_back({-1, of, destroy});
   *object = reinterpret_cast<cudaUserObject_t>(of);
   return cudaSuccess;
@@ -223,7 +225,10 @@ cudaError_t cudaUserObjectRelease(cudaUserObject_t, unsigned) {
   fake_destroy(-1);
   return cudaSuccess;
 }
-cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t object, unsigned, unsigned) {
+cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t object, unsigned count,
+                                      unsigned flags) {
+  // Without the move there would be a reference left that nothing releases.
+  if (count != 1 || flags != cudaGraphUserObjectMove) return returned(cudaErrorInvalidValue);
   if (fake.retain_error) return returned(fake.retain_error);
   const auto number = reinterpret_cast<int64_t>(graph);
   for (Held& h : held) {
@@ -262,7 +267,13 @@ cudaError_t cudaMalloc(void** memory, size_t bytes) {
   log("malloc", bytes);
   return cudaSuccess;
 }
+cudaError_t cudaFree(void* memory) {
+  log("free");
+  std::free(memory);
+  return cudaSuccess;
+}
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream) {
+  if (fake.memset_error) return returned(fake.memset_error);
   const bool own = stream == reinterpret_cast<cudaStream_t>(&own_stream);
   log("memset", bytes, own ? "apart" : stream_now.graph ? "in the graph" : "");
   if (own)

@@ -66,6 +66,8 @@ class Device:
     launch_error: int = 0
     code_error: int = 0
     malloc_error: int = 0
+    memset_error: int = 0
+    object_error: int = 0
     retain_error: int = 0
     capture_broken: int = 0
 

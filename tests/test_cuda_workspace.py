@@ -28,10 +28,13 @@ for device, stream, samples, destroyed in json.loads(sys.stdin.read()):
     host.destroy(destroyed)
     host.set_stream(*stream)
     x = torch.ones(samples, 8, 4, 4)
-    # Memory that is not zero, of any size that the allocator may hand out next.
-    kept.append(torch.ops.cbam_fused_cuda.cbam_forward(
-        x, w1, None, w2, None, kernel, None, None, None, None, None, 0.0, 3, 1, 0, False))
-    found.append([*host.counters(), host.calls()])
+    try:
+        # Memory that is not zero, of any size that the allocator may hand out next.
+        kept.append(torch.ops.cbam_fused_cuda.cbam_forward(
+            x, w1, None, w2, None, kernel, None, None, None, None, None, 0.0, 3, 1, 0, False))
+        found.append([*host.counters(), host.calls()])
+    except RuntimeError as e:
+        found.append([str(e), host.last_error(), host.calls()])
 print(json.dumps(found))
 """
 
@@ -95,8 +98,11 @@ def test_counters_that_are_kept_are_not_of_torchs_allocator(launches):
 @pytest.mark.parametrize(
     "graph, broken, message",
     (
-        (0, dict(malloc_error=2), "no 4096 bytes for counters: what CUDA says of error 2"),
-        (1, dict(malloc_error=2), "no 65536 bytes for counters: what CUDA says of error 2"),
+        (0, dict(malloc_error=2), "4096 bytes for counters could not be made: what CUDA says of error 2"),
+        (0, dict(memset_error=1), "4096 bytes for counters could not be made: what CUDA says of error 1"),
+        (1, dict(malloc_error=2), "65536 bytes for counters could not be made: what CUDA says of error 2"),
+        (1, dict(memset_error=1), "65536 bytes for counters could not be made: what CUDA says of error 1"),
+        (1, dict(object_error=1), "the CUDA graph does not take its counters: what CUDA says of error 1"),
         (1, dict(retain_error=1), "the CUDA graph does not take its counters: what CUDA says of error 1"),
         (
             1,
@@ -104,15 +110,23 @@ def test_counters_that_are_kept_are_not_of_torchs_allocator(launches):
             "an earlier error has ended the capture of this stream into a CUDA graph",
         ),
     ),
-    ids=("no memory", "no memory for a graph", "refused by the graph", "capture ended"),
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else None,
 )
-def test_what_goes_wrong_is_named(graph, broken, message):
-    device = cuda_host.Device(capability=80, **broken)
+def test_what_goes_wrong_is_named_and_leaves_nothing_behind(graph, broken, message):
+    """No error for torch's next check, the capture mode that was, no memory, and each piece of it is given once."""
     cuda_host.compile_host()
     code = RUNNER.format(tests=str(HERE), root=str(HERE.parent))
-    steps = json.dumps([(asdict(device), (1, 1, graph), 3, 0)])
+    devices = [cuda_host.Device(capability=80, **broken), *[cuda_host.Device(capability=80)] * 4]
+    steps = json.dumps([(asdict(device), (1, 1, graph), 3, 0) for device in devices])
     out = subprocess.run([sys.executable, "-c", code], input=steps, capture_output=True, text=True)
-    assert out.returncode != 0 and f"cbam_fused: {message}" in out.stderr, out.stderr
+    assert out.returncode == 0, out.stderr
+    (error, last_error, calls), *rest = json.loads(out.stdout)
+    assert f"cbam_fused: {message}" in error and last_error == 0
+    calls = [c.strip() for c in calls]
+    assert [c for c in calls if "capture mode" in c] in ([], ["capture mode 2", "capture mode 0"])
+    assert ("free" in calls) == ("memset_error" in broken)
+    addresses = [address for address, *_ in rest]
+    assert len(set(addresses)) == (4 if graph else 1) and all(zero for _, _, zero, _ in rest)
 
 
 def test_another_stream_or_device_has_others(launches):
@@ -142,7 +156,8 @@ def test_a_captured_launch_has_its_own_and_no_memset_in_the_graph(launches):
         f"capture mode {relaxed}", "malloc 65536", "memset 65536 apart", "synchronize", f"capture mode {usual}",
         "graph 1 holds counters", "streamed forward float32",
     ]  # fmt: skip
-    # One allocation serves many launches.
+    # One allocation serves many launches, each with a part of its own.
+    assert abs(another.address - captured.address) >= 4 * captured.words
     assert another.runtime[2:] == ["graph 1 holds counters", "streamed forward float32"]
     assert after.runtime[2:] == ["streamed forward float32"]
 
@@ -153,6 +168,8 @@ def test_counters_of_a_graph_serve_another_once_it_is_gone(launches):
     )
     assert len({first.address, second.address, fourth.address}) == 3
     assert third.address == first.address
+    pieces = sorted(f.address for f in (first, second, fourth))
+    assert all(b - a >= 4 * first.words for a, b in zip(pieces, pieces[1:]))
     other_device = launches(Call(graph=1), Call(graph=2, destroyed=1, device=1))
     assert other_device[0].address != other_device[1].address
 

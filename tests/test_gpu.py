@@ -85,7 +85,7 @@ def test_a_replayed_graph_computes_with_what_its_inputs_hold(target, shape, dtyp
 
 @common
 def test_graphs_that_come_and_go(target, shape, dtype, form):
-    """What a graph has held serves the next one: also where its last replay still runs as it is destroyed."""
+    """What a graph has held serves the next one, and a graph that stays keeps its own."""
     module = _module(target, shape, dtype, form)
     x, dy = _draw(shape, dtype)
     lasting, kept = _capture(module, x, dy)

@@ -7,7 +7,6 @@
 #include <map>
 #include <mutex>
 #include <utility>
-#include <vector>
 
 namespace cbam {
 
@@ -20,6 +19,7 @@ class GraphCounters {
     int32_t device;
     int64_t words;
     uint32_t* data;
+    Piece* next = nullptr;  // that is free
   };
 
   // At least `words` counters. `make(words)` returns zeroed memory, which is never freed. No lock is held
@@ -34,10 +34,13 @@ class GraphCounters {
     for (int64_t i = 1; i < count; ++i) give_back(new Piece{this, device, room, data + i * room});
     return new Piece{this, device, room, data};
   }
-  // Once the graph, its instances and their launches are gone.
+  // Once the graph, its instances and their launches are gone. Allocates nothing: CUDA calls it, which
+  // catches no exception.
   static void give_back(Piece* piece) {
     const std::lock_guard<std::mutex> lock(piece->pool->mutex_);
-    piece->pool->free_[{piece->device, piece->words}].push_back(piece);
+    Piece*& free = piece->pool->free_.find({piece->device, piece->words})->second;
+    piece->next = free;
+    free = piece;
   }
 
  private:
@@ -45,15 +48,14 @@ class GraphCounters {
 
   Piece* take_free(int32_t device, int64_t words) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    std::vector<Piece*>& free = free_[{device, words}];
-    if (free.empty()) return nullptr;
-    Piece* piece = free.back();
-    free.pop_back();
+    Piece*& free = free_[{device, words}];
+    Piece* piece = free;
+    if (piece) free = piece->next;
     return piece;
   }
 
   std::mutex mutex_;
-  std::map<std::pair<int32_t, int64_t>, std::vector<Piece*>> free_;
+  std::map<std::pair<int32_t, int64_t>, Piece*> free_;
 };
 
 }  // namespace cbam

@@ -23,32 +23,34 @@ uint64_t id_of(cudaStream_t stream) {
 }
 
 // Zeroed in the order of `stream`, or, without one, when this returns.
-cudaError_t allocate_zeros(void** memory, size_t bytes, cudaStream_t* stream) {
-  cudaError_t error = cudaMalloc(memory, bytes);
-  if (error != cudaSuccess) return error;
-  if (stream) return cudaMemsetAsync(*memory, 0, bytes, *stream);
+cudaError_t zero(void* memory, size_t bytes, const cudaStream_t* stream) {
+  if (stream) return cudaMemsetAsync(memory, 0, bytes, *stream);
   cudaStream_t own;
-  error = cudaStreamCreateWithFlags(&own, cudaStreamNonBlocking);
+  cudaError_t error = cudaStreamCreateWithFlags(&own, cudaStreamNonBlocking);
   if (error != cudaSuccess) return error;
-  error = cudaMemsetAsync(*memory, 0, bytes, own);
+  error = cudaMemsetAsync(memory, 0, bytes, own);
   if (error == cudaSuccess) error = cudaStreamSynchronize(own);
   const cudaError_t ended = cudaStreamDestroy(own);
   return error == cudaSuccess ? ended : error;
 }
 
 // Never freed: its last launch may be running when the process ends.
-uint32_t* make_zeros(int64_t words, cudaStream_t* stream) {
+uint32_t* make_zeros(int64_t words, const cudaStream_t* stream) {
   const size_t bytes = static_cast<size_t>(words) * 4;
   void* memory = nullptr;
   // As torch's allocator does it: a capture, of this or another thread, would otherwise forbid it, and be
   // ended by it.
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
   STD_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
-  const cudaError_t error = allocate_zeros(&memory, bytes, stream);
+  cudaError_t error = cudaMalloc(&memory, bytes);
+  if (error == cudaSuccess) {
+    error = zero(memory, bytes, stream);
+    if (error != cudaSuccess) cudaFree(memory);
+  }
   if (error != cudaSuccess) cudaGetLastError();
   STD_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
-  STD_TORCH_CHECK(error == cudaSuccess, "cbam_fused: no ", bytes,
-                  " bytes for counters: ", cudaGetErrorString(error));
+  STD_TORCH_CHECK(error == cudaSuccess, "cbam_fused: ", bytes,
+                  " bytes for counters could not be made: ", cudaGetErrorString(error));
   return static_cast<uint32_t*>(memory);
 }
 

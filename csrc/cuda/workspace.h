@@ -16,8 +16,8 @@ namespace cbam {
 // Outside a CUDA graph each stream has its own, which launches on it share. A launch that is being captured
 // gets its own, which the graph holds as a user object, and every instance of it too: they come free once all
 // are gone and what they had launched has ended. Two graphs share nothing, and replays of one follow each
-// other on whatever streams, as CUDA orders them; instances of one capture share their counters as they share
-// their outputs.
+// other on whatever streams, as CUDA orders them; instances of one capture and copies of it share their
+// counters as they share their outputs, and may not run at the same time.
 //
 // No call can find what a broken one left: a launch that fails has not touched its counters, and a kernel
 // that is stopped by a fault ends its context, in which every later call fails with that fault.
