@@ -21,7 +21,7 @@ What misses the backward's 5.2 S: (2048, 7, 7) and (1024, 7, 7), where a float32
 320), where a float32 map is 0.0625 S: the gradient of the spatial logits, written once and read with a halo by two
 passes, is more than 0.2 S. And contiguous (256, 33, 33) and (2048, 25, 42): with ragged rows, tiles of the passes that
 reduce overlap by a vector, 0.07 S, and as they are as wide as a warp, more of them share a map. Of these the resident
-tier, where a device has it, takes the tiny maps (a batch of one wave) and (256, 33, 33), with 3 S.
+tier, where a device has it, takes the tiny maps (a batch of one wave) and (256, 33, 33): 3 S of x-sized tensors.
 """
 
 from __future__ import annotations
