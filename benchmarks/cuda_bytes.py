@@ -10,7 +10,8 @@ several blocks share a sample and hand each other more: with one for eight, up t
 
 Modelled DRAM traffic is what compiled PTX makes of it in the cache model of the optional ../shared/ptxcpu (H100:
 132 multiprocessors, 50 MB of L2), over the floor of 2 S or 3 S (3 S and 5 S with BatchNorm in training): as it is,
-and without the weights, their gradients and the saved tensors, each of which moves once. The time over a copy's is
+and without the weights, their gradients and the saved tensors, each of which moves once. "L1 to L2" is all that passes
+between the two, weights and small tensors included, in S. The time over a copy's is
 the resident tier's for a batch of 16: ptxcpu's estimate, which counts PTX instructions and traffic and knows no
 latency. Instructions an element are PTX's, as warps executed them, waiting included: good for comparing versions of
 a kernel, and two to three times what ptxas makes of them.
@@ -152,12 +153,16 @@ def counted(tier, samples, shape, dtype, last, by_tensor=False) -> None:
             print(*(f"    {n} {moved / size:5.3f} S" for n, moved in machine.scratch.items()), flush=True)
 
 
-def modelled_row(tier, name, samples, shape, dtype, last, l2, floor, dram, small, work, time=None) -> None:
-    """`floor`, `dram` and `small`, what the small tensors take of it, in bytes; `work`, in thread instructions."""
+def modelled_row(
+    tier, name, samples, shape, dtype, last, l2, floor, dram, small, past_l1, work, time=None
+) -> None:
+    """`floor`, `dram`, `small`, what the small tensors take of it, and `past_l1` in bytes; `work`, in thread instructions."""
     apart = (dram - small) / floor
     text = f" L2 {l2 >> 20} MB   DRAM {dram / floor:5.3f} of the floor"
     text += f", {apart:5.3f} without small tensors {verdict(apart, MODELLED[tier, name])}"
-    text += f"   {work / (samples * math.prod(shape)):5.1f} PTX instructions an element"
+    elements = samples * math.prod(shape)
+    text += f"   L1 to L2 {past_l1 / (elements * getattr(torch, str(dtype)[6:]).itemsize):6.3f} S"
+    text += f"   {work / elements:5.1f} PTX instructions an element"
     if time is not None:
         text += f"   time / copy at N = 16 {time:5.3f}"
         if shape[0] >= TIME_CHANNELS and shape[1] * shape[2] >= TIME_POSITIONS:
@@ -182,7 +187,7 @@ def modelled_resident(samples, shape, dtype, last, l2) -> None:
         time = machine.time_over_copy(op, samples, floor)
         modelled_row(
             "resident", name, samples, shape, dtype, last, l2, floor, machine.dram(op), machine.small_bytes[op],
-            machine.instructions(op), time,
+            machine.past_l1(op), machine.instructions(op), time,
         )  # fmt: skip
 
 
@@ -192,10 +197,9 @@ def modelled_streamed(samples, shape, dtype, last, l2) -> None:
     machine = cuda_ptx.PtxMachine(l2=l2)
 
     def row(name, floor, *ops):
-        dram, small, work = (
-            sum(map(of, ops)) for of in (machine.dram, machine.small_bytes.__getitem__, machine.instructions)
-        )
-        modelled_row("streamed", name, samples, shape, dtype, last, l2, floor * size, dram, small, work)
+        counts = (machine.dram, machine.small_bytes.__getitem__, machine.past_l1, machine.instructions)
+        counted = (sum(map(of, ops)) for of in counts)
+        modelled_row("streamed", name, samples, shape, dtype, last, l2, floor * size, *counted)
 
     saved = cs.cbam_forward(x, p, Config(), cs.NO_NORM, machine)
     row("forward", 2, "cbam_forward")

@@ -189,6 +189,11 @@ class PtxMachine(cs.Machine):
     def dram(self, operation: str) -> int:
         return _dram(self.results[operation])
 
+    def past_l1(self, operation: str) -> int:
+        """Bytes between L1 and L2, of all tensors, in whole sectors."""
+        stats = self.results[operation].stats
+        return 32 * int(stats["ld_sec"] - stats["l1_hit"] + stats["st_sec"])
+
     def instructions(self, operation: str) -> int:
         """Of PTX, executed, over all threads: a warp's count as 32 whatever its mask is."""
         return 32 * int(self.results[operation].stats["warp_insts"])

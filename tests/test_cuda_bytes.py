@@ -71,15 +71,17 @@ def test_modelled_rows_of_the_resident_tier(capsys):
     rows = _rows(capsys, "--modelled", "--samples", "2", "--shapes", "32,14,14", "6,7,7")
     pattern = (
         r"resident (forward|backward) +2,32,14,14 +bfloat16 +contiguous L2 50 MB   DRAM (\S+) of the floor,"
-        r" (\S+) without small tensors (pass|MISS) \(bar 1\.03\) +(\S+) PTX instructions an element"
+        r" (\S+) without small tensors (pass|MISS) \(bar 1\.03\) +L1 to L2 +(\S+) S +(\S+) PTX instructions an element"
         r"   time / copy at N = 16 (\S+)"
     )
     found = [re.fullmatch(pattern, row) for row in rows[:2]]
     assert all(found), rows
     assert [m[1] for m in found] == ["forward", "backward"]
     for m in found:
-        traffic, apart, instructions, time = (float(m[i]) for i in (2, 3, 5, 6))
+        traffic, apart, past_l1, instructions, time = (float(m[i]) for i in (2, 3, 5, 6, 7))
         assert 0.99 < apart < traffic < 2 and instructions > 1 and time > 1
+        # x, y and the like once, and what is small at least once.
+        assert past_l1 >= (2 if m[1] == "forward" else 3) * traffic * 0.99
         assert (m[4] == "pass") == (apart <= 1.03)
     assert all(row.endswith("goes to the streamed tier") for row in rows[2:]) and len(rows) == 4
 
@@ -93,6 +95,6 @@ def test_a_bar_is_judged_as_measured_not_as_printed():
 def test_time_is_judged_where_the_bar_holds(capsys):
     for shape, judged in (((256, 28, 28), True), ((255, 28, 28), False), ((1024, 14, 14), False)):
         cuda_bytes.modelled_row(
-            "resident", "backward", 4, shape, "torch.bfloat16", False, 50 << 20, 100, 101, 1, 0, 1.2
+            "resident", "backward", 4, shape, "torch.bfloat16", False, 50 << 20, 100, 101, 1, 0, 0, 1.2
         )
         assert ("MISS (bar 1.1)" in capsys.readouterr().out) == judged

@@ -133,11 +133,7 @@ def test_machine_code_has_the_loads_of_the_ptx():
         assert 0 < ptx <= sass, which
 
 
-# What differs little between devices is compiled for NVIDIA's with the least shared memory, and for AMD's.
-FEWER = ("sm_120", "gfx942")
-
-
-@pytest.mark.parametrize("target", FEWER)
+@pytest.mark.parametrize("target", TARGETS)
 def test_inference_and_a_norm_in_training(target):
     """What these launch and a forward and a backward in one do not."""
     dtypes, runs = (torch.bfloat16, torch.float32), (inference, cut_at_the_norm)
@@ -163,7 +159,7 @@ def test_inference_and_a_norm_in_training(target):
 FURTHER = ((64, 64, 56, 56), (2, 64, 16, 256), (128, 1024, 8, 8))
 
 
-@pytest.mark.parametrize("target", FEWER)
+@pytest.mark.parametrize("target", TARGETS)
 def test_further_shapes(target):
     dtypes = (torch.bfloat16, torch.float32)
     known = {launch.key() for launch in launched(target, dtypes)}
@@ -175,7 +171,7 @@ def test_further_shapes(target):
     check([launch for launch in found if launch.key() not in known], target, wide=True)
 
 
-@pytest.mark.parametrize("target", FEWER)
+@pytest.mark.parametrize("target", TARGETS)
 def test_large_maps_of_few_samples(target):
     known = {launch.key() for launch in launches(target)}
     some = [launch for launch in launches(target, shapes=LONG_SHAPES.values()) if launch.key() not in known]

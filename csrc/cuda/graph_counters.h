@@ -38,6 +38,7 @@ class GraphCounters {
   // catches no exception.
   static void give_back(Piece* piece) {
     const std::lock_guard<std::mutex> lock(piece->pool->mutex_);
+    // `take` has made the list.
     Piece*& free = piece->pool->free_.find({piece->device, piece->words})->second;
     piece->next = free;
     free = piece;

@@ -18,6 +18,7 @@ enum Split : int32_t { kByPositions, kByChannels };
 constexpr int kLoads = 8;         // mbarriers of a tile: its rows can be used in as many steps
 constexpr int kMaxThreads = 512;  // a block: 128 registers a thread
 constexpr int kMaxInputs = 4;     // vectors that the MLP sees
+constexpr int kQuad = 4;  // elements of the MLP's matrices, and of what meets them, that an access takes
 
 // Offsets into a block's shared memory, the same in every block of a cluster: blocks read each other's.
 struct SharedMap {
@@ -64,7 +65,7 @@ struct Resident {
   int32_t mark_words;
   int32_t kernel_pieces;  // parts of the positions whose kernel gradients are summed apart
   int32_t inputs;         // vectors that the MLP sees, after blending
-  int32_t weight_quads;   // its matrices are read 4 elements an access
+  int32_t weight_quads;   // its matrices are read in quads
   int32_t save;
   // Backward: sums over the batch, in global memory; see ResidentScratch in resident_weights.cuh.
   uint32_t* counters;
@@ -161,17 +162,17 @@ inline bool can_split(const Problem& p, Split split) {
   return p.layout == kContiguous && p.channels % (full / policy::gcd(full, p.positions)) == 0;
 }
 
-// Whether the rows of the MLP's matrices, and what of them is a block's, begin at multiples of 4 elements.
+// Whether the rows of the MLP's matrices, and what of them is a block's, begin at multiples of a quad.
 inline bool weight_quads(const Resident& k) {
   const Problem& p = k.p;
   for (const Weight* w : {&p.w1, &p.w2}) {
-    const int64_t bytes = 4 * (w->wide ? 4 : element_bytes(p.dtype));
+    const int64_t bytes = kQuad * (w->wide ? 4 : element_bytes(p.dtype));
     if (reinterpret_cast<uintptr_t>(w->data) % bytes) return false;
   }
   const int64_t units = p.channels / k.channel_unit;
-  const bool even =
-      k.channel_unit % 4 == 0 || (units % k.cluster == 0 && units / k.cluster * k.channel_unit % 4 == 0);
-  return even && p.channels % 4 == 0 && p.hidden % 4 == 0;
+  const bool even = k.channel_unit % kQuad == 0 ||
+                    (units % k.cluster == 0 && units / k.cluster * k.channel_unit % kQuad == 0);
+  return even && p.channels % kQuad == 0 && p.hidden % kQuad == 0;
 }
 
 // Fills in k for k.p and k.operation with this cluster and block; false where a block's memory is too small.
@@ -191,7 +192,7 @@ inline bool plan_block(Resident& k, const Machine& m, int cluster, Split split, 
   k.position_unit = !last && k.split == kByPositions ? static_cast<int32_t>(full) : 1;
   k.channel_unit = k.split == kByChannels ? static_cast<int32_t>(full / policy::gcd(full, p.positions)) : 1;
   // Where many are shared, in multiples of what an access of weights takes.
-  if (p.channels % 4 == 0 && p.channels >= 16 * cluster) k.channel_unit = std::max(k.channel_unit, 4);
+  if (p.channels % kQuad == 0 && p.channels >= 16 * cluster) k.channel_unit = std::max(k.channel_unit, kQuad);
   k.weight_quads = weight_quads(k);
   // The walks of a row take it that there is a vector.
   if (!last && k.split == kByPositions && p.positions < int64_t{k.position_unit} * cluster) return false;
@@ -233,10 +234,10 @@ inline bool plan_block(Resident& k, const Machine& m, int cluster, Split split, 
   at.item = b.take(backward ? 8 : 0);
   at.gate = b.take(tc * a);
   at.spatial = b.take(tp * a);
-  at.input = b.take(backward ? 0 : k.inputs * policy::round_up(k.own_channels, 4) * a);
+  at.input = b.take(backward ? 0 : k.inputs * policy::round_up(k.own_channels, kQuad) * a);
   at.hidden_part = b.take((backward ? 1 : k.inputs) * p.hidden * a * (p.pools ? 1 : 0));
   at.hidden =
-      b.take((backward ? k.inputs * p.hidden : policy::round_up(p.hidden, 4)) * a * (p.pools ? 1 : 0));
+      b.take((backward ? k.inputs * p.hidden : policy::round_up(p.hidden, kQuad)) * a * (p.pools ? 1 : 0));
   at.kernel = b.take(p.spatial ? 2 * taps(p) * a : 0);
   if (!backward) {
     at.base = b.take(p.pools & (kAvg | kMax) ? tc * mean_max : 0);
@@ -264,7 +265,7 @@ inline bool plan_block(Resident& k, const Machine& m, int cluster, Split split, 
     at.mark_first = b.take(last ? 0 : (rows + 1) * 2);
     at.mark_list = b.take((tc + tp) * 2);
     const int64_t sums = strips * rows + std::max(k.column_groups * columns, last ? 0 : tc + tp);
-    at.scratch = at.window = b.take(std::max({window * 3 * a, sums * a, threads * 4 * a}));
+    at.scratch = at.window = b.take(std::max({window * 3 * a, sums * a, threads * kQuad * a}));
     at.window_grad = at.window + static_cast<int32_t>(policy::round_up(window * 2 * a, 16));
   }
   at.total = static_cast<int32_t>(std::min<int64_t>(b.used, INT32_MAX));

@@ -11,7 +11,6 @@ namespace resident {
 
 // ---- Weights, kQuad at a time: one access where the plan found rows and parts of them to begin at such.
 
-constexpr int kQuad = 4;
 __device__ __forceinline__ int quads_of(int length) {
   return (length + kQuad - 1) / kQuad;
 }
@@ -21,12 +20,11 @@ template <class T>
 struct QuadWeights {
   const T* data;
   __device__ __forceinline__ void load(int64_t i, int, float (&v)[kQuad]) const {
-    using Word = typename WordOf<kQuad * sizeof(T)>::type;
-    const Word w = load_word<Cache::kReadOnly>(reinterpret_cast<const Word*>(data + i));  // [kQuad]
     if constexpr (sizeof(T) == 4) {
-      const unsigned words[] = {w.x, w.y, w.z, w.w};
-      unpack_words<T>(words, v);
+      load_global<Cache::kReadOnly>(data + i, v);  // [kQuad]
     } else {
+      const auto w =
+          load_word<Cache::kReadOnly>(reinterpret_cast<const WordOf<8>::type*>(data + i));  // [kQuad]
       const unsigned words[] = {static_cast<unsigned>(w), static_cast<unsigned>(w >> 32)};
       unpack_words<T>(words, v);
     }
@@ -47,14 +45,6 @@ __device__ __forceinline__ void with_weights(const Weight& w, bool quads, F f) {
     if (!w.wide) return f(QuadWeights<T>{static_cast<const T*>(w.data)});
   }
   f(QuadWeights<float>{static_cast<const float*>(w.data)});
-}
-
-// As `fresh`, of kQuad values from an aligned element i on.
-__device__ __forceinline__ void fresh_quad(const void* p, int64_t i, float (&v)[kQuad]) {
-  const uint4 w =
-      load_word<Cache::kCoherent>(reinterpret_cast<const uint4*>(static_cast<const float*>(p) + i));
-  const unsigned words[] = {w.x, w.y, w.z, w.w};
-  unpack_words<float>(words, v);
 }
 
 template <class A>

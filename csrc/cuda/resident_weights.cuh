@@ -36,7 +36,7 @@ __device__ __forceinline__ void outer_sum(int tile, int rows, int columns, int64
         if (r0 + r >= rows) break;
         A of_left[kQuad];
         if constexpr (kQuads) {
-          fresh_quad(left, row + r, of_left);  // [kQuad]
+          load_global<Cache::kCoherent>(as<A>(left) + row + r, of_left);  // [kQuad]
         } else {
 #pragma unroll
           for (int j = 0; j < kQuad; ++j)
