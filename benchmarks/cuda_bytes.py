@@ -198,8 +198,8 @@ def modelled_streamed(samples, shape, dtype, last, l2) -> None:
 
     def row(name, floor, *ops):
         counts = (machine.dram, machine.small_bytes.__getitem__, machine.past_l1, machine.instructions)
-        counted = (sum(map(of, ops)) for of in counts)
-        modelled_row("streamed", name, samples, shape, dtype, last, l2, floor * size, *counted)
+        totals = (sum(map(of, ops)) for of in counts)
+        modelled_row("streamed", name, samples, shape, dtype, last, l2, floor * size, *totals)
 
     saved = cs.cbam_forward(x, p, Config(), cs.NO_NORM, machine)
     row("forward", 2, "cbam_forward")

@@ -207,7 +207,8 @@ def test_bytes(monkeypatch, shape, dtype, layout, split):
 
 
 # Every shape of the usual networks: ResNet-18 and 50, MobileNetV1, YOLOv8 n, s and l at 640 (v5s is n), Faster R-CNN
-# at 800 x 1344; and DeepLab's map of 33 x 33. The cluster that holds a sample, forward and backward, or 0: in 16-bit types, and in float32.
+# at 800 x 1344; and DeepLab's map of 33 x 33. The cluster that holds a sample, forward and backward, or 0: in 16-bit
+# types, and in float32.
 FITS = {
     (64, 56, 56): ((8, 8), (8, 8)), (128, 28, 28): ((8, 8), (8, 8)), (256, 14, 14): ((8, 8), (8, 8)),
     (256, 56, 56): ((8, 16), (16, 0)), (512, 28, 28): ((8, 8), (8, 16)), (1024, 14, 14): ((8, 8), (8, 8)),
