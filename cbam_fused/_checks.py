@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Optional, Sequence, Tuple
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from . import _config as cfg
@@ -41,11 +42,12 @@ def check_positive(name: str, value: object) -> int:
     return value
 
 
-def check_kernel_size(value: object, hint: str = "") -> None:
+def check_kernel_size(value: object, even: str = "", several: str = "") -> None:
+    """even, several: what to add where it is an even number, or a list."""
     if isinstance(value, (list, tuple)):
-        raise TypeError(f"kernel_size must be an int, got {value!r}; pools are given as pool_types=")
+        raise TypeError(f"kernel_size must be an int, got {value!r}{several}")
     if check_positive("kernel_size", value) % 2 == 0:
-        raise ValueError(f"kernel_size must be odd, got {value}{hint}")
+        raise ValueError(f"kernel_size must be odd, got {value}{even}")
 
 
 def pool_names(pool_types: object) -> Tuple[str, ...]:
@@ -141,6 +143,14 @@ def check_placement(x: Tensor, tensors: Sequence[Optional[Tensor]]) -> bool:
     return False
 
 
+def check_devices(x: Tensor, norm: nn.Module) -> None:
+    """What a norm reads, without its children, is on x's device."""
+    for kept in (norm._parameters, norm._buffers):
+        for name, t in kept.items():
+            if t is not None and t.is_floating_point() and t.device != x.device:
+                raise ValueError(f"norm.{name} must be on the device of x, {x.device}, got {t.device}")
+
+
 def check_norm(norm: object) -> None:
     """A norm is callable, and one that counts its features has one: the spatial logits have one channel."""
     if not callable(norm):
@@ -154,23 +164,56 @@ def _expect(name: str, t: Optional[Tensor], shape: Tuple[int, ...], required: bo
     if t is None:
         if required:
             raise ValueError(f"{name} must have shape {shape}, got None")
-    elif not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
     elif _shape(t) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {_shape(t)}")
 
 
+def check_tensors(p: Parameters) -> None:
+    """Each is a Tensor or None."""
+    for name, t in zip(Parameters._fields, p):
+        if t is not None and not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+
+
+def _fits(shape: Sequence[int], p: Parameters, c: Config) -> bool:
+    """Whether `check_parameters` has nothing to say; a call of a few microseconds cannot wait for its words."""
+    w1, b1, w2, b2, conv, conv_bias = p
+    if c.pools:
+        channels = shape[1]
+        hidden = channels
+        if w1 is not None:
+            hidden = w1.shape[0]
+            if hidden < 1 or w1.shape != (hidden, channels) or b1 is not None and b1.shape != (hidden,):
+                return False
+        elif b1 is not None:
+            return False
+        if w2 is None or w2.shape != (channels, hidden) or b2 is not None and b2.shape != (channels,):
+            return False
+    if c.spatial:
+        if conv is None or conv_bias is not None and conv_bias.shape != (1,):
+            return False
+        kernel = conv.shape
+        maps = 1 if c.spatial == cfg.SPATIAL_BLEND else 2
+        if len(kernel) != len(shape) or kernel[0] != 1 or kernel[1] != maps:
+            return False
+        for size in kernel[2:]:
+            if size % 2 == 0:
+                return False
+    return True
+
+
 def check_parameters(x: Tensor, p: Parameters, c: Config) -> None:
-    """Shapes of the learnt tensors of a functional call."""
-    channels = x.shape[1]
+    """Shapes of the learnt tensors, which are tensors or None."""
+    shape = x.shape
+    if isinstance(shape[1], Tensor) or _fits(shape, p, c):
+        return  # the first is torch.jit.trace, as in `check_input`
+    channels = shape[1]
     if c.pools:
         if p.w1 is None:
             _expect("w2", p.w2, (channels, channels))
             if p.b1 is not None:
                 raise ValueError("b1 must be None where w1 is None, got a Tensor")
         else:
-            if not isinstance(p.w1, Tensor):
-                raise TypeError(f"w1 must be a Tensor, got {type(p.w1).__name__}")
             if p.w1.dim() != 2 or p.w1.shape[1] != channels or p.w1.shape[0] < 1:
                 raise ValueError(f"w1 must have shape (h, {channels}), got {_shape(p.w1)}")
             hidden = p.w1.shape[0]
@@ -179,11 +222,11 @@ def check_parameters(x: Tensor, p: Parameters, c: Config) -> None:
         _expect("b2", p.b2, (channels,), required=False)
     if c.spatial:
         maps = 1 if c.spatial == cfg.SPATIAL_BLEND else 2
-        dims = x.dim() - 2
-        if not isinstance(p.conv_weight, Tensor):
-            raise TypeError(f"conv_weight must be a Tensor, got {type(p.conv_weight).__name__}")
+        dims = len(shape) - 2
+        kernel = ", ".join(["k"] * dims)
+        if p.conv_weight is None:
+            raise ValueError(f"conv_weight must have shape (1, {maps}, {kernel}), got None")
         if p.conv_weight.dim() != dims + 2 or _shape(p.conv_weight)[:2] != (1, maps):
-            kernel = ", ".join(["k"] * dims)
             raise ValueError(
                 f"conv_weight must have shape (1, {maps}, {kernel}), got {_shape(p.conv_weight)}"
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Optional, Sequence, Tuple
+from typing import Callable, Iterable, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -32,17 +32,40 @@ def _only_normalises(norm: object) -> bool:
     return all(type(child) is nn.Identity for child in norm.children())  # type: ignore[attr-defined]
 
 
+def _nothing_beside(norm: nn.Module) -> bool:
+    """Whether a call of norm is its own forward alone."""
+    hooks = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
+    return not hooks and "forward" not in norm.__dict__
+
+
 def _fold(norm: Optional[Norm]) -> Optional[Folded]:
     """The tensors of a norm that the fused op can apply itself, or None if it must be called."""
     if norm is None:
         return NO_NORM
     if _only_normalises(norm) and not norm.training and norm.running_mean is not None:
-        hooks = (
-            norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
-        )
-        if not hooks and "forward" not in norm.__dict__:
+        if _nothing_beside(norm):
             return norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps
     return None
+
+
+def check_call(
+    x: Tensor, p: Parameters, c: Config, norm: Optional[Norm] = None, folded: Optional[Folded] = None
+) -> bool:
+    """All that a checked x is computed with, before anything is computed; whether all of it has x's dtype.
+
+    folded: the tensors of norm, where a kernel reads them.
+    """
+    _checks.check_parameters(x, p, c)
+    if norm is None:
+        return _checks.check_placement(x, p)
+    _checks.check_norm(norm)
+    if folded is not None:
+        return _checks.check_placement(x, (*p, *folded[:4]))
+    alike = _checks.check_placement(x, p)
+    if isinstance(norm, _NORMS) and _nothing_beside(norm):
+        # Its own tensors; what a hook brings from elsewhere is the hook's affair.
+        _checks.check_devices(x, norm)
+    return alike
 
 
 def _upcast(x: Tensor, p: Parameters) -> Tuple[Tensor, Parameters]:
@@ -59,20 +82,38 @@ def _beside(t: Optional[Tensor], x: Tensor) -> Optional[Tensor]:
     return t.to(x.dtype)
 
 
+def beside(x: Tensor, p: Parameters, alike: bool) -> Parameters:
+    """p in dtypes that the kernels take beside x."""
+    if alike or not torch.is_autocast_enabled(x.device.type):
+        return p
+    return Parameters(*(_beside(t, x) for t in p))
+
+
+def _empty(x: Tensor, tensors: Iterable[Optional[Tensor]]) -> Tensor:
+    """The empty x as an output that keeps it and the parameters in the graph, so that they get zeros."""
+    anchors = [t.sum() * 0 for t in tensors if t is not None]
+    return x * 1 + sum(anchors).to(x.dtype) if anchors else x * 1
+
+
+def _learnt(norm: Optional[Norm]) -> Iterable[Tensor]:
+    return norm.parameters() if isinstance(norm, nn.Module) else ()
+
+
 def _run_reference(x: Tensor, p: Parameters, c: Config, norm: Optional[Norm]) -> Tensor:
     if not torch.jit.is_tracing() and x.numel() == 0:
-        # Nothing to pool; keep x and the parameters in the graph, so that they get zeros.
-        learnt = norm.parameters() if isinstance(norm, nn.Module) else ()
-        anchors = [t.sum() * 0 for t in (*p, *learnt) if t is not None]
-        return x * 1 + sum(anchors).to(x.dtype) if anchors else x * 1
+        return _empty(x, (*p, *_learnt(norm)))  # nothing to pool
     xs, ps = _upcast(x, p)
     return cbam_reference(xs, ps, c, None if norm is None else _cast(norm, xs.dtype, xs)).to(x.dtype)
 
 
-def _cast(norm: Norm, wanted: torch.dtype, x: Tensor) -> Norm:
-    """norm, called on logits in the dtype of its own tensors where it has any, and else in `wanted`."""
+def _cast(norm: Norm, wanted: torch.dtype, x: Tensor, call: Optional[Norm] = None) -> Norm:
+    """norm, called on logits in the dtype of its own tensors where it has any, and else in `wanted`.
+
+    call: how to call it, if not by itself.
+    """
+    call = norm if call is None else call
     if torch.is_autocast_enabled(x.device.type) and not isinstance(norm, _NORMS):
-        return norm  # autocast casts the layers in it itself
+        return call  # autocast casts the layers in it itself
     if isinstance(norm, nn.Module):
         for t in (*norm.parameters(), *norm.buffers()):
             if t.is_floating_point():
@@ -80,16 +121,16 @@ def _cast(norm: Norm, wanted: torch.dtype, x: Tensor) -> Norm:
                 break
 
     def cast(z: Tensor) -> Tensor:
-        normed = norm(z if z.dtype == wanted else z.to(wanted))
+        normed = call(z if z.dtype == wanted else z.to(wanted))
         return normed.to(z.dtype) if isinstance(normed, Tensor) else normed
 
     return cast
 
 
 def run(x: Tensor, p: Parameters, c: Config, norm: Optional[Norm], backend: str) -> Tensor:
-    """CBAM of a checked x; the parameters' shapes are the caller's care."""
+    """CBAM of a checked x."""
     folded = _fold(norm)
-    alike = _checks.check_placement(x, p if norm is None or folded is None else (*p, *folded[:4]))
+    alike = check_call(x, p, c, norm, folded)
     name = _backends.select(backend, x, c)
     if name == "reference":
         return _run_reference(x, p, c, norm)
@@ -97,10 +138,10 @@ def run(x: Tensor, p: Parameters, c: Config, norm: Optional[Norm], backend: str)
     if folded is None and x.shape[0] == 0:
         # No statistics to take from an empty batch; what the norm learns still gets zeros.
         return _run_reference(x, p, c, norm)
-    if not alike and torch.is_autocast_enabled(x.device.type):
-        p = Parameters(*(_beside(t, x) for t in p))
-        folded = None if folded is None else (*(_beside(t, x) for t in folded[:4]), folded[4])
+    p = beside(x, p, alike)
     if folded is not None:
+        if not alike and torch.is_autocast_enabled(x.device.type):
+            folded = (*(_beside(t, x) for t in folded[:4]), folded[4])
         return _autograd.fused_cbam(name, x, p, c, folded)
     return _autograd.fused_cbam_with_norm(name, x, p, c, _cast(norm, _ops.accumulate_dtype(x.dtype), x))
 
@@ -109,7 +150,7 @@ def maps(
     x: Tensor, p: Parameters, c: Config, norm: Optional[Norm], backend: str
 ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
     """Channel gate (N, C) and spatial gate (N, 1, *spatial), None where the block has none."""
-    _checks.check_placement(x, p)
+    weights = beside(x, p, check_call(x, p, c, norm, _fold(norm)))
     name = _backends.select(backend, x, c)
     # As in the kernels, gates are not rounded to a 16-bit dtype, whatever autocast would do.
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -120,23 +161,33 @@ def maps(
             gated = xs if gate is None else xs * _autograd._broadcast(gate, xs)
             z = spatial_logits_reference(gated, ps, c) if c.spatial else None
         else:
-            weights = Parameters(*(_beside(t, x) for t in p))
             z, gate = _autograd.attention(name, _autograd.dense(x), weights, c)
         if not c.spatial:
             return gate, None
-        return (gate if c.pools else None), torch.sigmoid(_normed(z, norm))
+        if norm is not None:
+            z = _without_traces(z, norm)
+        return (gate if c.pools else None), torch.sigmoid(z)
 
 
-def _normed(z: Tensor, norm: Optional[Norm]) -> Tensor:
-    """norm(z), leaving the running statistics of a BatchNorm in training as they are."""
-    if norm is None:
-        return z
-    if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+def normed(z: Tensor, norm: Norm, call: Optional[Norm] = None) -> Tensor:
+    """norm of the spatial logits, in their dtype; none of an empty batch, which has no statistics."""
+    cast = _cast(norm, z.dtype, z, call)
+    if torch.jit.is_tracing():
+        return cast(z)  # a comparison of sizes would be a constant of the trace
+    return _empty(z, _learnt(norm)) if z.shape[0] == 0 else _autograd._normed(cast, z)
+
+
+def _without_traces(z: Tensor, norm: Norm) -> Tensor:
+    """norm(z), hooks and all, that leaves its buffers, such as running statistics, as they are."""
+    if not isinstance(norm, nn.Module):
+        return normed(z, norm)
+    if _only_normalises(norm) and not isinstance(norm, nn.SyncBatchNorm) and _nothing_beside(norm):
         batch = norm.training or norm.running_mean is None
         mean, var = (None, None) if batch else (norm.running_mean, norm.running_var)
         cast = [None if t is None else t.to(z.dtype) for t in (mean, var, norm.weight, norm.bias)]
         return F.batch_norm(z, *cast, training=batch, eps=norm.eps)
-    return norm(z)
+    kept = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+    return normed(z, norm, lambda logits: torch.func.functional_call(norm, kept, (logits,)))
 
 
 def cbam(
@@ -190,11 +241,13 @@ def cbam(
     _checks.check_backend(backend)
     _checks.check_input(x, None, None)
     p = Parameters(w1, b1, w2, b2, conv_weight, conv_bias)
+    _checks.check_tensors(p)
     pool_types = _checks.pool_names(pool_types)
     c = _checks.make_config(pool_types, conv_weight is not None, spatial_order, light, ties, residual)
-    _checks.check_parameters(x, p, c)
-    if norm is not None and not c.spatial:
-        raise ValueError("norm must be None where conv_weight is None, got " + type(norm).__name__)
-    if norm is not None:
-        _checks.check_norm(norm)
+    if not c.spatial:
+        for name, beside in (("conv_bias", conv_bias), ("norm", norm)):
+            if beside is not None:
+                raise ValueError(
+                    f"{name} must be None where conv_weight is None, got {type(beside).__name__}"
+                )
     return run(x, p, c, norm, backend)

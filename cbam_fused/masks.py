@@ -58,7 +58,7 @@ class _Attention(torch.autograd.Function):
 
 def _attention(x: Tensor, p: Parameters, c: Config, backend: str) -> Tensor:
     """Channel gate or spatial logits, in the accumulation dtype of x."""
-    _checks.check_placement(x, p)
+    p = functional.beside(x, p, functional.check_call(x, p, c))
     name = _backends.select(backend, x, c)
     if name == "reference" or x.shape[0] == 0:
         xs, ps = functional._upcast(x, p)
@@ -76,11 +76,11 @@ def spatial_mask(
 ) -> Tensor:
     """The spatial gate (N, 1, *spatial) of a checked x, which no channel gate has multiplied, in x's dtype."""
     conv, spatial = _halves(p, c)[1]
+    functional.check_call(x, conv, spatial, norm)
     z = _attention(x, conv, spatial, backend)
-    affine = getattr(norm, "weight", None)
-    if affine is not None:
-        z = z.to(affine.dtype)
-    return torch.sigmoid(z if norm is None else norm(z)).to(x.dtype)
+    if norm is not None:
+        z = functional.normed(z, norm)
+    return torch.sigmoid(z).to(x.dtype)
 
 
 def check_arrangement(arrangement: str, spatial: bool) -> None:
@@ -105,6 +105,9 @@ def arranged(
     "spatial_first": the channel gate reads what the spatial gate has multiplied. "parallel": both
     gates read x, and y = x * channel gate * spatial gate. Woo et al., arXiv:1807.06521, table 3.
     """
+    functional.check_call(
+        x, p, c, norm, functional._fold(norm)
+    )  # all of it before the first gate is computed
     (mlp, channel), (conv, spatial) = _halves(p, c)
     if arrangement == "spatial_first":
         y = functional.run(functional.run(x, conv, spatial, norm, backend), mlp, channel, None, backend)
@@ -117,6 +120,9 @@ def arranged_maps(
     arrangement: str, x: Tensor, p: Parameters, c: Config, norm: Optional[Callable], backend: str
 ) -> Tuple[Tensor, Tensor]:
     """The gates of `arranged`: channel (N, C) and spatial (N, 1, *spatial), without gradients."""
+    functional.check_call(
+        x, p, c, norm, functional._fold(norm)
+    )  # all of it before the first gate is computed
     (mlp, channel), (conv, spatial) = _halves(p, c)
     s = functional.maps(x, conv, spatial, norm, backend)[1]
     assert s is not None

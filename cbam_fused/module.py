@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from . import _backends, _checks, functional, masks
+from . import _config as cfg
 from ._config import Config, Parameters
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -132,7 +133,20 @@ def _check_dims(dims: object) -> None:
 
 
 class _Gates(nn.Module):
-    """Loads the state_dict of any dialect of CBAM; `compat.convert` says how."""
+    """Loads the state_dict of any dialect of CBAM; `compat.convert` says how.
+
+    Options that `config` holds are fixed when a module is made.
+    """
+
+    config: Config
+    _fixed: Tuple[str, ...] = ("pool_types", "light", "order", "ties")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._fixed and name in self.__dict__:
+            raise AttributeError(
+                f"{name} is fixed when a {type(self).__name__} is made: make another one and load this one's state_dict"
+            )
+        super().__setattr__(name, value)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -274,11 +288,11 @@ class SpatialGate(_Gates):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        _checks.check_kernel_size(
-            kernel_size, "; a SpatialGate takes any number of channels and is told none"
-        )
+        told_none = "; a SpatialGate takes any number of channels and is told none"
+        _checks.check_kernel_size(kernel_size, even=told_none)
         _checks.check_backend(backend)
         _check_dims(dims)
+        _checks.check_choice("order", order, tuple(cfg.SPATIAL_ORDERS))
         self.kernel_size = kernel_size
         self.order = order
         self.light = bool(light)
@@ -399,7 +413,7 @@ class FusedCBAM(_Gates):
             mlp_bias=mlp_bias,
             **shared,
         )
-        _checks.check_kernel_size(kernel_size)
+        _checks.check_kernel_size(kernel_size, several="; pools are given as pool_types=")
         self.config = _checks.make_config(
             self.channel_gate.pool_types, spatial, spatial_order, bool(light), ties, residual
         )

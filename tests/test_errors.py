@@ -157,6 +157,84 @@ def test_parameters_in_16_bits_beside_float32():
         module(torch.zeros(2, 16, 5, 5))
 
 
+def _replaced(name, layer):
+    def change(module):
+        gate, child = name.split(".")
+        setattr(getattr(module, gate), child, layer())
+
+    return change
+
+
+# A layer that was replaced after the module was made, and what a call then says.
+REPLACED = [
+    (
+        _replaced("channel_gate.fc1", lambda: nn.Linear(8, 4)),
+        ValueError,
+        "w1 must have shape (h, 16), got (4, 8)",
+    ),
+    (
+        _replaced("channel_gate.fc2", lambda: nn.Linear(16, 4, bias=False)),
+        ValueError,
+        "w2 must have shape (16, 4), got (4, 16)",
+    ),
+    (
+        _replaced("spatial_gate.conv", lambda: nn.Conv2d(2, 1, 4, padding=2)),
+        ValueError,
+        "conv_weight must have odd kernel sizes, got (1, 2, 4, 4)",
+    ),
+    (
+        _replaced("spatial_gate.conv", lambda: nn.Conv2d(2, 3, 3, padding=1)),
+        ValueError,
+        "conv_weight must have shape (1, 2, k, k), got (3, 2, 3, 3)",
+    ),
+    (
+        _replaced("spatial_gate.bn", lambda: nn.BatchNorm2d(6)),
+        ValueError,
+        "norm must have num_features=1, got 6",
+    ),
+    (
+        _replaced("spatial_gate.bn", lambda: nn.BatchNorm2d(1, device="meta")),
+        ValueError,
+        "norm.weight must be on the device of x, cpu, got meta",
+    ),
+]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("arrangement", ["channel_first", "spatial_first", "parallel"])
+@pytest.mark.parametrize("change, kind, message", REPLACED, ids=[c[2] for c in REPLACED])
+@pytest.mark.parametrize("backend", ["auto", "reference", "cpu", "cuda", "triton"])
+def test_a_replaced_layer(backend, change, kind, message, arrangement, training):
+    module = FusedCBAM(16, 4, arrangement=arrangement, backend=backend).train(training)
+    change(module)
+    before = module.spatial_gate.bn.num_batches_tracked.clone()
+    x = torch.zeros(2, 16, 5, 5)
+    for call in (module, module.attention_maps):
+        with _raises(kind, message):
+            call(x)
+    if before.device == x.device:
+        assert torch.equal(module.spatial_gate.bn.num_batches_tracked, before)
+
+
+def test_the_gates_name_their_own_arguments():
+    with _raises(ValueError, 'order must be one of "max_mean", "mean_max", got \'max\''):
+        SpatialGate(order="max")
+    with _raises(TypeError, "kernel_size must be an int, got [7, 7]"):
+        SpatialGate(kernel_size=[7, 7])
+
+
+@pytest.mark.parametrize("name, value", [("ties", "split"), ("pool_types", ("lp",)), ("light", True)])
+def test_options_are_fixed(name, value):
+    for module in (FusedCBAM(8), FusedCBAM(8).channel_gate):
+        if hasattr(module, name):
+            kind = type(module).__name__
+            message = (
+                f"{name} is fixed when a {kind} is made: make another one and load this one's state_dict"
+            )
+            with _raises(AttributeError, message):
+                setattr(module, name, value)
+
+
 def _arguments(**changes):
     good = dict(
         x=torch.zeros(2, 6, 5, 5),
@@ -214,6 +292,16 @@ CALLS = [
         dict(conv_weight=None, norm=nn.BatchNorm2d(1)),
         ValueError,
         "norm must be None where conv_weight is None, got BatchNorm2d",
+    ),
+    (
+        dict(conv_weight=None, conv_bias=torch.zeros(1)),
+        ValueError,
+        "conv_bias must be None where conv_weight is None, got Tensor",
+    ),
+    (
+        dict(norm=nn.BatchNorm2d(1, device="meta")),
+        ValueError,
+        "norm.weight must be on the device of x, cpu, got meta",
     ),
     (dict(norm=nn.BatchNorm2d(6)), ValueError, "norm must have num_features=1, got 6"),
     (dict(norm=nn.BatchNorm2d(6).eval()), ValueError, "norm must have num_features=1, got 6"),

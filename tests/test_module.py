@@ -229,6 +229,47 @@ def test_attention_maps_are_the_gates_of_forward(target):
     assert channel.shape == (2, 8) and spatial is None
 
 
+class _Shifted(nn.BatchNorm2d):
+    def forward(self, z):
+        return super().forward(z) + 0.5
+
+
+def _hooked(bn):
+    bn.register_forward_hook(lambda module, args, z: z + 0.5)
+    return bn
+
+
+def _with_its_own_forward(bn):
+    bn.forward = lambda z: nn.functional.batch_norm(z, None, None, bn.weight, bn.bias, True) + 0.5
+    return bn
+
+
+NORMS_THAT_DO_MORE = {
+    "hook": lambda: _hooked(nn.BatchNorm2d(1)),
+    "own forward": lambda: _with_its_own_forward(nn.BatchNorm2d(1)),
+    "subclass": lambda: _Shifted(1),
+    "sequence": lambda: nn.Sequential(nn.BatchNorm2d(1), nn.Hardtanh()),
+    "no statistics": lambda: nn.BatchNorm2d(1, track_running_stats=False),
+    "instance": lambda: nn.InstanceNorm2d(1, affine=True, track_running_stats=True),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm", NORMS_THAT_DO_MORE)
+def test_attention_maps_with_a_norm_that_does_more(target, norm, training):
+    module = _module(target, 8, 2)
+    module.spatial_gate.bn = NORMS_THAT_DO_MORE[norm]().to(target.device)
+    module.train(training)
+    x = torch.randn(2, 8, 7, 9, device=target.device)
+    y = module(x)  # leaves traces, and a graph that must outlive the maps
+    before = copy.deepcopy(module.state_dict())
+    channel, spatial = module.attention_maps(x)
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, before[key]), f"{key} changed"
+    y.sum().backward()
+    torch.testing.assert_close(y, x * channel[..., None, None] * spatial)
+
+
 def test_running_statistics(target):
     module = _module(target, 8, 2)
     plain = PlainCBAM(copy.deepcopy(module))
@@ -440,9 +481,10 @@ def test_changing_x_before_backward_is_an_error(target):
         y.sum().backward()
 
 
+@pytest.mark.parametrize("arrangement", ["channel_first", "spatial_first", "parallel"])
 @pytest.mark.parametrize("training", [True, False])
-def test_empty_batch(target, training):
-    module = _module(target, 8, 2).train(training)
+def test_empty_batch(target, training, arrangement):
+    module = _module(target, 8, 2, arrangement=arrangement).train(training)
     before = copy.deepcopy(module.state_dict())
     x = torch.randn(0, 8, 7, 9, device=target.device, requires_grad=True)
     y = module(x)
