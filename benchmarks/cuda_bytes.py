@@ -123,10 +123,10 @@ def problem(samples, shape, dtype, last):
     return x, dy, p
 
 
-def counted(tier, samples, shape, dtype, last, by_tensor=False) -> None:
+def counted(tier, samples, shape, dtype, last, l2, by_tensor=False) -> None:
     x, dy, p = problem(samples, shape, dtype, last)
     size = x.numel() * x.element_size()
-    streamed = cs.Machine(multiprocessors=MULTIPROCESSORS, resident=MULTIPROCESSORS)
+    streamed = cs.Machine(multiprocessors=MULTIPROCESSORS, resident=MULTIPROCESSORS, l2=l2)
     saved = cs.cbam_forward(x, p, Config(), cs.NO_NORM, streamed)
     for name in ("forward", "backward"):
         if tier == "resident" and not (dtype != torch.float64 and resident_fits(x, p, f"cbam_{name}")):
@@ -235,7 +235,7 @@ def main(arguments=None) -> None:
     parser.add_argument(
         "--modelled", action="store_true", help="DRAM traffic by ../shared/ptxcpu instead; takes long"
     )
-    parser.add_argument("--l2", nargs="+", type=int, default=[50], help="megabytes of the modelled L2")
+    parser.add_argument("--l2", nargs="+", type=int, default=[50], help="megabytes of L2 that a plan is for")
     a = parser.parse_args(arguments)
     if a.modelled and cuda_ptx.unavailable():
         parser.error(cuda_ptx.unavailable())
@@ -245,11 +245,11 @@ def main(arguments=None) -> None:
                 for tier in a.tier:
                     samples = a.samples or (4 if a.modelled else MULTIPROCESSORS if tier == "streamed" else 1)
                     run = modelled_streamed if tier == "streamed" else modelled_resident
-                    if not a.modelled:
-                        counted(tier, samples, shape, dtype, last, a.by_tensor)
-                    else:
-                        for l2 in a.l2:
-                            run(samples, shape, dtype, last, l2 << 20)
+                    for l2 in (megabytes << 20 for megabytes in a.l2):
+                        if a.modelled:
+                            run(samples, shape, dtype, last, l2)
+                        else:
+                            counted(tier, samples, shape, dtype, last, l2, a.by_tensor)
 
 
 if __name__ == "__main__":

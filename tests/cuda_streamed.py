@@ -35,12 +35,13 @@ OPERATIONS = (
 REPORT = (
     "fits", "scratch", "counters", "grid", "vector", "fold", "units", "unit_samples", "reduce_chunks", "pool_chunks",
     "ring", "conv_items", "stages", "shared", "lag", "tiles", "blocks", "static_shared",
-    "gather_tiles", "hidden_blocks", "chained", "ragged",
+    "gather_tiles", "hidden_blocks", "chained", "ragged", "weight_splits",
 )  # fmt: skip
 # The order of Scratch in streamed.h.
 SCRATCH = (
     "pool_parts", "pool_marks", "hidden", "spatial_parts", "spatial_marks", "spatial_grad", "pooled_grad",
     "cross_parts", "gate_parts", "logit_grad", "hidden_parts", "hidden_grad", "pool_grad", "conv_parts",
+    "weight_parts",
 )  # fmt: skip
 SAVED = ("pooled", "pool_index", "channel_gate", "spatial_pool", "spatial_index", "hidden")
 

@@ -29,7 +29,9 @@ extern "C" SIMT_API void plan(const int64_t* sizes, int64_t* report) {
   plan_call(sizes, k, report);
 }
 
-// out[0]: whether every item waits only for items of lower tickets, whatever the number of units.
+// out[0]: whether every item waits only for items of lower tickets, whatever the number of units, and whether just
+// those are announced that are waited for. out[1]: the least number of tickets between what waits and the last
+// item that it waits for.
 extern "C" SIMT_API void waits_backwards(const int64_t* sizes, int64_t* out) {
   Streamed k{};
   k.p = sizes_of(sizes);
@@ -42,20 +44,28 @@ extern "C" SIMT_API void waits_backwards(const int64_t* sizes, int64_t* out) {
   const auto first = [&](const StagePlan& d) { return int64_t{d.lag} * s.step_items + d.first; };
   const auto last = [&](const StagePlan& d) { return first(d) + items(d) - 1; };
   bool fine = s.plans > 0;
-  int64_t step = 0;
+  int64_t step = 0, least = INT64_MAX;
   for (int i = 0; i < s.plans; ++i) {
     const StagePlan& d = s.plan[i];
     step += items(d);
+    bool awaited = s.ring && !s.chained && d.stage == s.ring_counter;
     for (int j = 0; j < s.plans; ++j) {
       const StagePlan& before = s.plan[j];
       const bool waited = before.tail[0] >= 0 ? d.wait_counter == kTailDone : d.wait_counter == before.stage;
-      if (waited && i != j) fine &= last(before) < first(d);
+      if (waited && i != j) {
+        fine &= last(before) < first(d);
+        least = std::min(least, first(d) - last(before) - 1);
+      }
+      const StagePlan& after = s.plan[j];
+      awaited |= after.wait_counter == (d.tail[0] >= 0 ? kTailDone : d.stage) && i != j;
     }
+    fine &= awaited == bool(d.awaited);
     if (d.wait_counter < 0 && s.ring) {
       fine &= last(s.plan[s.stage_plan[s.ring_counter]]) < first(d) + int64_t{s.ring} * s.step_items;
     }
   }
   out[0] = fine && step == s.step_items;
+  out[1] = least;
 }
 
 // The size in bytes of each tensor of scratch, in the order of Scratch; each starts at a multiple of 256.

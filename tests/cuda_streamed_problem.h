@@ -60,7 +60,7 @@ inline Problem sizes_of(const int64_t* v) {
 // Fills report: fits, scratch bytes, counter words, grid, vector, fold, units, samples a unit, reduce
 // chunks, pool chunks, ring, conv items, stages, shared bytes, lag of the last stage, reduce tiles, blocks a
 // multiprocessor, static shared bytes, map tiles an item that gathers, hidden blocks, whether samples are
-// chained, and whether rows are ragged.
+// chained, whether rows are ragged, and shares of the batch that weight gradients are summed in.
 inline Variant plan_call(const int64_t* sizes, Streamed& k, int64_t* report) {
   k.operation = int32_t(sizes[kOperationAt]);
   const Device device{sizes[kL2At], int32_t(sizes[kMultiprocessorsAt]), int32_t(sizes[kSharedBytesAt])};
@@ -88,7 +88,8 @@ inline Variant plan_call(const int64_t* sizes, Streamed& k, int64_t* report) {
                               k.s.gather_tiles,
                               k.s.hidden_blocks,
                               k.s.chained,
-                              k.s.ragged};
+                              k.s.ragged,
+                              k.s.weight_splits};
     for (int i = 0; i < int(sizeof(values) / sizeof(values[0])); ++i) report[i] = values[i];
   }
   return variant;

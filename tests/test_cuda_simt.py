@@ -151,9 +151,9 @@ def test_an_address_that_is_not_aligned(monkeypatch, layout):
 # layer is a tail's work in the backward; no map, no hidden layer.
 # Blocks of channels in the backward; stages forward and backward.
 LARGE_MLPS = (
-    ((11, 160, 4, 4), Options(hidden=130, kernel=3), 2, (6, 6)),
-    ((3, 160, 16, 20), Options(hidden=210, kernel=3), 2, (6, 5)),
-    ((11, 160, 4, 4), Options(hidden=130, kernel=3, pools=("avg", "max", "lp")), 2, (6, 6)),
+    ((11, 160, 4, 4), Options(hidden=210, kernel=3), 2, (6, 6)),
+    ((1, 160, 16, 20), Options(hidden=210, kernel=3), 2, (6, 5)),
+    ((11, 160, 4, 4), Options(hidden=140, kernel=3, pools=("avg", "max", "lp")), 2, (6, 6)),
     ((5, 160, 4, 4), Options(hidden=220, spatial=False), 2, (4, 5)),
     ((3, 400, 4, 4), Options(hidden=0, kernel=3), 0, (6, 4)),
 )
@@ -162,7 +162,7 @@ LARGE_MLPS = (
 @pytest.mark.parametrize("shape, options, blocks, stages", LARGE_MLPS, ids=str)
 def test_large_mlp_is_cut_into_items(monkeypatch, shape, options, blocks, stages):
     """Several items a unit for each of the MLP's stages, forward and backward, and a last unit that is short."""
-    ops = _check(monkeypatch, make_problem(shape, options), multiprocessors=2, l2=1 << 20)
+    ops = _check(monkeypatch, make_problem(shape, options), multiprocessors=2, l2=2 << 20)
     forward, backward = ops.reports["cbam_forward"], ops.reports["cbam_backward"]
     assert backward["hidden_blocks"] == blocks
     assert (forward["stages"], backward["stages"]) == stages
@@ -273,9 +273,10 @@ SEEN = (
 
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
 def test_plans(gpu):
-    """On every device: all blocks of a launch are resident, and no item waits for one of a later ticket."""
+    """On every device: all blocks of a launch are resident, no item waits for one of a later ticket, and whatever L2
+    holds, a quarter of the blocks has an item between the last that is waited for and the first that waits."""
     lib = cs.library(torch.float32)
-    report, fine, plans = np.zeros(len(cs.REPORT), np.int64), np.zeros(1, np.int64), 0
+    report, order, plans = np.zeros(len(cs.REPORT), np.int64), np.zeros(2, np.int64), 0
     for dtype, operation, layout in itertools.product(cs.ELEMENTS, cs.OPERATIONS, LAYOUTS):
         small = make_problem((1, 8, 2, 2), Options(hidden=5), dtype)
         machine = cs.Machine(multiprocessors=gpu.multiprocessors, l2=gpu.l2 << 20, shared=gpu.block << 10)
@@ -284,15 +285,43 @@ def test_plans(gpu):
             call.sizes[2:8] = (layout == "channels_last", n, c, 1, h, w)
             call.sizes[11] = max(1, c // 16)
             lib.run("plan", call.sizes, report)
-            lib.run("waits_backwards", call.sizes, fine)
+            lib.run("waits_backwards", call.sizes, order)
             plan = dict(zip(cs.REPORT, report.tolist()))
-            case = (dtype, operation, layout, n, c, h, w, plan)
-            assert plan["fits"] and fine[0], case
+            case = (dtype, operation, layout, n, c, h, w, order, plan)
+            assert plan["fits"] and order[0], case
+            assert order[1] >= 2 * gpu.multiprocessors // 4, case
             assert plan["grid"] <= plan["blocks"] * gpu.multiprocessors and plan["blocks"] <= 2, case
             # A KiB of each block is CUDA's own.
             assert plan["blocks"] * (plan["shared"] + plan["static_shared"] + 1024) <= gpu.shared << 10, case
             plans += 1
     assert plans == 4 * 6 * 2 * len(SEEN) * 4
+
+
+def _plan(gpu, operation, shape, hidden, dtype=torch.bfloat16):
+    """The plan of a call on a device, and the least number of tickets between its stages."""
+    small = make_problem((1, 8, 2, 2), Options(hidden=5), dtype)
+    machine = cs.Machine(multiprocessors=gpu.multiprocessors, l2=gpu.l2 << 20, shared=gpu.block << 10)
+    call = cs._Call(operation, small.x, small.p, small.c, cs.NO_NORM, machine)
+    call.sizes[3:8], call.sizes[11] = (*shape[:2], 1, *shape[2:]), hidden
+    report, order = np.zeros(len(cs.REPORT), np.int64), np.zeros(2, np.int64)
+    lib = cs.library(torch.float32)
+    lib.run("plan", call.sizes, report)
+    lib.run("waits_backwards", call.sizes, order)
+    return dict(zip(cs.REPORT, report.tolist())), int(order[1])
+
+
+@pytest.mark.parametrize(
+    "operation, shape, least, most",
+    (
+        ("cbam_forward", (256, 256, 56, 56), 396, 560),  # L2 holds what three halves of 264 blocks touch
+        ("cbam_backward", (256, 256, 56, 56), 66, 160),  # and here not
+        ("attention_backward", (256, 256, 56, 56), 396, 560),  # that reads nothing twice
+        ("cbam_backward", (4, 256, 56, 56), 396, 560),  # a batch that L2 holds
+    ),
+)
+def test_stages_are_as_far_apart_as_l2_allows(operation, shape, least, most):
+    plan, distance = _plan(GPUS["H100 sm_90"], operation, shape, 16)
+    assert plan["blocks"] == 2 and least <= distance <= most, (plan, distance)
 
 
 def test_ragged_rows_that_need_too_much_memory_go_by_elements():
@@ -306,6 +335,25 @@ def test_ragged_rows_that_need_too_much_memory_go_by_elements():
         lib.run("plan", call.sizes, report)
         plan = dict(zip(cs.REPORT, report.tolist()))
         assert plan["fits"] and plan["ragged"] == ragged and plan["vector"] == (8 if ragged else 1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "name",
+    (
+        "plain", "light-norm-eval", "mean-max", "norm-eval", "norm-train", "single-layer", "no-bias", "channel-only",
+        "spatial-only",
+    ),
+)  # fmt: skip
+def test_weight_gradients_in_shares_of_the_batch(monkeypatch, name, layout):
+    """Several items a tile, each with some of the samples, and others that add them up: in the same order always."""
+    problem = make_problem((43, 12, 3, 4), OPTIONS[name], layout=layout)
+    ops = _check(monkeypatch, problem, multiprocessors=24)
+    (report,) = (r for op, r in ops.reports.items() if op in ("cbam_backward", "attention_backward"))
+    assert report["weight_splits"] > 2, report
+    results = run_problem(problem, "cuda")
+    cs.HostOps(cs.Machine(multiprocessors=24, seed=1, resident=1)).installed(monkeypatch)
+    assert all(torch.equal(a, b) for a, b in zip(results, run_problem(problem, "cuda")))
 
 
 def test_weight_gradients_of_many_samples(monkeypatch):
@@ -336,17 +384,11 @@ def test_which_samples_are_chained(call):
         assert dict(zip(cs.REPORT, report.tolist()))["chained"] == CHAINS[call]
 
 
-@pytest.mark.parametrize("n, share", ((16, 16), (256, 10)))
+@pytest.mark.parametrize("n, share", ((2, 2), (16, 4), (256, 4)))
 def test_units_share_the_weights(n, share):
-    """Where L2 does not hold a full pipeline, a unit, which reads the MLP's weights together, is what it does hold."""
-    gpu = GPUS["H100 sm_90"]
-    small = make_problem((1, 8, 2, 2), Options(hidden=5), torch.bfloat16)
-    machine = cs.Machine(multiprocessors=gpu.multiprocessors, l2=gpu.l2 << 20, shared=gpu.block << 10)
-    call = cs._Call("cbam_backward", small.x, small.p, small.c, cs.NO_NORM, machine)
-    call.sizes[3:8], call.sizes[11] = (n, 2048, 1, 7, 7), 128
-    report = np.zeros(len(cs.REPORT), np.int64)
-    cs.library(torch.float32).run("plan", call.sizes, report)
-    assert dict(zip(cs.REPORT, report.tolist()))["unit_samples"] == share
+    """A unit of a large MLP has as many samples as share a read of its weights."""
+    plan, _ = _plan(GPUS["H100 sm_90"], "cbam_backward", (n, 2048, 7, 7), 128)
+    assert plan["unit_samples"] == share
 
 
 def _on_streams(first, second, seed, resident):

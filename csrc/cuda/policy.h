@@ -12,54 +12,88 @@ namespace policy {
 
 struct Builder {
   Streamed& k;
-  int previous = -1;
-  int last_stage = -1;
 
-  // Appends the next stage of the chain; `items` a sample or, with per_unit, a unit.
-  void add(int stage, int lag, int64_t items, bool per_unit) {
+  int64_t items(const StagePlan& d) const { return int64_t{d.items} * (d.per_sample ? k.s.unit_samples : 1); }
+
+  // Appends the next stage, which reads what the one before it left; `items` a sample or, with per_unit, a
+  // unit.
+  void add(int stage, int64_t items, bool per_unit) {
     Schedule& s = k.s;
     StagePlan& d = s.plan[s.plans];
     d = {};
     d.stage = stage;
-    d.lag = lag;
     d.items = static_cast<int32_t>(items);
     d.per_sample = !per_unit;
     std::fill(d.tail, d.tail + kTails, -1);
     d.total = per_unit ? Count{0, d.items} : Count{d.items, 0};
     d.wait_counter = -1;
-    if (previous >= 0) {
-      const StagePlan& before = s.plan[previous];
+    if (s.plans) {
+      StagePlan& before = s.plan[s.plans - 1];
       const bool tailed = before.tail[0] >= 0;
       d.wait_counter = tailed ? kTailDone : before.stage;
       d.wait_for = tailed ? Count{0, 1} : before.total;
+      before.awaited = 1;
     }
-    s.stage_plan[stage] = s.plans;
-    previous = s.plans++;
-    last_stage = stage;
+    s.stage_plan[stage] = s.plans++;
   }
 
   // Appends stages to the tail of the one added last.
   void tail(std::initializer_list<int> stages) {
-    int* at = std::find(k.s.plan[previous].tail, k.s.plan[previous].tail + kTails, -1);
-    std::copy(stages.begin(), stages.end(), at);
+    int* tail = k.s.plan[k.s.plans - 1].tail;
+    std::copy(stages.begin(), stages.end(), std::find(tail, tail + kTails, -1));
   }
 
-  // Puts the stages into the order in which a step draws them.
-  void order(std::initializer_list<int> stages) {
+  // Gives each stage its tickets of a step, in the order in which they were added.
+  void order() {
     Schedule& s = k.s;
-    StagePlan sorted[8];
-    int n = 0;
-    uint32_t first = 0;
-    for (int stage : stages) {
-      const int at = s.stage_plan[stage];
-      if (at < 0) continue;
-      sorted[n] = s.plan[at];
-      sorted[n].first = first;
-      first += sorted[n].items * (sorted[n].per_sample ? s.unit_samples : 1);
-      s.stage_plan[stage] = n++;
+    for (StagePlan* d = s.plan; d < s.plan + s.plans; ++d) {
+      d->first = s.step_items;
+      s.step_items += static_cast<uint32_t>(items(*d));
     }
-    std::copy(sorted, sorted + n, s.plan);
-    s.step_items = first;
+  }
+
+  // Sets how many steps each stage runs behind the first one: as few as leave `distance` tickets between a
+  // unit's last item of a stage and its first of the next, and half as much again where a tail comes between.
+  // Returns the bytes of x's size that other items touch before a tile which L2 has seen is read for the last
+  // time, what the blocks of `grid` have in hand included; zero where nothing is read twice.
+  int64_t spread(int64_t distance, int64_t grid) {
+    Schedule& s = k.s;
+    int64_t streams = 0, first_touch = -1, reuse = 0;
+    for (int i = 0; i < s.plans; ++i) {
+      StagePlan& d = s.plan[i];
+      if (i) {
+        const StagePlan& before = s.plan[i - 1];
+        const int64_t wanted = before.tail[0] >= 0 ? distance * 3 / 2 : distance;
+        d.lag = before.lag + static_cast<int32_t>(ceil_div(wanted, s.step_items));
+      }
+      const int own = x_streams(d.stage);
+      if (!own) continue;
+      streams += own;
+      const int64_t at = int64_t{d.lag} * s.step_items + d.first;
+      if (first_touch >= 0) reuse = std::max(reuse, at - first_touch);
+      // A forward reads the same tensor in each pass, a backward x and dy again after one of both.
+      if (first_touch < 0 || !is_backward(k.operation)) first_touch = at;
+    }
+    if (!reuse || k.operation == kAttentionBackward) return 0;
+    const int64_t sample = k.p.channels * k.p.positions * int64_t{element_bytes(k.p.dtype)};
+    const int64_t touched = (reuse + grid) * streams * sample * s.unit_samples / s.step_items;
+    return std::min(touched, streams * sample * k.p.samples);
+  }
+
+  // Tensors of x's size that a stage reads or writes.
+  static int x_streams(int stage) {
+    switch (stage) {
+      case kPool:
+      case kSpatialPool:
+      case kGateGrad:
+        return 1;
+      case kOutput:
+      case kCross:
+      case kInputGrad:
+        return 2;
+      default:
+        return 0;
+    }
   }
 };
 
@@ -74,36 +108,25 @@ inline uint32_t weight_items(const Problem& p) {
   return static_cast<uint32_t>(items);
 }
 
+// Shares of the batch: as many as give each block an item, of enough samples for a stage of one, at least.
+inline void plan_weights(const Problem& p, Schedule& s, int64_t grid) {
+  const int64_t tiles = weight_items(p);
+  const int64_t wanted = tiles ? grid / tiles : 1, most = ceil_div(p.samples, kLeastShare);
+  s.weight_splits = static_cast<int32_t>(std::max<int64_t>(1, std::min(wanted, most)));
+  s.weight_items = static_cast<uint32_t>(tiles * s.weight_splits);
+  s.join_items =
+      s.weight_splits > 1 ? static_cast<uint32_t>(ceil_div(grad_layout(p).entries, kJoinEntries)) : 0;
+}
+
 }  // namespace policy
 
-// How many units are in flight: the depth of the pipeline, and the samples a unit. `close`: the backward's
-// passes follow each other as soon as they can, since in the usual order L2 would lose a sample between them.
-struct Depth {
-  int32_t lag, unit_samples, blocks;
-  bool close;
-};
-
-inline Depth choose_depth(const Problem& p, int operation, int64_t items, const Device& device) {
-  const int64_t sample = p.channels * p.positions * int64_t{element_bytes(p.dtype)};
-  const int64_t streams = is_backward(operation) ? 3 : 2;
-  const auto fits = [&](int lag, int64_t unit) {
-    const int64_t in_flight = std::min((2 * lag + 2) * unit, p.samples);
-    return in_flight * streams * sample * 2 <= device.l2_bytes;
-  };
-  for (int blocks : {policy::kBlocks, 1}) {
-    for (int lag : {2, 1}) {
-      const int64_t wanted = policy::ceil_div(3 * int64_t{blocks} * device.multiprocessors, 2 * lag * items);
-      const int64_t unit = std::min(std::max<int64_t>(wanted, 1), std::max<int64_t>(p.samples, 1));
-      if (fits(lag, unit)) return {lag, static_cast<int32_t>(unit), blocks, false};
-    }
-  }
-  // Fewer than would keep all blocks busy, but as many as fit: they share what is read of the MLP's weights.
-  int32_t unit = 1;
-  while (fits(1, unit + 1)) ++unit;
-  // Four samples are in flight in the usual order, two and a half in the close one; half as much again is
-  // for blocks that lag behind.
-  const int64_t flow = streams * sample * 3 / 2;
-  return {1, unit, 1, 4 * flow > device.l2_bytes && flow * 5 / 2 <= device.l2_bytes};
+// Samples a unit: as many as make a step that is worth a row of counters and, unless one block is to do a
+// unit's MLP, as share a read of its weights.
+inline int32_t choose_unit(const Problem& p, int64_t products, int64_t items, int64_t grid) {
+  int64_t unit = 1;
+  while (unit < p.samples && unit * items * policy::kLeastSteps < grid) unit *= 2;
+  if (products * unit > policy::kInlineMlp) unit = std::max<int64_t>(unit, kMlpSamples);
+  return static_cast<int32_t>(std::min(unit, std::max<int64_t>(p.samples, 1)));
 }
 
 // As plan_streamed, with samples chained or not.
@@ -121,9 +144,10 @@ inline bool plan_order(Streamed& k, Variant variant, const Device& device, bool 
   s.rows = static_cast<int32_t>(last ? p.positions : p.channels / s.fold);
   s.row_elements = static_cast<int32_t>(last ? p.channels : p.positions * s.fold);
   s.row_vectors = static_cast<int32_t>(ceil_div(s.row_elements, vector));
+  const int64_t grid = int64_t{kBlocks} * device.multiprocessors;
   const bool backward = is_backward(k.operation), gate = p.pools != 0, spatial = p.spatial != kSpatialNone;
-  // The backward's larger items, of which x, dy and dx of one a multiprocessor have to stay in half of L2.
-  const bool large = backward && 3 * device.multiprocessors * kMaxItemBytes <= device.l2_bytes / 2;
+  // The backward's larger items, of which x, dy and dx of one a block have to stay in half of L2.
+  const bool large = backward && 3 * grid * kMaxItemBytes <= device.l2_bytes / 2;
   const auto tiling = [&](bool reduces) {
     if (last) return channels_last_tiling(p, vector, reduces, large, device.multiprocessors);
     return contiguous_tiling(p, s, vector, reduces, backward, large, device.multiprocessors);
@@ -142,15 +166,11 @@ inline bool plan_order(Streamed& k, Variant variant, const Device& device, bool 
 
   const int64_t reduce_items = int64_t{s.reduce.tiles} * s.reduce.chunks;
   const int64_t map_items = s.gather_tiles ? s.conv_items : int64_t{s.map.tiles} * s.map.chunks;
-  const Depth depth = chain ? Depth{1, 1, kBlocks, false}
-                            : choose_depth(p, k.operation, std::max(reduce_items, map_items), device);
-  s.unit_samples = depth.unit_samples;
+  const int64_t products = (p.w1.data ? 2 * p.hidden : p.channels) * p.channels * s.pool_vectors;
+  s.unit_samples = chain ? 1 : choose_unit(p, products, reduce_items + 2 * map_items, grid);
   s.units = static_cast<int32_t>(ceil_div(p.samples, s.unit_samples));
-  const int lag = depth.lag;
   const int64_t groups = ceil_div(s.unit_samples, kMlpSamples);
-
-  const int64_t weights = p.w1.data ? 2 * p.hidden * p.channels : p.channels * p.channels;
-  const bool inline_mlp = weights * s.pool_vectors * s.unit_samples <= kInlineMlp;
+  const bool inline_mlp = products * s.unit_samples <= kInlineMlp;
   // In the backward each thread of an item has one unit of one sample.
   s.hidden_tile = backward ? kThreads / kMlpSamples : p.w1.data ? kHiddenTile : kThreads;
   s.gate_tile = kGateTile;
@@ -162,98 +182,83 @@ inline bool plan_order(Streamed& k, Variant variant, const Device& device, bool 
   switch (k.operation) {
     case kCbamForward:
     case kAttentionForward: {
-      const bool whole = k.operation == kCbamForward;
       if (gate) {
-        b.add(kPool, 0, s.pool_items, false);
+        b.add(kPool, s.pool_items, false);
         if (s.pool_chunks > 1) b.tail({kFinishPools});
         if (inline_mlp) {
           b.tail({kHidden, kGate});
         } else {
-          b.add(kHidden, lag, hidden_items, true);
-          b.add(kGate, lag, gate_items, true);
+          b.add(kHidden, hidden_items, true);
+          b.add(kGate, gate_items, true);
         }
       }
       if (spatial) {
-        b.add(kSpatialPool, gate ? lag : 0, reduce_items, false);
-        b.add(kConv, gate ? 2 * lag : lag, s.conv_items, false);
+        b.add(kSpatialPool, reduce_items, false);
+        b.add(kConv, s.conv_items, false);
       }
-      if (whole) b.add(kOutput, gate && spatial ? 2 * lag : lag, map_items, false);
-      // The wide stages keep dependent narrow ones apart, so that few items find their inputs unfinished.
-      if (inline_mlp)
-        b.order({kConv, kPool, kSpatialPool, kOutput});
-      else
-        b.order({kConv, kHidden, kPool, kGate, kOutput, kSpatialPool});
+      if (k.operation == kCbamForward) b.add(kOutput, map_items, false);
       break;
     }
     case kScaleForward:
-      b.add(kOutput, 0, map_items, false);
-      b.order({kOutput});
+      b.add(kOutput, map_items, false);
       break;
     case kScaleBackward:
-      b.add(kCross, 0, reduce_items, false);
+      b.add(kCross, reduce_items, false);
       s.logits_grad_items =
           s.reduce.chunks > 1 ? static_cast<int32_t>(ceil_div(p.positions, kThreads * 4)) : 0;
-      if (gate || s.logits_grad_items) {
-        b.add(kLogitGrad, lag, (gate ? logit_items : 0) + s.logits_grad_items, false);
-      }
-      b.order({kLogitGrad, kCross});
+      if (gate || s.logits_grad_items)
+        b.add(kLogitGrad, (gate ? logit_items : 0) + s.logits_grad_items, false);
       break;
     default: {
       const bool whole = k.operation == kCbamBackward;
-      const bool close = depth.close && whole && spatial && gate;
+      plan_weights(p, s, grid);
       if (chain) {
-        b.add(whole ? kCross : kGateGrad, 0, 1, false);
+        b.add(whole ? kCross : kGateGrad, 1, false);
         if (whole) b.tail({kGateGrad});
         b.tail({kHiddenGrad, kPoolGrad, kInputGrad});
-        b.order({kCross, kGateGrad});
         s.plan[0].feeds_weights = s.direct_logits = 1;
-        s.weight_items = weight_items(p);
         break;
       }
-      int at = 0;  // lag of the stage to come
-      if (whole && (spatial || gate)) {
-        b.add(kCross, 0, reduce_items, false);
-        at = lag;
-      }
+      if (whole && (spatial || gate)) b.add(kCross, reduce_items, false);
       if (spatial) {
-        if (!s.gather_tiles) b.add(kConvGrad, at, s.conv_items, false);
+        if (!s.gather_tiles) b.add(kConvGrad, s.conv_items, false);
         if (gate) {
-          if (!whole && !s.gather_tiles) at += lag;
-          b.add(kGateGrad, at, map_items, false);
+          b.add(kGateGrad, map_items, false);
           s.direct_logits = s.map.tiles == 1 && s.reduce.tiles == 1;
-          if (!close) at += lag;
         }
       }
       if (gate) {
         const bool blocks = !inline_mlp && p.w1.data;
         if (blocks) {
           s.hidden_blocks = static_cast<int32_t>(ceil_div(p.channels, s.gate_tile));
-          b.add(kLogitGrad, at, gate_items, true);
+          b.add(kLogitGrad, gate_items, true);
           // In a tail where it is one item's work: one stage less to wait for.
           if (s.unit_samples * p.hidden <= kThreads)
             b.tail({kHiddenGrad});
           else
-            b.add(kHiddenGrad, at, hidden_items, true);
+            b.add(kHiddenGrad, hidden_items, true);
         } else if (!s.direct_logits) {
-          b.add(kLogitGrad, at, logit_items, false);
+          b.add(kLogitGrad, logit_items, false);
         }
         if (!inline_mlp) {
-          b.add(kPoolGrad, at, gate_items, true);
+          b.add(kPoolGrad, gate_items, true);
         } else {
           if (p.w1.data) b.tail({kHiddenGrad});
           b.tail({kPoolGrad});
         }
       }
-      if (b.previous >= 0) s.plan[b.previous].feeds_weights = 1;
-      b.add(kInputGrad, at + (gate && !spatial ? lag : 0), map_items, false);
-      // From the first read of dy to the last, nine wide stages are drawn, or in the close order five: the
-      // convolution and the MLP of a unit then have one wide stage less each to hide behind.
-      if (close)
-        b.order({kConvGrad, kGateGrad, kCross, kLogitGrad, kHiddenGrad, kPoolGrad, kInputGrad});
-      else
-        b.order({kConvGrad, kLogitGrad, kCross, kHiddenGrad, kGateGrad, kPoolGrad, kInputGrad});
-      s.weight_items = weight_items(p);
+      if (s.plans) s.plan[s.plans - 1].feeds_weights = 1;
+      b.add(kInputGrad, map_items, false);
     }
+  }
+
+  b.order();
+  // As far apart as keeps blocks from waiting, or as L2 allows.
+  int64_t distance = 0;
+  if (!chain) {
+    int eighths = kFarthest;
+    while (eighths > kNearest && b.spread(distance = grid * eighths / 8, grid) > device.l2_bytes) --eighths;
+    b.spread(distance = grid * eighths / 8, grid);
   }
 
   int deepest = 0;
@@ -267,13 +272,16 @@ inline bool plan_order(Streamed& k, Variant variant, const Device& device, bool 
   }
   if (backward) {
     // A unit takes over the scratch of the unit `ring` before it, which has long finished by then.
-    s.ring = std::min(deepest + 2, std::max(s.units, 1));
+    s.ring = static_cast<int32_t>(std::min(
+        deepest + 1 + std::max<int64_t>(1, ceil_div(distance, s.step_items)), int64_t{std::max(s.units, 1)}));
     if (s.ring == s.units) s.ring = 0;
     if (chain) s.ring = 1;  // a slot for each block
-    s.ring_counter = b.last_stage;
+    s.ring_counter = s.plan[s.plans - 1].stage;
+    if (s.ring && !chain) s.plan[s.stage_plan[s.ring_counter]].awaited = 1;
   }
   const int64_t main = int64_t{s.step_items} * (s.units + deepest);
-  if (main + s.weight_items >= (int64_t{1} << 32) - kThreads * device.multiprocessors) return false;
+  const int64_t weights = int64_t{s.weight_items} + s.join_items;
+  if (main + weights >= (int64_t{1} << 32) - kThreads * device.multiprocessors) return false;
   s.main_items = static_cast<uint32_t>(main);
 
   int64_t shared = s.weight_items ? stage_shared(k, kStageCount, vector) : 0;
@@ -283,17 +291,16 @@ inline bool plan_order(Streamed& k, Variant variant, const Device& device, bool 
       if (stage >= 0) shared = std::max(shared, stage_shared(k, stage, vector));
     }
   }
-  int blocks = depth.blocks;
   if (chain) {
     s.slot_bytes = static_cast<int32_t>(slot_bytes(p));
     shared += s.slot_bytes;
-    // Of each block CUDA takes a KiB, which a multiprocessor has beyond the most that one may ask for.
-    if (2 * (shared + kStaticShared + 1024) > device.shared_bytes + 1024) blocks = 1;
   }
+  // Of each block CUDA takes a KiB, which a multiprocessor has beyond the most that one may ask for.
+  const bool both = kBlocks * (shared + kStaticShared + 1024) <= device.shared_bytes + 1024;
+  const int blocks = both ? kBlocks : 1;
   k.shared_bytes = static_cast<int32_t>(std::min<int64_t>(shared, INT32_MAX));
   k.blocks_per_multiprocessor = blocks;
-  k.grid = static_cast<int32_t>(
-      std::min<int64_t>(main + s.weight_items, int64_t{blocks} * device.multiprocessors));
+  k.grid = static_cast<int32_t>(std::min<int64_t>(main + weights, int64_t{blocks} * device.multiprocessors));
   k.shared_limit = device.shared_bytes - kStaticShared;
   return shared <= k.shared_limit;
 }

@@ -38,7 +38,12 @@ constexpr int64_t kChainPositions = 64;    // most of a map whose samples are ch
 constexpr int64_t kChainBytes = 64 << 10;  // most of a sample, where not every multiprocessor has one
 constexpr int64_t kChainWeights = 3;   // most of the MLP's weights, which each sample then reads, in samples
 constexpr int64_t kChainTerms = 1024;  // channels whose terms an item of a chained sample keeps at a time
-constexpr int kBlocks = 2;             // a multiprocessor, where L2 holds what they have in flight
+constexpr int kBlocks = 2;             // a multiprocessor, where shared memory holds them
+// Tickets between a unit's stages, in eighths of the blocks. With three halves of all blocks hardly an item
+// finds its inputs unfinished (benchmarks/cuda_timeline.py); a quarter at least, whatever L2 holds.
+constexpr int kFarthest = 12, kNearest = 2;
+constexpr int kLeastSteps = 32;  // most steps until each block has had an item: bounds the rows of counters
+constexpr int64_t kLeastShare = 8;  // samples of a weight gradient's item, where the batch has as many
 
 inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;

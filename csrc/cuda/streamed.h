@@ -15,6 +15,7 @@ constexpr int kLogitTile = 32;    // channels an item of kLogitGrad
 constexpr int kWeightStage = 16;  // samples of a matrix' gradient in shared memory at a time
 constexpr int kWeightRows = 8, kWeightColumns = 32;  // the resident tier's tile of such a gradient
 constexpr int kConvColumns = 32;                     // entries an item of the convolution's gradient
+constexpr int kJoinEntries = 4 * kThreads;           // of a matrix' gradient, an item that adds up shares
 constexpr int kRowSums = 4;                          // rows whose sums over lanes are added up together
 
 // Rows and columns an item of a matrix' gradient. Each tile reads the vectors of its rows and of its columns,
@@ -55,11 +56,11 @@ enum Operation : int32_t {
   kScaleBackward
 };
 
-// Counters in the workspace: a ticket, finished blocks, finished weight-gradient inputs, then a row of
-// kCounters a unit, indexed by stage; kTailDone is raised when a stage's tail has run. A stage's tail are the
-// stages that the block which finishes a unit's last item does at once, for the whole unit: small ones or,
-// where a sample is chained, all that are left.
-constexpr int kTicket = 0, kBlocksDone = 1, kReadyForWeights = 2, kUnitCounters = 32;
+// Counters in the workspace: a ticket, finished blocks, finished weight-gradient inputs, finished parts of
+// weight gradients, then a row of kCounters a unit, indexed by stage; kTailDone is raised when a stage's tail
+// has run. A stage's tail are the stages that the block which finishes a unit's last item does at once, for
+// the whole unit: small ones or, where a sample is chained, all that are left.
+constexpr int kTicket = 0, kBlocksDone = 1, kReadyForWeights = 2, kWeightParts = 3, kUnitCounters = 32;
 constexpr int kTailDone = kStageCount, kCounters = 16;
 constexpr int kTails = 4;
 static_assert(kTailDone < kCounters);
@@ -77,6 +78,7 @@ struct StagePlan {
   int32_t wait_counter;  // -1: nothing to wait for
   Count wait_for;
   int32_t tail[kTails];   // stages, -1 after the last
+  int32_t awaited;        // another stage, or a unit that takes over its scratch, waits for its items
   int32_t feeds_weights;  // raises kReadyForWeights
   Count total;            // items of one unit
 };
@@ -100,7 +102,11 @@ struct Schedule {
   int32_t plans;
   int32_t stage_plan[kStageCount];  // index into plan, or -1
   int32_t unit_samples, units;
-  uint32_t step_items, main_items, weight_items;
+  uint32_t step_items, main_items;
+  // Weight gradients: items, each a tile's sum over one of `weight_splits` shares of the batch; and the items
+  // that add those up, none where there is one share.
+  uint32_t weight_items, join_items;
+  int32_t weight_splits;
   uint32_t weights_ready;  // kReadyForWeights' final value
   int32_t ring;            // units whose scratch is alive at a time; 0: all of them
   int32_t ring_counter;    // counter that frees a slot of the ring
@@ -151,7 +157,26 @@ struct Scratch {
   void* hidden_grad;       // (N, pool_vectors, h)
   void* pool_grad;         // (slots, K, C): gradient of each pool, as the input's gradient uses it
   void* conv_parts;        // (N * conv_items, 2 * taps + 2): kernel, sum of dz, sum of dz * conv
+  void* weight_parts;      // (weight_splits, entries of all gradients), in the order of GradLayout
 };
+
+// Where each gradient begins in a row of weight_parts: w2's, b2's, w1's, b1's, and a row like conv_parts'.
+struct GradLayout {
+  int64_t b2, w1, b1, conv, entries;
+};
+CBAM_HOST_DEVICE inline GradLayout grad_layout(const Problem& p) {
+  GradLayout g{};
+  if (p.pools) {
+    g.b2 = p.channels * p.hidden;
+    g.w1 = g.b1 = g.conv = g.b2 + p.channels;
+    if (p.w1.data) {
+      g.b1 = g.w1 + p.hidden * p.channels;
+      g.conv = g.b1 + p.hidden;
+    }
+  }
+  g.entries = g.conv + (p.spatial == kSpatialNone ? 0 : 2 * taps(p) + 2);
+  return g;
+}
 
 struct Streamed {
   Problem p;

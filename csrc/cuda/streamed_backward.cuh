@@ -10,7 +10,9 @@
 
 namespace cbam {
 
-// ---- Weight gradients: sums over the batch in the order of the samples, a stage of them at a time.
+// ---- Weight gradients: sums over the batch in the order of the samples, a stage of them at a time. Where
+// that would leave most blocks idle at the end of the launch, an item has a share of the samples, and the
+// shares are added up in their order by items of their own.
 
 // N values of shared memory, read together.
 template <class A, int N>
@@ -39,12 +41,12 @@ __device__ __forceinline__ void outer_sum(int tile, int rows, int columns, int c
   for (int first = 0; first < count; first += kWeightStage) {
     const int size = min(kWeightStage, count - first);
     if (first) __syncthreads();
-#pragma unroll 2
+#pragma unroll 4
     for (int i = thread; i < kWeightStage * kRows; i += kThreads) {
       const int of = i / kRows, at = i % kRows;
       of_left[i] = of < size && at < height ? left(first + of, r0 + at) : A(0);  // [1]
     }
-#pragma unroll 2
+#pragma unroll 4
     for (int i = thread; i < kWeightStage * kColumns; i += kThreads) {
       const int of = i / kColumns, at = i % kColumns;
       of_right[i] = of < size && at < width ? right(first + of, c0 + at) : A(0);  // [1]
@@ -122,44 +124,72 @@ __device__ __forceinline__ int matrix_tiles(MatrixTile t, int rows, int columns)
   return (rows + t.rows - 1) / t.rows * ((columns + t.columns - 1) / t.columns);
 }
 
-// Entry e of a row of conv_parts, summed over the batch: where it goes.
+// Entry e of a row of conv_parts, summed over the batch: where it goes. Of a blend the first plane's entries
+// are the sums of both planes'.
 template <class T>
 __device__ __forceinline__ void put_conv_grad(const Problem& p, int64_t e, Accumulate<T> sum) {
   using A = Accumulate<T>;
   const Norm<A> norm = load_norm<T>(p);
   const int64_t count = taps(p);
   if (e < 2 * count) {
-    const int64_t plane = e / count, stored = p.spatial == kMaxMean ? plane : 1 - plane;
-    if (p.dconv_weight.data) store_weight<T>(p.dconv_weight, stored * count + e % count, norm.slope * sum);
+    if (p.spatial == kSpatialBlend && e >= count) return;
+    const bool stored_first = p.spatial != kMeanMax;
+    const int64_t at = stored_first ? e : (e + count) % (2 * count);
+    if (p.dconv_weight.data) store_weight<T>(p.dconv_weight, at, norm.slope * sum);
   } else if (e == 2 * count) {
     if (p.dconv_bias.data) store_weight<T>(p.dconv_bias, 0, norm.slope * sum);
     if (p.dbn_bias.data) store_weight<T>(p.dbn_bias, 0, sum);
   }
 }
 
+// The norm's weight needs two sums: sum dz (z - mean) / deviation, with z = conv + bias.
 template <class T>
-__device__ __forceinline__ void conv_weight_item(const Streamed& k, int64_t tile, Shared shared) {
+__device__ __forceinline__ void put_norm_weight_grad(const Problem& p, Accumulate<T> dz,
+                                                     Accumulate<T> dz_conv) {
+  using A = Accumulate<T>;
+  const Norm<A> norm = load_norm<T>(p);
+  const A bias = p.conv_bias.data ? load_weight<T>(p.conv_bias, 0) : A(0);
+  store_weight<T>(p.dbn_weight, 0, norm.inverse_deviation * (dz_conv + (bias - norm.mean) * dz));
+}
+
+// Entry e of a row of weight_parts, summed over the batch.
+template <class T>
+__device__ __forceinline__ void put_grad(const Streamed& k, const GradLayout& g, int64_t e,
+                                         Accumulate<T> sum) {
+  const Problem& p = k.p;
+  if (e >= g.conv) {
+    put_conv_grad<T>(p, e - g.conv, sum);
+  } else if (e >= g.w1) {
+    const WeightGrad& to = e < g.b1 ? p.dw1 : p.db1;
+    if (to.data) store_weight<T>(to, e - (e < g.b1 ? g.w1 : g.b1), sum);
+  } else if (e < g.b2) {
+    if (p.dw2.data) store_weight<T>(p.dw2, e, sum);
+  } else if (p.db2.data) {
+    store_weight<T>(p.db2, e - g.b2, Accumulate<T>(k.s.pool_vectors) * sum);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void conv_weight_item(const Streamed& k, int64_t tile, int64_t first, int64_t rows,
+                                                 Shared shared, Accumulate<T>* parts, const GradLayout& g) {
   using A = Accumulate<T>;
   const Problem& p = k.p;
-  const int64_t count = taps(p), entries = 2 * count + 2, rows = p.samples * k.s.conv_items;
-  const auto part = [&](int64_t i, int64_t e) { return fresh<A>(k.w.conv_parts, i * entries + e); };
-  if (p.spatial == kSpatialBlend) {
-    // Both planes are 0.5 times the one kernel.
-    column_sum<A>(
-        tile, entries, rows, shared,
-        [&](int64_t i, int64_t e) {
-          return e < count ? A(0.5) * (part(i, e) + part(i, count + e)) : part(i, e);
-        },
-        [&](int64_t e, A sum) {
-          if (e < count && p.dconv_weight.data)
-            store_weight<T>(p.dconv_weight, e, load_norm<T>(p).slope * sum);
-          if (e == 2 * count) put_conv_grad<T>(p, e, sum);
-        });
-  } else {
-    column_sum<A>(tile, entries, rows, shared, part, [&](int64_t e, A sum) { put_conv_grad<T>(p, e, sum); });
-  }
-  // The norm's weight needs two sums: sum dz (z - mean) / deviation, with z = conv + bias.
-  if (p.dbn_weight.data && tile == (entries - 1) / kConvColumns) {
+  const int64_t count = taps(p), entries = 2 * count + 2;
+  const auto part = [&](int64_t i, int64_t e) { return fresh<A>(k.w.conv_parts, (first + i) * entries + e); };
+  column_sum<A>(
+      tile, entries, rows, shared,
+      [&](int64_t i, int64_t e) {
+        // Both planes of a blend are 0.5 times the one kernel.
+        if (p.spatial == kSpatialBlend && e < count) return A(0.5) * (part(i, e) + part(i, count + e));
+        return part(i, e);
+      },
+      [&](int64_t e, A sum) {
+        if (parts)
+          store_one(parts + g.conv + e, sum);  // [1]
+        else
+          put_conv_grad<T>(p, e, sum);
+      });
+  if (!parts && p.dbn_weight.data && tile == (entries - 1) / kConvColumns) {
     __syncthreads();
     if (thread_index() < 32) {
       LongSum<A> of_dz, of_dz_conv;
@@ -168,11 +198,7 @@ __device__ __forceinline__ void conv_weight_item(const Streamed& k, int64_t tile
         of_dz_conv.add(part(i, 2 * count + 1));
       }
       const A dz = warp_sum(of_dz.sum), dz_conv = warp_sum(of_dz_conv.sum);
-      const Norm<A> norm = load_norm<T>(p);
-      const A bias = p.conv_bias.data ? load_weight<T>(p.conv_bias, 0) : A(0);
-      if (thread_index() == 0) {
-        store_weight<T>(p.dbn_weight, 0, norm.inverse_deviation * (dz_conv + (bias - norm.mean) * dz));
-      }
+      if (thread_index() == 0) put_norm_weight_grad<T>(p, dz, dz_conv);
     }
   }
 }
@@ -181,41 +207,66 @@ template <class T>
 __device__ __forceinline__ void weight_item(const Streamed& k, int index, Shared shared) {
   using A = Accumulate<T>;
   const Problem& p = k.p;
-  const int vectors = k.s.pool_vectors, samples = static_cast<int>(p.samples);
   const int channels = static_cast<int>(p.channels), hidden = static_cast<int>(p.hidden);
+  const int splits = k.s.weight_splits, tiles = static_cast<int>(k.s.weight_items) / splits;
+  const int split = index / tiles, vectors = k.s.pool_vectors;
+  const int64_t first = p.samples * split / splits, count = p.samples * (split + 1) / splits - first;
+  const GradLayout g = grad_layout(p);
+  A* parts = k.s.join_items ? as<A>(k.w.weight_parts) + split * g.entries : nullptr;
+  const auto give = [&](int64_t e, A sum) {
+    if (parts)
+      store_one(parts + e, sum);  // [1]
+    else
+      put_grad<T>(k, g, e, sum);
+  };
+  index %= tiles;
   if (p.pools) {
     const int of_w2 = matrix_tiles(kTileW2, channels, hidden);
     if (index < of_w2) {
       outer_sum<A, kTileW2.rows, kTileW2.columns>(
-          index, channels, hidden, samples, shared,
-          [&](int n, int c) { return fresh<A>(k.w.logit_grad, n * p.channels + c); },
-          [&](int n, int j) { return fresh<A>(k.w.hidden, n * p.hidden + j); },
-          [&](int c, int j, A sum) {
-            if (p.dw2.data) store_weight<T>(p.dw2, c * p.hidden + j, sum);
-          },
-          [&](int c, A sum) {
-            if (p.db2.data) store_weight<T>(p.db2, c, A(vectors) * sum);
-          });
+          index, channels, hidden, static_cast<int>(count), shared,
+          [&](int n, int c) { return fresh<A>(k.w.logit_grad, (first + n) * p.channels + c); },
+          [&](int n, int j) { return fresh<A>(k.w.hidden, (first + n) * p.hidden + j); },
+          [&](int c, int j, A sum) { give(c * p.hidden + j, sum); },
+          [&](int c, A sum) { give(g.b2 + c, sum); });
       return;
     }
     index -= of_w2;
     const int of_w1 = p.w1.data ? matrix_tiles(kTileW1, hidden, channels) : 0;
     if (index < of_w1) {
       outer_sum<A, kTileW1.rows, kTileW1.columns>(
-          index, hidden, channels, samples * vectors, shared,
-          [&](int i, int j) { return fresh<A>(k.w.hidden_grad, i * p.hidden + j); },
-          [&](int i, int c) { return mlp_input<A>(p, i / vectors, i % vectors, c); },
-          [&](int j, int c, A sum) {
-            if (p.dw1.data) store_weight<T>(p.dw1, j * p.channels + c, sum);
-          },
-          [&](int j, A sum) {
-            if (p.db1.data) store_weight<T>(p.db1, j, sum);
-          });
+          index, hidden, channels, static_cast<int>(count) * vectors, shared,
+          [&](int i, int j) { return fresh<A>(k.w.hidden_grad, (first * vectors + i) * p.hidden + j); },
+          [&](int i, int c) { return mlp_input<A>(p, first + i / vectors, i % vectors, c); },
+          [&](int j, int c, A sum) { give(g.w1 + j * p.channels + c, sum); },
+          [&](int j, A sum) { give(g.b1 + j, sum); });
       return;
     }
     index -= of_w1;
   }
-  if (p.spatial) conv_weight_item<T>(k, index, shared);
+  if (p.spatial)
+    conv_weight_item<T>(k, index, first * k.s.conv_items, count * k.s.conv_items, shared, parts, g);
+}
+
+// Adds up the shares of one range of entries.
+template <class T>
+__device__ __forceinline__ void join_item(const Streamed& k, int index) {
+  using A = Accumulate<T>;
+  const Problem& p = k.p;
+  const GradLayout g = grad_layout(p);
+  const auto joined = [&](int64_t e) {
+    LongSum<A> total;
+#pragma unroll 8
+    for (int i = 0; i < k.s.weight_splits; ++i)
+      total.add(fresh<A>(k.w.weight_parts, i * g.entries + e));  // [1]
+    return total.sum;
+  };
+  const int64_t first = int64_t{index} * kJoinEntries, last = min(first + kJoinEntries, g.entries);
+  for (int64_t e = first + thread_index(); e < last; e += kThreads) {
+    const A sum = joined(e);
+    put_grad<T>(k, g, e, sum);
+    if (e == g.entries - 1 && p.spatial && p.dbn_weight.data) put_norm_weight_grad<T>(p, joined(e - 1), sum);
+  }
 }
 
 template <class Tr>
@@ -284,7 +335,12 @@ __global__ void __launch_bounds__(kThreads, Tr::kBlocks) streamed_backward_kerne
   take_slot<typename Tr::A>(&k, memory);
   run_items(
       k, [&](const Item& item) { backward_item<Tr>(k, item, shared); },
-      [&](int index) { weight_item<typename Tr::T>(k, index, shared); });
+      [&](int index, bool join) {
+        if (join)
+          join_item<typename Tr::T>(k, index);
+        else
+          weight_item<typename Tr::T>(k, index, shared);
+      });
 }
 
 }  // namespace cbam

@@ -124,7 +124,7 @@ __device__ __forceinline__ uint32_t expected(Count c, int64_t samples) {
 
 // What a block is at: kept in shared memory, where it takes no registers while a stage runs.
 struct Work {
-  enum Kind { kMain, kWeights, kNothing, kEnd };
+  enum Kind { kMain, kWeights, kJoin, kNothing, kEnd };
   int kind;
   int plan;
   int turn;   // in the tail of plan
@@ -135,8 +135,13 @@ struct Work {
   __device__ __forceinline__ void take(const Streamed& k, uint32_t ticket) {
     const Schedule& s = k.s;
     if (ticket >= s.main_items) {
-      kind = ticket < s.main_items + s.weight_items ? kWeights : kEnd;
-      item.index = static_cast<int>(ticket - s.main_items);
+      uint32_t index = ticket - s.main_items;
+      kind = kWeights;
+      if (index >= s.weight_items) {
+        index -= s.weight_items;
+        kind = index < s.join_items ? kJoin : kEnd;
+      }
+      item.index = static_cast<int>(index);
       return;
     }
     // The first and last steps are not full: some tickets stand for units outside the batch.
@@ -181,7 +186,8 @@ struct Work {
       item.whole = again = 1;
       return;
     }
-    ptx::add_release(unit + (turn ? kTailDone : d.stage), 1);
+    // Only where somebody waits: the release would hold this block up until its stores are done.
+    if (d.awaited) ptx::add_release(unit + (turn ? kTailDone : d.stage), 1);
     if (d.feeds_weights) ptx::add_release(k.w.counters + kReadyForWeights, 1);
   }
 };
@@ -201,8 +207,8 @@ __device__ __forceinline__ void wait_for_inputs(const Streamed& k, const StagePl
 }
 
 // Runs every item of the launch. `body(item)` does one item's work, or a whole unit's where item.whole is
-// set, `weights(index)` one item of the weight gradients. Both are entered by the whole block, after a
-// barrier.
+// set, `weights(index, join)` one item of the weight gradients, or one that joins shares of them. Both are
+// entered by the whole block, after a barrier.
 template <class Body, class Weights>
 __device__ __forceinline__ void run_items(const Streamed& k, Body body, Weights weights) {
   CBAM_SHARED(work, Work);
@@ -231,12 +237,20 @@ __device__ __forceinline__ void run_items(const Streamed& k, Body body, Weights 
       } while (work.again);
     } else {
       if (leader) drawn = next;
-      if (work.kind == Work::kWeights) {
-        if (leader) wait_for(k.w.counters + kReadyForWeights, s.weights_ready);
+      const bool join = work.kind == Work::kJoin;
+      if (join || work.kind == Work::kWeights) {
+        if (leader) {
+          if (join)
+            wait_for(k.w.counters + kWeightParts, s.weight_items);
+          else
+            wait_for(k.w.counters + kReadyForWeights, s.weights_ready);
+        }
         __syncthreads();
-        weights(work.item.index);
+        weights(work.item.index, join);
       }
       __syncthreads();
+      if (leader && !join && work.kind == Work::kWeights && s.join_items)
+        ptx::add_release(k.w.counters + kWeightParts, 1);
     }
   }
   // The counter of finished blocks wraps to zero by itself; the last block clears the others, which
@@ -253,6 +267,7 @@ __device__ __forceinline__ void run_items(const Streamed& k, Body body, Weights 
     if (leader) {
       ptx::store(k.w.counters + kTicket, 0u);
       ptx::store(k.w.counters + kReadyForWeights, 0u);
+      ptx::store(k.w.counters + kWeightParts, 0u);
     }
   }
 }

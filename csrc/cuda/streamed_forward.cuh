@@ -246,11 +246,12 @@ __device__ __forceinline__ void forward_item(const Streamed& k, const Item& item
       pool_stage<Tr>(k, item, shared);
       break;
     case kHidden:
-      hidden_stage<T>(k, mlp_range(item, k.p.hidden, k.s.hidden_tile), shared);
+    case kGate: {
+      const bool to_hidden = item.stage == kHidden;
+      const int64_t rows = to_hidden ? k.p.hidden : k.p.channels;
+      mlp_stage<T>(k, mlp_range(item, rows, to_hidden ? k.s.hidden_tile : k.s.gate_tile), to_hidden, shared);
       break;
-    case kGate:
-      gate_stage<T>(k, mlp_range(item, k.p.channels, k.s.gate_tile), shared);
-      break;
+    }
     case kSpatialPool:
       if constexpr (kLast) {
         if (split)
@@ -287,7 +288,7 @@ __global__ void __launch_bounds__(kThreads, Tr::kBlocks) streamed_forward_kernel
   CBAM_SHARED(k, Streamed);
   const Shared shared{memory, memory};
   share_parameters(launch, &k);
-  run_items(k, [&](const Item& item) { forward_item<Tr>(k, item, shared); }, [](int) {});
+  run_items(k, [&](const Item& item) { forward_item<Tr>(k, item, shared); }, [](int, bool) {});
 }
 
 }  // namespace cbam

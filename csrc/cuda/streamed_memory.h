@@ -139,6 +139,7 @@ void visit_scratch(Streamed& k, Visit visit) {
   take(w.hidden_grad, mlp_grad && p.w1.data, n * s.pool_vectors * p.hidden * a);
   take(w.pool_grad, runs(kInputGrad) && p.pools, slots * pool_count(p.pools) * p.channels * a);
   take(w.conv_parts, runs(kConvGrad) || s.gather_tiles, n * s.conv_items * (2 * taps(p) + 2) * a);
+  take(w.weight_parts, s.join_items, s.weight_splits * grad_layout(p).entries * a);
 }
 
 // Behind each tensor of scratch: where the host checks accesses by address, what runs out of one must not

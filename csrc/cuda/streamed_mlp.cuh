@@ -12,48 +12,9 @@ __device__ __forceinline__ void stage_vectors(A* staged, int64_t v, int valid, i
                                               Vector vector) {
 #pragma unroll 1
   for (int u = 0; u < valid; ++u) {
+#pragma unroll 4
     for (int i = thread_index(); i < count; i += kThreads)
       staged[u * kMlpStage + i] = vector(v + u, first + i);
-  }
-}
-
-// dot(row r of m, vector v) for rows [r0, r1) and `count` vectors of `length`. `vector(v, i)` is an
-// element; `out(r, v, valid, dots)` gets up to `batch` of them at once, in one lane.
-template <class T, class Vector, class Out>
-__device__ __forceinline__ void row_dot(const Weight& m, int r0, int r1, int64_t length, int64_t count,
-                                        int batch, Shared shared, Vector vector, Out out) {
-  using A = Accumulate<T>;
-  A* staged = shared.take<A>(kBatch * kMlpStage);
-  int lanes = 1;
-  while (lanes < 32 && lanes * 16 <= length) lanes *= 2;
-  const int lane = thread_index() & (lanes - 1), team = thread_index() / lanes;
-  for (int64_t v = 0; v < count; v += batch) {
-    const int valid = static_cast<int>(min(int64_t{batch}, count - v));
-    for (int base = r0; base < r1; base += kThreads / lanes) {
-      const int r = base + team;
-      A acc[kBatch] = {};
-      for (int64_t first = 0; first < length; first += kMlpStage) {
-        const int size = static_cast<int>(min(int64_t{kMlpStage}, length - first));
-        if (base == r0 || length > kMlpStage) {
-          __syncthreads();
-          stage_vectors(staged, v, valid, first, size, vector);
-          __syncthreads();
-        }
-        if (r < r1) {
-#pragma unroll 4
-          for (int i = lane; i < size; i += lanes) {
-            const A w = load_weight<T>(m, int64_t{r} * length + first + i);  // [1]
-#pragma unroll
-            for (int u = 0; u < kBatch; ++u) {
-              if (u < valid) acc[u] += w * staged[u * kMlpStage + i];
-            }
-          }
-        }
-      }
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) acc[u] = lanes_sum(acc[u], lanes);
-      if (r < r1 && lane == 0) out(r, v, valid, acc);
-    }
   }
 }
 
@@ -73,6 +34,61 @@ struct MatrixVector<T, void, 1> {
   __device__ __forceinline__ void unpack(Accumulate<T> (&v)[1]) const { v[0] = value; }
 };
 
+// dot(row r of m, vector v) for rows [r0, r1) and `count` vectors of `length`. `vector(v, i)` is an
+// element; `out(r, v, valid, dots)` gets up to `batch` of them at once, in one lane. A lane has V elements of
+// a row at a time, one vector W of memory; without W, V is 1, and m's elements are of either dtype.
+template <class T, class W, int V, class Vector, class Out>
+__device__ __forceinline__ void row_dot_by(MatrixVector<T, W, V>, const Weight& m, int r0, int r1, int length,
+                                           int count, int batch, Shared shared, Vector vector, Out out) {
+  using A = Accumulate<T>;
+  constexpr int kAhead = 4;
+  A* staged = shared.take<A>(kBatch * kMlpStage);
+  int lanes = 1;
+  while (lanes < 32 && lanes * 16 <= length) lanes *= 2;
+  const int lane = thread_index() & (lanes - 1), team = thread_index() / lanes;
+  for (int v = 0; v < count; v += batch) {
+    const int valid = min(batch, count - v);
+    for (int base = r0; base < r1; base += kThreads / lanes) {
+      const int r = base + team;
+      A acc[kBatch] = {};
+      for (int first = 0; first < length; first += kMlpStage) {
+        const int size = min(kMlpStage, length - first);
+        if (base == r0 || length > kMlpStage) {
+          __syncthreads();
+          stage_vectors(staged, v, valid, first, size, vector);
+          __syncthreads();
+        }
+        if (r >= r1) continue;
+#pragma unroll 1
+        for (int i = lane * V; i < size; i += kAhead * lanes * V) {
+          MatrixVector<T, W, V> ahead[kAhead] = {};
+#pragma unroll
+          for (int u = 0; u < kAhead; ++u) {
+            const int at = i + u * lanes * V;
+            if (at < size) ahead[u].load(m, int64_t{r} * length + first + at);  // [V]
+          }
+#pragma unroll
+          for (int u = 0; u < kAhead; ++u) {
+            const int at = i + u * lanes * V;
+            if (at >= size) break;
+            A w[V];
+            ahead[u].unpack(w);
+#pragma unroll
+            for (int n = 0; n < kBatch; ++n) {
+              if (n >= valid) break;
+#pragma unroll
+              for (int j = 0; j < V; ++j) acc[n] += w[j] * staged[n * kMlpStage + at + j];
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kBatch; ++n) acc[n] = lanes_sum(acc[n], lanes);
+      if (r < r1 && lane == 0) out(r, v, valid, acc);
+    }
+  }
+}
+
 // A range of rows and of columns of a learnt matrix.
 struct MatrixRange {
   int r0, r1, c0, c1;
@@ -82,8 +98,9 @@ struct MatrixRange {
 // sum_r m[r][c] * vector(v, r) over the range's rows for its columns; out(c, v, sum). A thread has V columns,
 // one vector W of memory; without W, V is 1, and m's elements are of either dtype.
 template <class T, class W, int V, class Vector, class Out>
-__device__ __forceinline__ void column_dot_by(const Weight& m, const MatrixRange& range, int count,
-                                              Shared shared, Vector vector, Out out) {
+__device__ __forceinline__ void column_dot_by(MatrixVector<T, W, V>, const Weight& m,
+                                              const MatrixRange& range, int count, Shared shared,
+                                              Vector vector, Out out) {
   using A = Accumulate<T>;
   constexpr int kAhead = 4;
   constexpr int kPitch = kThreads + 32 / V;  // parts are read in the order of columns: no conflicts
@@ -150,20 +167,33 @@ __device__ __forceinline__ void column_dot_by(const Weight& m, const MatrixRange
   }
 }
 
-// column_dot_by by 16 bytes where all rows of the range are aligned to them, else by elements.
+// body(MatrixVector) with the widest vector W of m's memory, V elements, that begins at all multiples of
+// `extents`, a bitwise or of them; with a single element where that is none.
+template <class T, class Body>
+__device__ __forceinline__ void with_matrix_vector(const Weight& m, int extents, Body body) {
+  constexpr int kNarrow = kVector<T>, kWide = kVector<float>;
+  const bool wide = sizeof(T) == 2 && m.wide;
+  if (reinterpret_cast<uintptr_t>(m.data) % 16 || extents % (wide ? kWide : kNarrow)) {
+    body(MatrixVector<T, void, 1>{});
+  } else if (!wide) {
+    body(MatrixVector<T, T, kNarrow>{});
+  } else if constexpr (sizeof(T) == 2) {
+    body(MatrixVector<T, float, kWide>{});
+  }
+}
+
+template <class T, class Vector, class Out>
+__device__ __forceinline__ void row_dot(const Weight& m, int r0, int r1, int length, int count, int batch,
+                                        Shared shared, Vector vector, Out out) {
+  with_matrix_vector<T>(
+      m, length, [&](auto by) { row_dot_by<T>(by, m, r0, r1, length, count, batch, shared, vector, out); });
+}
+
 template <class T, class Vector, class Out>
 __device__ __forceinline__ void column_dot(const Weight& m, const MatrixRange& range, int count,
                                            Shared shared, Vector vector, Out out) {
-  constexpr int kNarrow = kVector<T>, kWide = kVector<float>;
-  const bool wide = sizeof(T) == 2 && m.wide;
-  const int all = range.c0 | range.c1 | range.stride;
-  if (reinterpret_cast<uintptr_t>(m.data) % 16 || all % (wide ? kWide : kNarrow)) {
-    column_dot_by<T, void, 1>(m, range, count, shared, vector, out);
-  } else if (!wide) {
-    column_dot_by<T, T, kNarrow>(m, range, count, shared, vector, out);
-  } else if constexpr (sizeof(T) == 2) {
-    column_dot_by<T, float, kWide>(m, range, count, shared, vector, out);
-  }
+  with_matrix_vector<T>(m, range.c0 | range.c1 | range.stride,
+                        [&](auto by) { column_dot_by<T>(by, m, range, count, shared, vector, out); });
 }
 
 // What the MLP reads: channel c of input j of sample n.
@@ -214,45 +244,40 @@ __device__ __forceinline__ void put_summed_inputs(const Streamed& k, const MlpRa
   }
 }
 
-// hidden[n][j] = sum over the inputs of relu(w1 u + b1), and for backward what the ReLU sees.
+// Products with the rows of a matrix, one piece of code for both layers, as it is large. With `to_hidden`
+// hidden[n][j] = sum over the inputs of relu(w1 u + b1), and for backward what the ReLU sees; else the
+// channel gate.
 template <class T>
-__device__ __forceinline__ void hidden_stage(const Streamed& k, MlpRange r, Shared shared) {
+__device__ __forceinline__ void mlp_stage(const Streamed& k, const MlpRange& r, bool to_hidden,
+                                          Shared shared) {
   using A = Accumulate<T>;
   const Problem& p = k.p;
   const int vectors = k.s.pool_vectors;
-  if (!p.w1.data) return put_summed_inputs<A>(k, r);
+  if (to_hidden && !p.w1.data) return put_summed_inputs<A>(k, r);
   row_dot<T>(
-      p.w1, r.begin, r.end, p.channels, r.samples * vectors, whole_samples(vectors), shared,
-      [&](int64_t v, int64_t c) { return mlp_input<A>(p, r.sample + v / vectors, v % vectors, c); },
-      [&](int64_t j, int64_t v, int valid, const A(&dots)[kBatch]) {
-        const A b = bias<T>(p.b1, j);
+      to_hidden ? p.w1 : p.w2, r.begin, r.end, static_cast<int>(to_hidden ? p.channels : p.hidden),
+      to_hidden ? r.samples * vectors : r.samples, to_hidden ? whole_samples(vectors) : kBatch, shared,
+      [&](int v, int i) {
+        return to_hidden ? mlp_input<A>(p, r.sample + v / vectors, v % vectors, i)
+                         : fresh<A>(k.w.hidden, (r.sample + v) * p.hidden + i);
+      },
+      [&](int i, int v, int valid, const A(&dots)[kBatch]) {
+        const A b = to_hidden ? bias<T>(p.b1, i) : A(vectors) * bias<T>(p.b2, i);
         A sum = 0;
 #pragma unroll
         for (int u = 0; u < kBatch; ++u) {
           if (u >= valid) break;
           const A before = dots[u] + b;
-          if (p.hidden_layer) put(p.hidden_layer, (r.sample * vectors + v + u) * p.hidden + j, before);
+          if (!to_hidden) {
+            put(p.channel_gate, (r.sample + v + u) * p.channels + i, sigmoid(before));
+            continue;
+          }
+          if (p.hidden_layer) put(p.hidden_layer, (r.sample * vectors + v + u) * p.hidden + i, before);
           sum += relu(before);
           if ((u + 1) % vectors == 0) {
-            put(k.w.hidden, (r.sample + (v + u) / vectors) * p.hidden + j, sum);
+            put(k.w.hidden, (r.sample + (v + u) / vectors) * p.hidden + i, sum);
             sum = 0;
           }
-        }
-      });
-}
-
-template <class T>
-__device__ __forceinline__ void gate_stage(const Streamed& k, MlpRange r, Shared shared) {
-  using A = Accumulate<T>;
-  const Problem& p = k.p;
-  row_dot<T>(
-      p.w2, r.begin, r.end, p.hidden, r.samples, kBatch, shared,
-      [&](int64_t v, int64_t j) { return fresh<A>(k.w.hidden, (r.sample + v) * p.hidden + j); },
-      [&](int64_t c, int64_t v, int valid, const A(&dots)[kBatch]) {
-        const A b = A(k.s.pool_vectors) * bias<T>(p.b2, c);
-#pragma unroll
-        for (int u = 0; u < kBatch; ++u) {
-          if (u < valid) put(p.channel_gate, (r.sample + v + u) * p.channels + c, sigmoid(dots[u] + b));
         }
       });
 }
