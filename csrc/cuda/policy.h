@@ -146,11 +146,12 @@ inline bool plan_order(Streamed& k, Variant variant, const Device& device, bool 
   s.row_vectors = static_cast<int32_t>(ceil_div(s.row_elements, vector));
   const int64_t grid = int64_t{kBlocks} * device.multiprocessors;
   const bool backward = is_backward(k.operation), gate = p.pools != 0, spatial = p.spatial != kSpatialNone;
-  // The backward's larger items, of which x, dy and dx of one a block have to stay in half of L2.
+  // The backward's items are larger where x, dy and dx of one a block stay in half of L2.
   const bool large = backward && 3 * grid * kMaxItemBytes <= device.l2_bytes / 2;
+  const int64_t grad_item = large ? kMaxItemBytes : backward ? kItemBytes : 0;
   const auto tiling = [&](bool reduces) {
-    if (last) return channels_last_tiling(p, vector, reduces, large, device.multiprocessors);
-    return contiguous_tiling(p, s, vector, reduces, backward, large, device.multiprocessors);
+    if (last) return channels_last_tiling(p, vector, reduces, grad_item, device.multiprocessors);
+    return contiguous_tiling(p, s, vector, reduces, grad_item, device.multiprocessors);
   };
   s.reduce = tiling(true);
   s.map = tiling(false);

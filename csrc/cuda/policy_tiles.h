@@ -104,22 +104,24 @@ inline Variant choose_variant(const Problem& p, bool aligned) {
 
 namespace policy {
 
-// Positions of the backward's tiles of kMaxItemBytes. The wider a tile, the fewer sums are left for each
+// Positions of the backward's tiles of `item` bytes. The wider a tile, the fewer sums are left for each
 // channel, and the fewer channels it has, so that more are left for each position: twice the width where that
 // makes fewer, and keeps all multiprocessors busy.
-inline int64_t grad_positions(const Problem& p, int sms) {
+inline int64_t grad_positions(const Problem& p, int64_t item, int sms) {
   const int64_t narrow = kGradTileBytes / element_bytes(p.dtype);
   const auto tiles = [&](int64_t width) { return ceil_div(p.positions, width); };
   const auto chunks = [&](int64_t width) {
-    return ceil_div(p.channels * width * element_bytes(p.dtype), kMaxItemBytes);
+    return ceil_div(p.channels * width * element_bytes(p.dtype), item);
   };
   const auto sums = [&](int64_t width) { return tiles(width) * p.channels + chunks(width) * p.positions; };
   const bool busy = p.samples * tiles(2 * narrow) * chunks(2 * narrow) >= 2 * sms;
   return busy && sums(2 * narrow) < sums(narrow) ? 2 * narrow : narrow;
 }
 
-inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector, bool reduces, bool backward,
-                                bool large, int sms) {
+// `grad_item`: what an item of the backward reads of x, about; 0 in the forward.
+inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector, bool reduces,
+                                int64_t grad_item, int sms) {
+  const bool backward = grad_item, large = grad_item > kItemBytes;
   Tiling t{};
   const int64_t vector_bytes = int64_t{vector} * element_bytes(p.dtype);
   const int64_t row_bytes = s.row_elements * int64_t{element_bytes(p.dtype)};
@@ -129,10 +131,11 @@ inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector,
     t.tiles = 1;
     int64_t rows = std::max<int64_t>(1, kItemBytes / row_bytes);
     // Each chunk of a reduction leaves sums a position, and each of the backward's passes reads gradients a
-    // position: few chunks where there are many samples.
+    // position: few chunks where there are many samples, unless a backward's would take L2 too long.
+    const bool few = large || !backward;
     if (reduces || (large && p.samples * ceil_div(s.rows, rows) > sms))
-      rows = std::max<int64_t>(rows, 512 / element_bytes(p.dtype) / s.fold);
-    if ((reduces || large) && p.samples * ceil_div(s.rows, rows) > 4 * sms) rows *= 2;
+      rows = std::max<int64_t>(rows, (few ? 512 : 256) / element_bytes(p.dtype) / s.fold);
+    if (((few && reduces) || large) && p.samples * ceil_div(s.rows, rows) > 4 * sms) rows *= 2;
     t.chunks = static_cast<int32_t>(ceil_div(s.rows, rows));
     t.chunk_rows = static_cast<int32_t>(ceil_div(s.rows, t.chunks));
     t.chunks = static_cast<int32_t>(ceil_div(s.rows, t.chunk_rows));
@@ -152,9 +155,9 @@ inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector,
     t.chunks = static_cast<int32_t>(ceil_div(s.rows, t.chunk_rows));
     return t;
   }
-  const bool wide = large && (!reduces || s.rows * int64_t{kTileBytes} >= kItemBytes / 2);
+  const bool wide = backward && (!reduces || s.rows * int64_t{kTileBytes} >= kItemBytes / 2);
   int width = kTileBytes;
-  if (wide) width = static_cast<int>(grad_positions(p, sms) * element_bytes(p.dtype));
+  if (wide) width = static_cast<int>(grad_positions(p, grad_item, sms) * element_bytes(p.dtype));
   if (!wide && s.rows * int64_t{width} > kMaxItemBytes) width = kMinTileBytes;
   while (s.rows * int64_t{width} * 2 <= (large ? kItemBytes : kItemBytes / 2)) width *= 2;
   t.columns = static_cast<int32_t>(std::min<int64_t>(32, ceil_power(ceil_div(width, vector_bytes))));
@@ -164,7 +167,7 @@ inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector,
   t.tiles = static_cast<int32_t>(ceil_div(s.row_vectors, t.columns));
   t.chunk_rows = s.rows;
   if (wide || !reduces) {
-    int64_t rows = (wide ? kMaxItemBytes : kItemBytes) / (t.columns * vector_bytes);
+    int64_t rows = (wide ? grad_item : kItemBytes) / (t.columns * vector_bytes);
     if (!reduces) rows = std::min<int64_t>(rows, kMaxTermRows);
     t.chunk_rows = static_cast<int32_t>(ceil_div(s.rows, ceil_div(s.rows, rows)));
   }
@@ -172,19 +175,19 @@ inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector,
   return t;
 }
 
-inline Tiling channels_last_tiling(const Problem& p, int vector, bool reduces, bool large, int sms) {
+inline Tiling channels_last_tiling(const Problem& p, int vector, bool reduces, int64_t grad_item, int sms) {
   Tiling t{};
   const int64_t row_bytes = p.channels * int64_t{element_bytes(p.dtype)};
   const int64_t row_vectors = ceil_div(p.channels, vector);
   t.columns = std::max(kRowSums, std::min(32, ceil_power(row_vectors)));
   t.columns_log2 = log2_of(t.columns);
   int64_t positions = kTileBytes / element_bytes(p.dtype);
-  const bool wide = large && (!reduces || positions * row_bytes >= kItemBytes / 2);
+  const bool wide = grad_item && (!reduces || positions * row_bytes >= kItemBytes / 2);
   if (wide)
-    positions = grad_positions(p, sms);
+    positions = grad_positions(p, grad_item, sms);
   else if (positions * row_bytes > kMaxItemBytes)
     positions /= 2;
-  const int64_t least = large ? kItemBytes : kItemBytes / 2;
+  const int64_t least = std::max(grad_item, kItemBytes) / 2;
   positions = std::max(positions, std::min<int64_t>(least / row_bytes, kThreads));
   // One tile leaves no partial sums of channels; two would halve what an item has to do.
   if (wide && 2 * p.samples * ceil_div(row_vectors, t.columns) >= sms &&
@@ -196,10 +199,10 @@ inline Tiling channels_last_tiling(const Problem& p, int vector, bool reduces, b
   t.chunk_rows = static_cast<int32_t>(row_vectors);
   if (wide) {
     const int64_t column_bytes = int64_t{t.positions} * vector * element_bytes(p.dtype);
-    if (t.positions < p.positions && t.columns > kRowSums && t.columns * column_bytes > kMaxItemBytes)
+    if (t.positions < p.positions && t.columns > kRowSums && t.columns * column_bytes > grad_item)
       --t.columns_log2;
     t.columns = 1 << t.columns_log2;
-    const int64_t slices = std::max<int64_t>(1, kMaxItemBytes / (t.columns * column_bytes));
+    const int64_t slices = std::max<int64_t>(1, grad_item / (t.columns * column_bytes));
     t.chunk_rows = static_cast<int32_t>(std::min(row_vectors, slices * t.columns));
   }
   t.chunks = static_cast<int32_t>(ceil_div(row_vectors, t.chunk_rows));
