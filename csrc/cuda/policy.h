@@ -129,8 +129,8 @@ inline int32_t choose_unit(const Problem& p, int64_t products, int64_t items, in
   return static_cast<int32_t>(std::min(unit, std::max<int64_t>(p.samples, 1)));
 }
 
-// As plan_streamed, with samples chained or not.
-inline bool plan_order(Streamed& k, Variant variant, const Device& device, bool chain) {
+// As plan_streamed, with samples chained or not, and with the backward's larger items or not.
+inline bool plan_order(Streamed& k, Variant variant, const Device& device, bool chain, bool large) {
   using namespace policy;
   const Problem& p = k.p;
   Schedule& s = k.s;
@@ -146,8 +146,6 @@ inline bool plan_order(Streamed& k, Variant variant, const Device& device, bool 
   s.row_vectors = static_cast<int32_t>(ceil_div(s.row_elements, vector));
   const int64_t grid = int64_t{kBlocks} * device.multiprocessors;
   const bool backward = is_backward(k.operation), gate = p.pools != 0, spatial = p.spatial != kSpatialNone;
-  // The backward's items are larger where x, dy and dx of one a block stay in half of L2.
-  const bool large = backward && 3 * grid * kMaxItemBytes <= device.l2_bytes / 2;
   const int64_t grad_item = large ? kMaxItemBytes : backward ? kItemBytes : 0;
   const auto tiling = [&](bool reduces) {
     if (last) return channels_last_tiling(p, vector, reduces, grad_item, device.multiprocessors);
@@ -255,11 +253,11 @@ inline bool plan_order(Streamed& k, Variant variant, const Device& device, bool 
 
   b.order();
   // As far apart as keeps blocks from waiting, or as L2 allows.
-  int64_t distance = 0;
   if (!chain) {
     int eighths = kFarthest;
-    while (eighths > kNearest && b.spread(distance = grid * eighths / 8, grid) > device.l2_bytes) --eighths;
-    b.spread(distance = grid * eighths / 8, grid);
+    while (eighths > kNearest && b.spread(grid * eighths / 8, grid) > device.l2_bytes) --eighths;
+    s.distance = static_cast<int32_t>(grid * eighths / 8);
+    b.spread(s.distance, grid);
   }
 
   int deepest = 0;
@@ -273,8 +271,9 @@ inline bool plan_order(Streamed& k, Variant variant, const Device& device, bool 
   }
   if (backward) {
     // A unit takes over the scratch of the unit `ring` before it, which has long finished by then.
-    s.ring = static_cast<int32_t>(std::min(
-        deepest + 1 + std::max<int64_t>(1, ceil_div(distance, s.step_items)), int64_t{std::max(s.units, 1)}));
+    s.ring =
+        static_cast<int32_t>(std::min(deepest + 1 + std::max<int64_t>(1, ceil_div(s.distance, s.step_items)),
+                                      int64_t{std::max(s.units, 1)}));
     if (s.ring == s.units) s.ring = 0;
     if (chain) s.ring = 1;  // a slot for each block
     s.ring_counter = s.plan[s.plans - 1].stage;
@@ -311,8 +310,15 @@ inline bool plan_order(Streamed& k, Variant variant, const Device& device, bool 
 // positions, need more of it than single elements, which take their place in `variant` where that is too
 // much.
 inline bool plan_streamed(Streamed& k, Variant& variant, const Device& device) {
-  const bool chain = policy::wants_chain(k.p, k.operation, device);
-  if ((chain && plan_order(k, variant, device, true)) || plan_order(k, variant, device, false)) return true;
+  const bool backward = is_backward(k.operation);
+  const int64_t grid = int64_t{policy::kBlocks} * device.multiprocessors;
+  if (policy::wants_chain(k.p, k.operation, device) && plan_order(k, variant, device, true, backward))
+    return true;
+  // The backward's items are larger where x, dy and dx of one a block stay in half of L2, unless L2 then
+  // keeps the stages too close.
+  const bool large = backward && 3 * grid * policy::kMaxItemBytes <= device.l2_bytes / 2;
+  if (large && plan_order(k, variant, device, false, true) && k.s.distance >= grid) return true;
+  if (plan_order(k, variant, device, false, false)) return true;
   if (!variant.ragged) return false;
   variant = {1, 1};
   return plan_streamed(k, variant, device);

@@ -21,10 +21,12 @@ struct alignas(N * sizeof(A)) Several {
 };
 
 // One tile of sum_i left(i, r) right(i, c) for i < count, rows below `rows` and columns below `columns`.
-// Tiles of the first columns also hand sum_i left(i, r) to `row_out`: the gradient of a bias.
-template <class A, int kRows, int kColumns, class Left, class Right, class Out, class RowOut>
+// Tiles of the first columns also have sum_i left(i, r), the gradient of a bias. `give()`, which is asked for
+// when all sums are there, takes them: give()(matrix, i, sum) for element i of the matrix, or of the rows'
+// sums.
+template <class A, int kRows, int kColumns, class Left, class Right, class Give>
 __device__ __forceinline__ void outer_sum(int tile, int rows, int columns, int count, Shared shared,
-                                          Left left, Right right, Out out, RowOut row_out) {
+                                          Left left, Right right, Give give) {
   // A lane has every 32nd column; a warp `kGroup` rows at a time, groups apart: few rows still are all warps'
   // work.
   constexpr int kWarps = kThreads / 32, kTurns = kColumns / 32, kGroup = 16 / kTurns;
@@ -41,12 +43,12 @@ __device__ __forceinline__ void outer_sum(int tile, int rows, int columns, int c
   for (int first = 0; first < count; first += kWeightStage) {
     const int size = min(kWeightStage, count - first);
     if (first) __syncthreads();
-#pragma unroll 4
+#pragma unroll 2
     for (int i = thread; i < kWeightStage * kRows; i += kThreads) {
       const int of = i / kRows, at = i % kRows;
       of_left[i] = of < size && at < height ? left(first + of, r0 + at) : A(0);  // [1]
     }
-#pragma unroll 4
+#pragma unroll 2
     for (int i = thread; i < kWeightStage * kColumns; i += kThreads) {
       const int of = i / kColumns, at = i % kColumns;
       of_right[i] = of < size && at < width ? right(first + of, c0 + at) : A(0);  // [1]
@@ -81,6 +83,7 @@ __device__ __forceinline__ void outer_sum(int tile, int rows, int columns, int c
       row_total += sum;
     }
   }
+  const auto out = give();
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
@@ -91,11 +94,11 @@ __device__ __forceinline__ void outer_sum(int tile, int rows, int columns, int c
       for (int j = 0; j < kTurns; ++j) {
         const int c = ptx::opaque(j * 32) + lane;
         if (c >= width) break;
-        out(r0 + at, c0 + c, total[g][r][j]);
+        out(true, int64_t{r0 + at} * columns + c0 + c, total[g][r][j]);
       }
     }
   }
-  if (c0 == 0 && thread < height) row_out(r0 + thread, row_total);
+  if (c0 == 0 && thread < height) out(false, r0 + thread, row_total);
 }
 
 // total[c] = sum_i value(i, c) for one tile of columns.
@@ -152,26 +155,28 @@ __device__ __forceinline__ void put_norm_weight_grad(const Problem& p, Accumulat
   store_weight<T>(p.dbn_weight, 0, norm.inverse_deviation * (dz_conv + (bias - norm.mean) * dz));
 }
 
+// Element i of a layer's matrix or, not of the `matrix`, of its bias.
+template <class T>
+__device__ __forceinline__ void put_layer_grad(const Streamed& k, bool second, bool matrix, int64_t i,
+                                               Accumulate<T> sum) {
+  const Problem& p = k.p;
+  const WeightGrad& to = matrix ? (second ? p.dw2 : p.dw1) : second ? p.db2 : p.db1;
+  // Each pool's output has the second layer's bias.
+  if (to.data) store_weight<T>(to, i, second && !matrix ? Accumulate<T>(k.s.pool_vectors) * sum : sum);
+}
+
 // Entry e of a row of weight_parts, summed over the batch.
 template <class T>
 __device__ __forceinline__ void put_grad(const Streamed& k, const GradLayout& g, int64_t e,
                                          Accumulate<T> sum) {
-  const Problem& p = k.p;
-  if (e >= g.conv) {
-    put_conv_grad<T>(p, e - g.conv, sum);
-  } else if (e >= g.w1) {
-    const WeightGrad& to = e < g.b1 ? p.dw1 : p.db1;
-    if (to.data) store_weight<T>(to, e - (e < g.b1 ? g.w1 : g.b1), sum);
-  } else if (e < g.b2) {
-    if (p.dw2.data) store_weight<T>(p.dw2, e, sum);
-  } else if (p.db2.data) {
-    store_weight<T>(p.db2, e - g.b2, Accumulate<T>(k.s.pool_vectors) * sum);
-  }
+  if (e >= g.conv) return put_conv_grad<T>(k.p, e - g.conv, sum);
+  const bool second = e < g.w1, matrix = second ? e < g.b2 : e < g.b1;
+  put_layer_grad<T>(k, second, matrix, e - (second ? (matrix ? 0 : g.b2) : matrix ? g.w1 : g.b1), sum);
 }
 
 template <class T>
 __device__ __forceinline__ void conv_weight_item(const Streamed& k, int64_t tile, int64_t first, int64_t rows,
-                                                 Shared shared, Accumulate<T>* parts, const GradLayout& g) {
+                                                 Shared shared, Accumulate<T>* parts) {
   using A = Accumulate<T>;
   const Problem& p = k.p;
   const int64_t count = taps(p), entries = 2 * count + 2;
@@ -185,7 +190,7 @@ __device__ __forceinline__ void conv_weight_item(const Streamed& k, int64_t tile
       },
       [&](int64_t e, A sum) {
         if (parts)
-          store_one(parts + g.conv + e, sum);  // [1]
+          store_one(parts + e, sum);  // [1]
         else
           put_conv_grad<T>(p, e, sum);
       });
@@ -203,6 +208,12 @@ __device__ __forceinline__ void conv_weight_item(const Streamed& k, int64_t tile
   }
 }
 
+// The row of weight_parts that an item's sums go to, or null where they are already all.
+template <class A>
+__device__ __forceinline__ A* share_of(const Streamed& k, int split, const GradLayout& g) {
+  return k.s.join_items ? as<A>(k.w.weight_parts) + split * g.entries : nullptr;
+}
+
 template <class T>
 __device__ __forceinline__ void weight_item(const Streamed& k, int index, Shared shared) {
   using A = Accumulate<T>;
@@ -211,24 +222,27 @@ __device__ __forceinline__ void weight_item(const Streamed& k, int index, Shared
   const int splits = k.s.weight_splits, tiles = static_cast<int>(k.s.weight_items) / splits;
   const int split = index / tiles, vectors = k.s.pool_vectors;
   const int64_t first = p.samples * split / splits, count = p.samples * (split + 1) / splits - first;
-  const GradLayout g = grad_layout(p);
-  A* parts = k.s.join_items ? as<A>(k.w.weight_parts) + split * g.entries : nullptr;
-  const auto give = [&](int64_t e, A sum) {
-    if (parts)
-      store_one(parts + e, sum);  // [1]
-    else
-      put_grad<T>(k, g, e, sum);
-  };
   index %= tiles;
   if (p.pools) {
+    // Found out late, when the loop over the samples needs its registers no longer.
+    const auto give = [&](bool second) {
+      const GradLayout g = grad_layout(k.p);
+      A* parts = share_of<A>(k, ptx::opaque(split), g);
+      A *to_matrix = parts + (second ? 0 : g.w1), *to_bias = parts + (second ? g.b2 : g.b1);
+      return [&k, second, parts, to_matrix, to_bias](bool matrix, int64_t i, A sum) {
+        if (parts)
+          store_one((matrix ? to_matrix : to_bias) + i, sum);  // [1]
+        else
+          put_layer_grad<T>(k, second, matrix, i, sum);
+      };
+    };
     const int of_w2 = matrix_tiles(kTileW2, channels, hidden);
     if (index < of_w2) {
       outer_sum<A, kTileW2.rows, kTileW2.columns>(
           index, channels, hidden, static_cast<int>(count), shared,
           [&](int n, int c) { return fresh<A>(k.w.logit_grad, (first + n) * p.channels + c); },
           [&](int n, int j) { return fresh<A>(k.w.hidden, (first + n) * p.hidden + j); },
-          [&](int c, int j, A sum) { give(c * p.hidden + j, sum); },
-          [&](int c, A sum) { give(g.b2 + c, sum); });
+          [&] { return give(true); });
       return;
     }
     index -= of_w2;
@@ -238,14 +252,17 @@ __device__ __forceinline__ void weight_item(const Streamed& k, int index, Shared
           index, hidden, channels, static_cast<int>(count) * vectors, shared,
           [&](int i, int j) { return fresh<A>(k.w.hidden_grad, (first * vectors + i) * p.hidden + j); },
           [&](int i, int c) { return mlp_input<A>(p, first + i / vectors, i % vectors, c); },
-          [&](int j, int c, A sum) { give(g.w1 + j * p.channels + c, sum); },
-          [&](int j, A sum) { give(g.b1 + j, sum); });
+          [&] { return give(false); });
       return;
     }
     index -= of_w1;
   }
-  if (p.spatial)
-    conv_weight_item<T>(k, index, first * k.s.conv_items, count * k.s.conv_items, shared, parts, g);
+  if (p.spatial) {
+    const GradLayout g = grad_layout(p);
+    A* parts = share_of<A>(k, split, g);
+    conv_weight_item<T>(k, index, first * k.s.conv_items, count * k.s.conv_items, shared,
+                        parts ? parts + g.conv : nullptr);
+  }
 }
 
 // Adds up the shares of one range of entries.

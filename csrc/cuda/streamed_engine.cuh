@@ -237,7 +237,8 @@ __device__ __forceinline__ void run_items(const Streamed& k, Body body, Weights 
       } while (work.again);
     } else {
       if (leader) drawn = next;
-      const bool join = work.kind == Work::kJoin;
+      // Read here: behind the last barrier the leader may be at the next item.
+      const bool join = work.kind == Work::kJoin, part = work.kind == Work::kWeights && s.join_items;
       if (join || work.kind == Work::kWeights) {
         if (leader) {
           if (join)
@@ -249,8 +250,7 @@ __device__ __forceinline__ void run_items(const Streamed& k, Body body, Weights 
         weights(work.item.index, join);
       }
       __syncthreads();
-      if (leader && !join && work.kind == Work::kWeights && s.join_items)
-        ptx::add_release(k.w.counters + kWeightParts, 1);
+      if (leader && part) ptx::add_release(k.w.counters + kWeightParts, 1);
     }
   }
   // The counter of finished blocks wraps to zero by itself; the last block clears the others, which
