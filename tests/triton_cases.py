@@ -10,6 +10,7 @@ whose reference has no error to compare with, the bound is that of a sum: eps fo
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 from dataclasses import replace
@@ -21,7 +22,7 @@ import torch
 import torch.nn as nn
 from triton_recording import DEVICES, make_inputs, recording, run_ops, run_split_ops
 
-from cbam_fused import FusedCBAM, _autograd, cbam, masks
+from cbam_fused import FusedCBAM, _autograd, cbam, masks, tune
 from cbam_fused import _config as cfg
 from cbam_fused._config import Config, Parameters
 from cbam_fused.triton_kernels import (
@@ -670,6 +671,22 @@ def check_mask(f, channels_last: bool) -> None:
             assert got is None or not got.any()
         else:
             torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_configurations_agree_as_the_tuner_sees_it(dtype, monkeypatch):
+    x, weights, bn = make_inputs((1, 130, 7, 7), dtype, device="cpu")
+    step = functools.partial(tune._step, x.to(DEVICE), *([t.to(DEVICE) for t in ts] for ts in (weights, bn)))
+    results = []
+    for multiprocessors in (1, 100):
+        device = Device("sm_80", multiprocessors, 40 << 20)
+        monkeypatch.setattr(configurations, "describe", lambda _: device)  # noqa: B023
+        results.append(step())
+    wanted, found = results
+    assert tune._agrees(found, wanted)
+    # In 16 bits rounding hides that the sums differ.
+    assert dtype != torch.float32 or not all(map(torch.equal, found, wanted))
+    assert not tune._agrees([t * 1.1 for t in found], wanted)
 
 
 def test_empty_batch():
