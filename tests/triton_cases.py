@@ -503,16 +503,34 @@ def hostile(kind: str) -> torch.Tensor:
     return x
 
 
+def kinds(t: torch.Tensor) -> torch.Tensor:
+    """0 finite, 1 NaN, 2 inf, 3 -inf"""
+    return t.isnan() * 1 + t.isposinf() * 2 + t.isneginf() * 3
+
+
+HOSTILE = [
+    *((torch.float64, None, pools) for pools in (("avg", "max"), ("max",), ("max", "lp", "lse"), None)),
+    *((torch.float32, "eval", pools) for pools in (("avg", "max", "lp", "lse"), None)),
+]
+
+
 @pytest.mark.usefixtures("each_backward")
-@pytest.mark.parametrize("pools", [("avg", "max"), ("max",), ("max", "lp", "lse"), None], ids=str)
+@pytest.mark.parametrize("dtype, norm, pools", HOSTILE, ids=str)
 @pytest.mark.parametrize("kind", ["nan", "inf", "-inf", "both infinities", "a channel of -inf"])
 @pytest.mark.parametrize("ties", ["first", "split"])
-def test_nan_and_infinity_go_where_the_reference_sends_them(kind, pools, ties):
-    case = Case((3, 6, 5, 7), norm=None, kernel=3, pools=pools, ties=ties, x=hostile(kind))
-    want = case.run("reference", torch.float64, torch.float64, "cpu")
-    got = case.run("triton", torch.float64, torch.float64, DEVICE)
-    for name in ("y", "x"):
-        torch.testing.assert_close(got[name], want[name], rtol=1e-9, atol=1e-9, equal_nan=True)
+def test_nan_and_infinity_go_where_the_reference_sends_them(dtype, norm, kind, pools, ties):
+    """In every result: y, dx, and the gradients of all parameters."""
+    case = Case((3, 6, 5, 7), dtype, norm=norm, kernel=3, pools=pools, ties=ties, x=hostile(kind))
+    want = case.run("reference", dtype, dtype, "cpu")
+    got = case.run("triton", dtype, dtype, DEVICE)
+    assert want.keys() == got.keys() >= {"y", "x", "conv_weight", *(["norm.weight"] if norm else [])}
+    for name, theirs in want.items():
+        finite = theirs.isfinite()
+        assert torch.equal(kinds(got[name]), kinds(theirs)), name
+        size = theirs[finite].abs().max().item() if finite.any() else 0.0
+        close = 1e-9 if dtype == torch.float64 else 1e-5
+        torch.testing.assert_close(got[name][finite], theirs[finite], rtol=close, atol=close * size)
+    assert kinds(want["y"]).any(), "the special value left no trace: nothing was tested"
 
 
 @pytest.mark.usefixtures("each_backward")
