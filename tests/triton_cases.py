@@ -20,7 +20,16 @@ import oracle
 import pytest
 import torch
 import torch.nn as nn
-from triton_recording import DEVICES, make_inputs, recording, run_ops, run_split_ops
+from triton_recording import (
+    ALLOCATIONS,
+    DEVICES,
+    VIEWS,
+    Seen,
+    make_inputs,
+    recording,
+    run_ops,
+    run_split_ops,
+)
 
 from cbam_fused import FusedCBAM, _autograd, cbam, masks, tune
 from cbam_fused import _config as cfg
@@ -734,26 +743,47 @@ def test_launches(name, shape):
     elif shape[-1] == 40 and not config.pools:
         backward -= 1  # the last pass over a thin map convolves for itself
     x, weights, bn = make_inputs(shape, torch.float32, config)
-    with recording(DEVICES["sm_90"]) as launches:
+    with recording(DEVICES["sm_90"]) as launches, Seen("meta") as seen:
         run_ops(x, weights, bn, config, backward=False)
         assert len(launches) == forward
         run_ops(x, weights, bn, config)
     assert len(launches) == 2 * forward + backward
+    assert set(seen.names) <= ALLOCATIONS | VIEWS
 
 
-@pytest.mark.parametrize("samples,backward", [(2, 4), (64, 2)])
-def test_launches_of_a_norm_in_training(samples, backward):
-    x, weights, _ = make_inputs((samples, 16, 8, 8), torch.float32)
-    options = (cfg.AVG | cfg.MAX, cfg.SPATIAL_MAX_MEAN, cfg.TIES_FIRST)
-    with recording(DEVICES["sm_90"]) as launches:
+# Shape -> launches of the backward before the norm's and after it, with both gates and with a spatial gate alone. The
+# first leaves sums in parts where positions are several tiles (those of the channel gate) or, on a small map, channels
+# are shared (those of the other): one more ends them. The last pass over a thin map convolves for itself.
+CUT_LAUNCHES = {
+    (2, 16, 8, 8): ((1, 4), (1, 4)),
+    (64, 16, 8, 8): ((1, 2), (1, 2)),
+    (2, 512, 8, 8): ((2, 4), (2, 4)),
+    (2, 512, 14, 14): ((2, 4), (2, 4)),
+    (2, 16, 40, 40): ((2, 4), (1, 3)),
+}
+
+
+@pytest.mark.parametrize("gates", [Config(), Config(pools=0)], ids=["both gates", "spatial gate"])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shape", CUT_LAUNCHES, ids=str)
+def test_launches_of_a_norm_in_training(shape, channels_last, gates):
+    """The kernels' launches are all that there are: no operator of torch has one."""
+    first, second = CUT_LAUNCHES[shape][gates.pools == 0]
+    forward = 3 if gates.pools else 2
+    x, weights, _ = make_inputs(shape, torch.float32, gates, channels_last=channels_last)
+    options = (gates.pools, gates.spatial, gates.ties)
+    counts = []
+    with recording(DEVICES["sm_90"]) as launches, Seen("meta") as seen:
         z, *saved = launchers.attention_forward(x, *weights, *options, True)
-        assert len(launches) == 3
+        counts.append(len(launches))
         _, s = launchers.scale_forward(x, saved[2], z, False)
-        assert len(launches) == 4
+        counts.append(len(launches))
         dz, dgate = launchers.scale_backward(x, x, saved[2], s)
-        assert len(launches) == 5
+        counts.append(len(launches))
         launchers.attention_backward(x, x, *weights, *saved, s, dz, dgate, *options, False)
-        assert len(launches) == 5 + backward
+        counts.append(len(launches))
+    assert set(seen.names) <= ALLOCATIONS | VIEWS
+    assert counts == [*itertools.accumulate((forward, 1, first, second))]
 
 
 def test_nothing_is_saved_for_inference():
