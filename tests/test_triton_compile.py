@@ -31,7 +31,7 @@ from triton_recording import (
 )
 
 from cbam_fused._config import Config
-from cbam_fused.triton_kernels import configurations
+from cbam_fused.triton_kernels import arguments, configurations
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 # A map of each class whose size is a multiple of every vector, and with so many channels and hidden units that no
@@ -117,6 +117,31 @@ def test_every_configuration(target):
     whole = launches(target, (torch.float64,), shapes=(FLOAT64_SAMPLES,))
     assert any(launch.name == "whole_backward_kernel" for launch in whole)
     check(whole, target)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_no_reader_has_narrow_loads_in_its_loops(target, monkeypatch):
+    """A wide load in a loop may be of a weight. Beside float32 parameters and, for this test, 32-bit indices, only x, dy
+    and what is written are of 2 bytes: no load in a loop is. dx of averages and of first maxima needs no x, of others it
+    does."""
+    monkeypatch.setattr(arguments, "index_dtype", lambda extent: torch.int32)
+    some = []
+    shapes = (SHAPES["large"], SHAPES["samples"])
+    for config, readers in (
+        (Config(), READERS),
+        (OTHERS[0], {"input_backward_kernel", "whole_backward_kernel"}),
+    ):
+        for shape, channels_last in itertools.product(shapes, (False, True)):
+            x, *parameters = make_inputs(shape, torch.bfloat16, config, channels_last=channels_last)
+            weights, bn = ([torch.empty_like(t, dtype=torch.float32) for t in ts] for ts in parameters)
+            with recording(DEVICES[target]) as recorded:
+                run_ops(x, weights, bn, config)
+            some += [launch for launch in recorded if launch.name in readers]
+    some = [*{launch.key(): launch for launch in some}.values()]
+    assert {launch.name for launch in some} == READERS
+    for launch, used in zip(some, inspect_all(some, target), strict=True):
+        where = f"{launch.name} {dict(launch.meta)} for {target}"
+        assert used.wide_loop and not used.narrow_loop, f"{where}: {used}"
 
 
 def test_machine_code_has_the_loads_of_the_ptx():
