@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import statistics
 import sys
 import time
@@ -191,28 +192,19 @@ def time_interleaved(
         torch.set_num_threads(case.threads)
 
 
-def peak_bytes(device: str, step: Step) -> int:
-    """Most bytes held at once by a call beyond what was held before it, its results included.
+def cpu_allocations(call: Callable[[], None]) -> List[int]:
+    """Bytes that a call takes from the CPU allocator, and, negative, gives back, in order.
 
-    On the CPU this is the running maximum over the allocator's events; memory that a kernel takes
-    from elsewhere than the allocator does not show. The call is a new thread's first one, so that what a thread
+    Memory that a kernel takes from elsewhere does not show. The call is a new thread's first one, so that what a thread
     keeps from call to call (scratch of the CPU backend) counts.
     """
-    step.call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step.call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
     from torch.profiler import ProfilerActivity, profile
 
     gc.collect()
 
     def first_call() -> profile:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            step.call()
+            call()
         return profiler
 
     with profile(activities=[ProfilerActivity.CPU]):
@@ -226,11 +218,21 @@ def peak_bytes(device: str, step: Step) -> int:
         pending.extend(event.children)
         if event.tag.name == "Allocation" and event.extra_fields.device.type == "cpu":
             changes.append((event.start_time_ns, event.extra_fields.alloc_size))
-    held = peak = 0
-    for _, change in sorted(changes, key=lambda c: c[0]):
-        held += change
-        peak = max(peak, held)
-    return peak
+    return [change for _, change in sorted(changes, key=lambda c: c[0])]
+
+
+def peak_bytes(device: str, step: Step) -> int:
+    """Most bytes held at once by a call beyond what was held before it, its results included; on the CPU those of
+    `cpu_allocations`."""
+    step.call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step.call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    return max(itertools.accumulate(cpu_allocations(step.call), initial=0))
 
 
 def kept_bytes(candidate: Candidate, x: Tensor) -> int:

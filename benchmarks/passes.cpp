@@ -51,6 +51,7 @@ enum Pass {
 
 struct alignas(128) Clocks {
   double seconds[kPasses];
+  int64_t calls[kPasses];
 };
 Clocks clocks[256];  // one a thread
 thread_local Clocks* own = clocks;
@@ -62,7 +63,10 @@ double now() {
 struct Measured {
   const Pass pass;
   const double begin = now();
-  ~Measured() { own->seconds[pass] += now() - begin; }
+  ~Measured() {
+    own->seconds[pass] += now() - begin;
+    ++own->calls[pass];
+  }
 };
 
 template <class T, bool kChannelsLast>
@@ -210,6 +214,11 @@ CBAM_EXPORT void run(Subject* s, int is_backward, void* out, double* seconds) {
     seconds[i] = 0;
     for (const Clocks& c : clocks) seconds[i] += c.seconds[i] / p.threads;
   }
+}
+
+// How often a thread entered each pass in the last call.
+CBAM_EXPORT void calls(int thread, int64_t* out) {
+  std::copy_n(clocks[thread].calls, int(kPasses), out);
 }
 
 // The gradients of the parameters after a backward, to out[2 h C + h + C + 98].

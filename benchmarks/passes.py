@@ -146,6 +146,12 @@ class Version:
         self.library.run(self.subject, int(backward), pointer(out), pointer(seconds))
         return seconds
 
+    def calls(self, thread: int) -> np.ndarray:
+        """How often a thread entered each pass in the last call."""
+        out = np.zeros(COUNT, np.int64)
+        self.library.calls(thread, pointer(out))
+        return out
+
 
 def widest(dtype: str) -> str:
     """The instruction set that this processor's kernels for a dtype come from, as csrc/cpu/ops.cpp chooses."""

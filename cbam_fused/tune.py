@@ -19,6 +19,7 @@ from typing import Callable, Dict, Iterator, List, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from ._ops import accumulate_dtype
 from .triton_kernels import configurations, load
 from .triton_kernels.configurations import Configuration
 
@@ -40,6 +41,8 @@ FILLS = (0.5, 1, 2, 4, 8)
 REPEATS = 20
 # A candidate replaces the best so far only if it is this much faster: less is noise.
 MARGIN = 0.98
+# How far the order of a sum may move it, in epsilons of what it is added up in.
+SUM_EPSILONS = 64
 
 
 def candidates(kernel: str, now: Configuration) -> Iterator[Configuration]:
@@ -97,13 +100,22 @@ def _milliseconds(f: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-def _agrees(found: List[Tensor], wanted: List[Tensor], dtype: torch.dtype) -> bool:
-    # Another order of a sum moves the last bits; a wrong kernel moves far more.
-    tolerance = 64 * torch.finfo(dtype).eps
-    return all(
-        torch.isfinite(a).all() and (a - b).abs().max() <= tolerance * b.abs().max()
-        for a, b in zip(found, wanted)
-    )
+def _agrees(found: List[Tensor], wanted: List[Tensor]) -> bool:
+    """Whether both may be the same results: no number is further off than rounding takes it, each tensor's largest
+    being the scale.
+
+    Kernels add in float32 at the least and round once, at the end: what another order of a sum moves is a few epsilons
+    of float32, and 16 bits may then be rounded to the neighbour, which is one epsilon of theirs away. A maximum that
+    moves to its near equal looks like an error: that costs a candidate, not a result.
+    """
+
+    def agree(a: Tensor, b: Tensor) -> bool:
+        eps, wide = torch.finfo(b.dtype).eps, accumulate_dtype(b.dtype)
+        limit = SUM_EPSILONS * torch.finfo(wide).eps + (eps if b.dtype != wide else 0.0)
+        a, b = a.to(wide), b.to(wide)
+        return bool(torch.isfinite(a).all() and (a - b).abs().max() <= limit * b.abs().max())
+
+    return all(agree(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def tune(report: Callable[[str], None] = print) -> List[Dict[str, object]]:
@@ -133,7 +145,7 @@ def tune(report: Callable[[str], None] = print) -> List[Dict[str, object]]:
                             kept = chosen.get(key)
                             chosen[key] = found
                             try:
-                                took = _milliseconds(step) if _agrees(step(), wanted, dtype) else float("inf")
+                                took = _milliseconds(step) if _agrees(step(), wanted) else float("inf")
                             except Exception as error:  # a tile that does not fit this device
                                 report(f"{kernel} {dict(found.meta)}: {type(error).__name__}")
                                 took = float("inf")

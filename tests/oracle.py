@@ -6,6 +6,7 @@ import copy
 import ctypes
 import itertools
 import math
+import os
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +33,11 @@ class Target(NamedTuple):
 
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def processors() -> int:
+    """How many this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def available_targets() -> Tuple[Target, ...]:

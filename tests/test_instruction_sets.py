@@ -67,7 +67,7 @@ def test_against_the_reference(name):
     if cases == CASES:
         assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 300
     else:
-        assert " passed" in run.stdout
+        assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 50
 
 
 # The last pass alone, with gates as they are given, on every 16-bit number there is: y is the exact rounding of

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from oracle import processors
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -19,12 +21,12 @@ SMALL = ["--shape", "96,9,7", "--threads", "2", "--rounds", "3"]
 needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="compiles csrc/cpu: no c++ here")
 
 
-def small_version(layout="contiguous", batch="3", seed=2):
+def small_version(layout="contiguous", batch="3", seed=2, shape=(96, 9, 7)):
     """The kernels as they lie there, at work on 96x9x7; baseline is the quickest to compile."""
     options = passes.parse([*SMALL, "--isa", "baseline", "--layout", layout, "--batch", batch])
     version = passes.Version("now", passes.compile_version(None, "baseline", "float32"))
-    x, dy = (passes.make_input((96, 9, 7), options, s) for s in (1, seed))
-    version.take((96, 9, 7), options, x, dy)
+    x, dy = (passes.make_input(shape, options, s) for s in (1, seed))
+    version.take(shape, options, x, dy)
     return version, x, dy
 
 
@@ -41,6 +43,33 @@ def test_every_pass_is_timed_and_no_longer_than_its_call(layout, batch):
         assert (own > 0).all()
         assert not np.delete(seconds[: passes.COUNT], range(first, first + len(names))).any()
         assert own.sum() <= seconds[passes.COUNT]  # threads' times over their number
+    version.release()
+
+
+# What one thread does for all, and what every thread enters, whatever it finds to do there.
+ALONE = ("what forward saved", "MLP's backward")
+ENTERED = ("gradients of the weights",)
+
+
+@needs_compiler
+@pytest.mark.skipif(processors() < 2, reason="two threads need two processors")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_both_threads_have_a_part_in_every_pass_of_a_batch_of_one(layout):
+    """A thread that waits is as busy as one that works, and one that is late finds its part done by the other. So it is
+    counted who enters a pass, call by call until in some call both have: what only one may do at a time, no call has
+    twice. The sample has several tiles: in backward one tile is one part."""
+    version, x, _dy = small_version(layout, "1", shape=(96, 56, 56))
+    out = passes.aligned(x.size, np.float32)
+    for backward, names in ((False, passes.FORWARD), (True, passes.BACKWARD)):
+        wanted = {p.name for p in names} - {*ALONE, *ENTERED}
+        until = time.monotonic() + 30
+        while wanted and time.monotonic() < until:
+            version.run(backward, out)
+            calls = [version.calls(thread) for thread in (0, 1)]
+            both = np.minimum(*calls)[len(passes.FORWARD) if backward else 0 :]
+            wanted -= {p.name for p, count in zip(names, both) if count}
+            assert not any(count for p, count in zip(names, both) if p.name in ALONE)
+        assert not wanted, f"no call in which both threads had a part of {wanted}"
     version.release()
 
 

@@ -31,7 +31,7 @@ from triton_recording import (
 )
 
 from cbam_fused._config import Config
-from cbam_fused.triton_kernels import configurations
+from cbam_fused.triton_kernels import arguments, configurations
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 # A map of each class whose size is a multiple of every vector, and with so many channels and hidden units that no
@@ -76,7 +76,7 @@ def cut_at_the_norm(x, weights, bn, config) -> None:
 
 
 def launched(
-    generation: str, dtypes=DTYPES, configs=(Config(),), shapes=None, runs=(run_ops,)
+    generation: str, dtypes=DTYPES, configs=(Config(),), shapes=None, runs=(run_ops,), kernel=(7, 7)
 ) -> Iterator[Launch]:
     """Every launch of a forward and a backward, or of other runs."""
     for config in configs:
@@ -84,7 +84,9 @@ def launched(
             for shape in shapes or SHAPES.values():
                 for channels_last in (False, True):
                     hidden = 0 if config.pools == 1 else {64: 32, 1032: 128}.get(shape[1])
-                    x, weights, bn = make_inputs(shape, dtype, config, hidden, channels_last=channels_last)
+                    x, weights, bn = make_inputs(
+                        shape, dtype, config, hidden, kernel=kernel, channels_last=channels_last
+                    )
                     for run in runs:
                         with recording(DEVICES[generation]) as recorded:
                             run(x, weights, bn, config)
@@ -115,6 +117,31 @@ def test_every_configuration(target):
     whole = launches(target, (torch.float64,), shapes=(FLOAT64_SAMPLES,))
     assert any(launch.name == "whole_backward_kernel" for launch in whole)
     check(whole, target)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_no_reader_has_narrow_loads_in_its_loops(target, monkeypatch):
+    """A wide load in a loop may be of a weight. Beside float32 parameters and, for this test, 32-bit indices, only x, dy
+    and what is written are of 2 bytes: no load in a loop is. dx of averages and of first maxima needs no x, of others it
+    does."""
+    monkeypatch.setattr(arguments, "index_dtype", lambda extent: torch.int32)
+    some = []
+    shapes = (SHAPES["large"], SHAPES["samples"])
+    for config, readers in (
+        (Config(), READERS),
+        (OTHERS[0], {"input_backward_kernel", "whole_backward_kernel"}),
+    ):
+        for shape, channels_last in itertools.product(shapes, (False, True)):
+            x, *parameters = make_inputs(shape, torch.bfloat16, config, channels_last=channels_last)
+            weights, bn = ([torch.empty_like(t, dtype=torch.float32) for t in ts] for ts in parameters)
+            with recording(DEVICES[target]) as recorded:
+                run_ops(x, weights, bn, config)
+            some += [launch for launch in recorded if launch.name in readers]
+    some = [*{launch.key(): launch for launch in some}.values()]
+    assert {launch.name for launch in some} == READERS
+    for launch, used in zip(some, inspect_all(some, target), strict=True):
+        where = f"{launch.name} {dict(launch.meta)} for {target}"
+        assert used.wide_loop and not used.narrow_loop, f"{where}: {used}"
 
 
 def test_machine_code_has_the_loads_of_the_ptx():
@@ -188,6 +215,38 @@ def test_other_options():
     shapes = (SHAPES["large"], SHAPES["tiny"], SHAPES["samples"], SHAPES["thin"])
     check(launches("sm_90", (torch.bfloat16,), OTHERS, shapes), "sm_90")
     check(launches("sm_90", (torch.bfloat16,), OTHERS[:1], LONG_SHAPES.values()), "sm_90")
+
+
+# What differs from all else that is compiled by the dtype, the number of dimensions or the kernel alone; and the options
+# beside the default ones in another dtype and on another vendor's device.
+LARGE = (SHAPES["large"],)
+VARIANTS = {
+    "float16": ("sm_90", dict(dtypes=(torch.float16,), shapes=LARGE)),
+    "float16, gfx942": ("gfx942", dict(dtypes=(torch.float16,), shapes=LARGE)),
+    "one dimension": ("sm_90", dict(dtypes=(torch.bfloat16,), shapes=((16, 512, 784),), kernel=(7,))),
+    "three dimensions": (
+        "sm_90",
+        dict(dtypes=(torch.bfloat16,), shapes=((4, 64, 8, 16, 16),), kernel=(3, 3, 3)),
+    ),
+    "kernel 9": ("sm_90", dict(dtypes=(torch.bfloat16,), shapes=LARGE, kernel=(9, 9))),
+    "other options, float32": ("sm_90", dict(dtypes=(torch.float32,), configs=OTHERS[:2], shapes=LARGE)),
+    "other options, gfx942": ("gfx942", dict(dtypes=(torch.bfloat16,), configs=OTHERS, shapes=LARGE)),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants(name):
+    target, what = VARIANTS[name]
+    known = {launch.key() for launch in launched(target, (torch.bfloat16, torch.float32))}
+    some = [launch for launch in launches(target, **what) if launch.key() not in known]
+    wide = not name.startswith("other")
+    convolving = {"scale_forward_kernel", "attention_backward_kernel", "sample_backward_kernel"}
+    assert convolving <= {launch.name for launch in some}
+    if "float16" in name:
+        assert any(
+            t.dtype == torch.float16 for launch in some for t in launch.args if isinstance(t, torch.Tensor)
+        )
+    check(some, target, wide=wide)
 
 
 @pytest.mark.parametrize("target", TARGETS)

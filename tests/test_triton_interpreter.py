@@ -7,6 +7,7 @@ TRITON_INTERPRET=1 from outside, the cases of triton_cases.py run in a session o
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,4 +31,4 @@ else:
             command, env=environment, capture_output=True, text=True, cwd=cases.parent.parent
         )
         assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-        assert " passed" in run.stdout, run.stdout[-2000:]
+        assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 450, run.stdout[-2000:]

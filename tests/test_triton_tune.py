@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from triton_recording import DEVICES, make_inputs, recording
+from triton_recording import DEVICES, make_inputs, recording, run_ops
 
 from cbam_fused import tune
+from cbam_fused._config import Config
 from cbam_fused.triton_kernels import configurations
 
 KEY = ("scale_forward", "sm_90", "contiguous", "large", 2)
@@ -102,12 +103,23 @@ def test_a_broken_table_takes_the_backend_away_and_says_so(monkeypatch):
     )
 
 
-def test_what_agrees():
-    wanted = [torch.linspace(-1, 1, 100), torch.full((3,), 1e-3)]
-    off = [wanted[0], wanted[1] * 1.1]
-    assert tune._agrees([t * (1 + 1e-6) for t in wanted], wanted, torch.float32)
-    assert not tune._agrees(off, wanted, torch.float32)
-    assert not tune._agrees([wanted[0], wanted[1].clone().fill_(float("nan"))], wanted, torch.float32)
+def neighbour(t):
+    """What rounding may make of it if a sum in float32 came out a little larger."""
+    return torch.nextafter(t.cpu(), torch.full((), float("inf"), dtype=t.dtype)).to(t)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_agrees(dtype):
+    wanted = [torch.linspace(-1, 1, 100).to(dtype), torch.full((3,), 1e-3, dtype=dtype)]
+    wrong = 1 + max(3 * torch.finfo(dtype).eps, 1e-5)
+    assert tune._agrees(wanted, wanted) and tune._agrees([neighbour(t) for t in wanted], wanted)
+    # A whole tensor, however small its numbers are, and one number of a tensor.
+    for factor in (wrong, 1.1):
+        assert not tune._agrees([wanted[0], wanted[1] * factor], wanted)
+    one = wanted[0].clone()
+    one[7] += (wrong - 1) * wanted[0].abs().max()
+    assert not tune._agrees([one, wanted[1]], wanted)
+    assert not tune._agrees([wanted[0], wanted[1].clone().fill_(float("nan"))], wanted)
 
 
 def test_a_step_is_a_forward_and_a_backward():
@@ -139,7 +151,7 @@ def pretend_to_tune(monkeypatch, price):
     monkeypatch.setattr(tune, "load", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(configurations, "describe", lambda _: device)
-    monkeypatch.setattr(tune, "SHAPES", {"large": (2, 64, 28, 28)})
+    monkeypatch.setattr(tune, "SHAPES", {"large": (2, 80, 28, 28)})
     monkeypatch.setattr(tune, "DTYPES", {2: torch.bfloat16})
     monkeypatch.setattr(tune, "_inputs", lambda *_: (torch.empty(0), [], []))
     monkeypatch.setattr(tune, "_step", lambda *_: [torch.ones(1)])
@@ -149,6 +161,32 @@ def pretend_to_tune(monkeypatch, price):
         return float(sum(price(k, found) for k, found in zip(configurations.KERNELS, used)))
 
     monkeypatch.setattr(tune, "_milliseconds", milliseconds)
+
+
+def written_rows(*shape):
+    """The user's table by key, after a look at the launchers: each finds its row there for such an x."""
+    configurations.forget()
+    rows = json.loads(configurations.user_table_path().read_text())["rows"]
+    found = {}
+    for row in rows:
+        key = (row["kernel"], row["device"], row["layout"], *row["map"], *row["bytes"])
+        found[key] = configurations.Configuration(
+            row["meta"], row["warps"], row["fill"], row.get("registers")
+        )
+    look_up, looked_up = configurations._look_up, {}
+    for (kernel, generation, layout, _, itemsize), mine in found.items():
+        dtype = next(d for d in tune.DTYPES.values() if d.itemsize == itemsize)
+        x, weights, norm = make_inputs(shape, dtype, channels_last=layout == "channels_last")
+        with (
+            pytest.MonkeyPatch.context() as spy,
+            recording(replace(DEVICES["sm_90"], generation=generation)) as made,
+        ):
+            spy.setattr(configurations, "_look_up", lambda *key: looked_up.setdefault(key, look_up(*key)))
+            run_ops(x, weights, norm, Config())
+        launch = next(launch for launch in made if launch.name.startswith(kernel))
+        assert (launch.found.warps, launch.found.fill) == (mine.warps, mine.fill), launch
+    assert len(rows) == len(found) and {key: looked_up.get(key) for key in found} == found
+    return found
 
 
 def test_the_fastest_is_written_and_then_used(monkeypatch, capsys):
@@ -161,11 +199,8 @@ def test_the_fastest_is_written_and_then_used(monkeypatch, capsys):
         )
         assert tune.main([]) == 0
     assert "1 configurations faster" in capsys.readouterr().out
-    configurations.forget()
-    rows = json.loads(configurations.user_table_path().read_text())["rows"]
-    assert {(row["kernel"], row["layout"]) for row in rows} == {(KEY[0], "contiguous")}
-    found = configurations._look_up(*KEY)
-    assert found.meta == best and found.warps == 8
+    written = written_rows(2, 80, 28, 28)
+    assert written.keys() == {KEY} and written[KEY].meta == best and written[KEY].warps == 8
     for kernel in configurations.KERNELS[:2]:
         assert configurations._look_up(kernel, *KEY[1:]) == pinned[kernel]
 
@@ -205,10 +240,28 @@ def test_a_wrong_result_never_wins(monkeypatch):
     assert (found["meta"], found["warps"], found["fill"]) == (pinned.meta, pinned.warps, pinned.fill)
 
 
+def tune_to_the_last_candidate(monkeypatch, generation, size):
+    """Every candidate that agrees wins; each kernel's last is written, and what its launcher then takes."""
+    monkeypatch.setattr(tune, "MARGIN", float("inf"))
+    tuned = itertools.product(("contiguous", "channels_last"), (size,), tune.DTYPES)
+    keys = [(kernel, generation, *rest) for rest in tuned for kernel in configurations.kernels(size)]
+    before = {key: configurations._look_up(*key) for key in keys}
+    assert tune.main([]) == 0
+    written = written_rows(*tune.SHAPES[size])
+    changed = [key for key in before if written[key] != before[key]]
+    assert written.keys() == before.keys() and len(changed) > len(before) // 2
+
+
+def test_every_written_row_is_used(monkeypatch):
+    with monkeypatch.context() as pretended:
+        pretend_to_tune(pretended, lambda k, found: 1.0)
+        tune_to_the_last_candidate(pretended, "sm_90", "large")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="tuning needs a GPU")
 def test_tuner_writes_a_table_that_is_used(monkeypatch):
     monkeypatch.setattr(tune, "SHAPES", {"small": (2, 64, 14, 14)})
     monkeypatch.setattr(tune, "WARPS", (4,))
-    assert tune.main([]) == 0
-    assert json.loads(configurations.user_table_path().read_text())["format"] == configurations.FORMAT
+    generation = configurations.describe(torch.device("cuda")).generation
+    tune_to_the_last_candidate(monkeypatch, generation, "small")

@@ -10,6 +10,7 @@ whose reference has no error to compare with, the bound is that of a sum: eps fo
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 from dataclasses import replace
@@ -19,9 +20,18 @@ import oracle
 import pytest
 import torch
 import torch.nn as nn
-from triton_recording import DEVICES, make_inputs, recording, run_ops, run_split_ops
+from triton_recording import (
+    ALLOCATIONS,
+    DEVICES,
+    VIEWS,
+    Seen,
+    make_inputs,
+    recording,
+    run_ops,
+    run_split_ops,
+)
 
-from cbam_fused import FusedCBAM, _autograd, cbam, masks
+from cbam_fused import FusedCBAM, _autograd, cbam, masks, tune
 from cbam_fused import _config as cfg
 from cbam_fused._config import Config, Parameters
 from cbam_fused.triton_kernels import (
@@ -502,16 +512,34 @@ def hostile(kind: str) -> torch.Tensor:
     return x
 
 
+def kinds(t: torch.Tensor) -> torch.Tensor:
+    """0 finite, 1 NaN, 2 inf, 3 -inf"""
+    return t.isnan() * 1 + t.isposinf() * 2 + t.isneginf() * 3
+
+
+HOSTILE = [
+    *((torch.float64, None, pools) for pools in (("avg", "max"), ("max",), ("max", "lp", "lse"), None)),
+    *((torch.float32, "eval", pools) for pools in (("avg", "max", "lp", "lse"), None)),
+]
+
+
 @pytest.mark.usefixtures("each_backward")
-@pytest.mark.parametrize("pools", [("avg", "max"), ("max",), ("max", "lp", "lse"), None], ids=str)
+@pytest.mark.parametrize("dtype, norm, pools", HOSTILE, ids=str)
 @pytest.mark.parametrize("kind", ["nan", "inf", "-inf", "both infinities", "a channel of -inf"])
 @pytest.mark.parametrize("ties", ["first", "split"])
-def test_nan_and_infinity_go_where_the_reference_sends_them(kind, pools, ties):
-    case = Case((3, 6, 5, 7), norm=None, kernel=3, pools=pools, ties=ties, x=hostile(kind))
-    want = case.run("reference", torch.float64, torch.float64, "cpu")
-    got = case.run("triton", torch.float64, torch.float64, DEVICE)
-    for name in ("y", "x"):
-        torch.testing.assert_close(got[name], want[name], rtol=1e-9, atol=1e-9, equal_nan=True)
+def test_nan_and_infinity_go_where_the_reference_sends_them(dtype, norm, kind, pools, ties):
+    """In every result: y, dx, and the gradients of all parameters."""
+    case = Case((3, 6, 5, 7), dtype, norm=norm, kernel=3, pools=pools, ties=ties, x=hostile(kind))
+    want = case.run("reference", dtype, dtype, "cpu")
+    got = case.run("triton", dtype, dtype, DEVICE)
+    assert want.keys() == got.keys() >= {"y", "x", "conv_weight", *(["norm.weight"] if norm else [])}
+    for name, theirs in want.items():
+        finite = theirs.isfinite()
+        assert torch.equal(kinds(got[name]), kinds(theirs)), name
+        size = theirs[finite].abs().max().item() if finite.any() else 0.0
+        close = 1e-9 if dtype == torch.float64 else 1e-5
+        torch.testing.assert_close(got[name][finite], theirs[finite], rtol=close, atol=close * size)
+    assert kinds(want["y"]).any(), "the special value left no trace: nothing was tested"
 
 
 @pytest.mark.usefixtures("each_backward")
@@ -672,6 +700,22 @@ def check_mask(f, channels_last: bool) -> None:
             torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_configurations_agree_as_the_tuner_sees_it(dtype, monkeypatch):
+    x, weights, bn = make_inputs((1, 130, 7, 7), dtype, device="cpu")
+    step = functools.partial(tune._step, x.to(DEVICE), *([t.to(DEVICE) for t in ts] for ts in (weights, bn)))
+    results = []
+    for multiprocessors in (1, 100):
+        device = Device("sm_80", multiprocessors, 40 << 20)
+        monkeypatch.setattr(configurations, "describe", lambda _: device)  # noqa: B023
+        results.append(step())
+    wanted, found = results
+    assert tune._agrees(found, wanted)
+    # In 16 bits rounding hides that the sums differ.
+    assert dtype != torch.float32 or not all(map(torch.equal, found, wanted))
+    assert not tune._agrees([t * 1.1 for t in found], wanted)
+
+
 def test_empty_batch():
     x, weights, bn = make_inputs((0, 8, 5, 5), torch.float32, kernel=(3, 3), device="cpu")
     weights = [t.to(DEVICE).requires_grad_() for t in weights]
@@ -699,26 +743,47 @@ def test_launches(name, shape):
     elif shape[-1] == 40 and not config.pools:
         backward -= 1  # the last pass over a thin map convolves for itself
     x, weights, bn = make_inputs(shape, torch.float32, config)
-    with recording(DEVICES["sm_90"]) as launches:
+    with recording(DEVICES["sm_90"]) as launches, Seen("meta") as seen:
         run_ops(x, weights, bn, config, backward=False)
         assert len(launches) == forward
         run_ops(x, weights, bn, config)
     assert len(launches) == 2 * forward + backward
+    assert set(seen.names) <= ALLOCATIONS | VIEWS
 
 
-@pytest.mark.parametrize("samples,backward", [(2, 4), (64, 2)])
-def test_launches_of_a_norm_in_training(samples, backward):
-    x, weights, _ = make_inputs((samples, 16, 8, 8), torch.float32)
-    options = (cfg.AVG | cfg.MAX, cfg.SPATIAL_MAX_MEAN, cfg.TIES_FIRST)
-    with recording(DEVICES["sm_90"]) as launches:
+# Shape -> launches of the backward before the norm's and after it, with both gates and with a spatial gate alone. The
+# first leaves sums in parts where positions are several tiles (those of the channel gate) or, on a small map, channels
+# are shared (those of the other): one more ends them. The last pass over a thin map convolves for itself.
+CUT_LAUNCHES = {
+    (2, 16, 8, 8): ((1, 4), (1, 4)),
+    (64, 16, 8, 8): ((1, 2), (1, 2)),
+    (2, 512, 8, 8): ((2, 4), (2, 4)),
+    (2, 512, 14, 14): ((2, 4), (2, 4)),
+    (2, 16, 40, 40): ((2, 4), (1, 3)),
+}
+
+
+@pytest.mark.parametrize("gates", [Config(), Config(pools=0)], ids=["both gates", "spatial gate"])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shape", CUT_LAUNCHES, ids=str)
+def test_launches_of_a_norm_in_training(shape, channels_last, gates):
+    """The kernels' launches are all that there are: no operator of torch has one."""
+    first, second = CUT_LAUNCHES[shape][gates.pools == 0]
+    forward = 3 if gates.pools else 2
+    x, weights, _ = make_inputs(shape, torch.float32, gates, channels_last=channels_last)
+    options = (gates.pools, gates.spatial, gates.ties)
+    counts = []
+    with recording(DEVICES["sm_90"]) as launches, Seen("meta") as seen:
         z, *saved = launchers.attention_forward(x, *weights, *options, True)
-        assert len(launches) == 3
+        counts.append(len(launches))
         _, s = launchers.scale_forward(x, saved[2], z, False)
-        assert len(launches) == 4
+        counts.append(len(launches))
         dz, dgate = launchers.scale_backward(x, x, saved[2], s)
-        assert len(launches) == 5
+        counts.append(len(launches))
         launchers.attention_backward(x, x, *weights, *saved, s, dz, dgate, *options, False)
-        assert len(launches) == 5 + backward
+        counts.append(len(launches))
+    assert set(seen.names) <= ALLOCATIONS | VIEWS
+    assert counts == [*itertools.accumulate((forward, 1, first, second))]
 
 
 def test_nothing_is_saved_for_inference():

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cbam_fused._config import Config
 from cbam_fused.triton_kernels.configurations import Configuration, Device
@@ -40,6 +42,36 @@ _TYPES = {
     torch.int16: "*i16",
     torch.int32: "*i32",
 }
+
+
+# Memory from the caching allocator, which a capture serves from its own pool, without a value in it.
+ALLOCATIONS = {"aten::empty_like", "aten::new_empty"}
+# Another look at the same memory, or at the tensor's own properties.
+VIEWS = {
+    "aten::slice.Tensor",
+    "aten::select.int",
+    "aten::view",
+    "aten::unsqueeze",
+    "aten::permute",
+    "prim::device",
+}
+
+
+class Seen(TorchDispatchMode):
+    """Names of the operators of torch, and an error for a tensor that is not on `device`."""
+
+    def __init__(self, device: str):
+        super().__init__()
+        self.device = device
+        self.names: List[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.names.append(func.name())
+        for t in tree_leaves((args, kwargs, out)):
+            if isinstance(t, torch.Tensor):
+                assert t.device.type == self.device, f"{func.name()} touches {t.device}"
+        return out
 
 
 @dataclass

@@ -3,6 +3,9 @@
 Without a spatial gate there is one launch less for each chunk, and without a channel gate where the last of them
 convolves for itself. Where a program can take a whole sample, and there are samples enough for the device, one launch
 takes the place of all four.
+
+A norm in training cuts the backward after the first launch; where that has left sums in parts, one launch more ends
+them. No operator of torch adds up anything: it would be a launch for each step.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from .configurations import Configuration
 from .input_backward import input_backward_kernel
 from .problem import Problem, cdiv
 from .sample_backward import sample_backward_kernel
-from .scale_backward import scale_backward_kernel
+from .scale_backward import scale_backward_kernel, scale_backward_sums_kernel
 from .weights_backward import weights_backward_kernel
 from .whole_backward import whole_backward_kernel
 
@@ -30,6 +33,8 @@ MLP_FILL = 0.5
 L2_FILL = 0.8
 # Rows of a group's tiles, one for each pass of each of its samples: registers hold no more.
 GROUP_ROWS = 8
+# Of the launch that ends the sums before a norm in training; it moves too little for a row in the table.
+SUMS = Configuration({"RB": 16, "B": 64}, 2, 0)
 
 
 def _scale_backward_launch(
@@ -56,21 +61,37 @@ def _scale_backward_launch(
     return dz, ds, part
 
 
+def _scale_sums_launch(pr: Problem, ds, spatial_gate, dz, part, dgate) -> None:
+    """Where a norm in training follows: ends the sums that the first launch left in parts; None of a pair is done."""
+    block = SUMS.meta["B"]
+    programs = (0 if ds is None else cdiv(pr.p, block)) + (0 if part is None else cdiv(pr.c, block))
+    if programs:
+        splits, tiles = (1 if t is None else t.shape[1] for t in (ds, part))
+        pb.launch(
+            scale_backward_sums_kernel,
+            pr.n * programs,
+            (ds, spatial_gate, dz, part, dgate, pr.p, pr.c, splits, tiles),
+            dict(ACC=pr.acc_type(), **SUMS.meta),
+            SUMS,
+        )
+
+
 def scale_backward(dy, x, channel_gate, spatial_gate):
     x = dense_input(x)
     dy, spatial_gate = pb.like_layout(dy, x), spatial_gate.contiguous()
     pr = pb.describe(x, None, None, None, 0, 0)
-    dz = ds = part = None
-    if x.numel():
-        with pb.on_device(x):
-            dz, ds, part = _scale_backward_launch(
-                dy, x, present(channel_gate.contiguous()), present(spatial_gate), pr
-            )
-    if ds is not None:
-        dz = ds.sum(1).view_as(spatial_gate) * (spatial_gate * (1.0 - spatial_gate))
-    elif dz is None:
-        dz = torch.zeros_like(spatial_gate)
-    return dz, torch.zeros_like(channel_gate) if part is None else part.sum(1)
+    gate, s = present(channel_gate.contiguous()), present(spatial_gate)
+    if not x.numel():
+        return torch.zeros_like(spatial_gate), torch.zeros_like(channel_gate)
+    with pb.on_device(x):
+        dz, ds, part = _scale_backward_launch(dy, x, gate, s, pr)
+        # One tile's sum is all of it.
+        whole = part is None or part.shape[1] == 1
+        dgate = None if part is None else part.view(pr.n, pr.c) if whole else part.new_empty((pr.n, pr.c))
+        _scale_sums_launch(pr, ds, s, dz, None if whole else part, dgate)
+    return tuple(
+        t.new_empty(t.shape) if d is None else d for d, t in ((dz, spatial_gate), (dgate, channel_gate))
+    )
 
 
 def _whole_samples(pr: Problem, x: Tensor) -> Optional[Configuration]:

@@ -80,7 +80,7 @@ def _pools_forward(x: Tensor, weights, pr: Problem, saved: Saved, rows: slice):
          u["c_units"], u["p_units"], pr.hidden, segments, shares, splits, each, group),
         dict(POOLS=pr.pools, SPATIAL=pr.spatial, SPLIT=pr.split(), SEGMENTED=segments > 1,
              WITH_INDEX=saved.save, EVEN=pr.c % found.meta["BC"] == 0, **pr.layout(), **found.meta),
-        found.limited(segments > 1 or not saved.save),
+        found.limited(segments > 1 or not saved.save or pr.split() and not pr.small()),
     )  # fmt: skip
     return part_maps, part_maps_index
 
