@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from oracle import OPTIONS, Options, check, make_problem, run_problem
@@ -170,6 +171,37 @@ def test_saved_tensors_are_the_streamed_tiers(monkeypatch, layout):
     assert torch.equal(resident["spatial_index"][1], streamed["spatial_index"][1])
     for name, value in resident.items():
         torch.testing.assert_close(value, streamed[name], equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_average_of_many_equal_numbers(layout):
+    """Every addition errs in the same direction: 9e-8 and 5e-8 where each lane added up its elements one by one."""
+    problem = make_problem((1, 4, 128, 128), Options(kernel=3), layout=layout)
+    problem.x.fill_(0.1)
+    exact = problem.x.double().mean((2, 3))[0]
+    average = cs.cbam_forward(problem.x, problem.p, problem.c, machine=cr.ResidentMachine())["pooled"][0, 0]
+    error, plain = ((t.double() - exact).abs().max() for t in (average, problem.x.mean((2, 3))[0]))
+    assert error <= 2 * plain + 0.1 * 2.0**-24, (error, plain)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sums_over_many_equal_numbers(monkeypatch, layout):
+    """Of outputs and gradients too, of the largest maps that fit."""
+    problem = make_problem((1, 4, 208, 208), Options(), layout=layout)
+    problem.x.fill_(0.1)
+    problem.dy.fill_(0.1)
+    _install(monkeypatch)
+    check(problem, "cuda", ties=True)
+
+
+def test_weight_gradients_of_many_samples():
+    """Sums over as many rows as 2048 samples leave, by one block alone: so many clusters would take the host minutes."""
+    rows = 16384
+    values, found = np.full((rows, 40), 0.1, np.float32), [np.zeros(n, np.float32) for n in ((32,), (8, 32))]
+    cr.library(torch.float32).run("sums_over_rows", values, rows, *found)
+    exact = rows * values[0, 0].astype(np.float64)
+    for sums, exact in zip(found, (exact, exact * values[0, 0])):
+        assert np.abs(sums / exact - 1).max() <= 4 * 2.0**-24
 
 
 @pytest.mark.parametrize("shape, dtype, layout, split", SPLITS.values(), ids=SPLITS)

@@ -26,9 +26,18 @@ __device__ __forceinline__ void outer_sum(int tile, int rows, int columns, int64
   const int r0 = tile / tiles * kWeightRows, c = tile % tiles * kWeightColumns + thread % kWeightColumns;
   const int group = thread / kWeightColumns;
   A acc[kWeightRows] = {};
-  if (c < columns && group < groups) {
+  LongSum<A> whole[kWeightRows];
+  for (int64_t first = group; c < columns && group < groups && first < count; first += kJoined * groups) {
+    if (first != group) {
+#pragma unroll
+      for (int r = 0; r < kWeightRows; ++r) {
+        whole[r].add(acc[r]);
+        acc[r] = 0;
+      }
+    }
+    const int64_t end = min(first + kJoined * groups, count);
 #pragma unroll 2
-    for (int64_t i = group; i < count; i += groups) {
+    for (int64_t i = first; i < end; i += groups) {
       const A of_right = right(i, c);  // [1]
       const int64_t row = i * rows + r0;
 #pragma unroll
@@ -49,7 +58,7 @@ __device__ __forceinline__ void outer_sum(int tile, int rows, int columns, int64
   }
   if (group < groups) {
 #pragma unroll
-    for (int r = 0; r < kWeightRows; ++r) parts[r * threads + thread] = acc[r];
+    for (int r = 0; r < kWeightRows; ++r) parts[r * threads + thread] = whole[r].sum + acc[r];
   }
   __syncthreads();
   if (group < kWeightRows && c < columns && r0 + group < rows) {
@@ -68,8 +77,7 @@ __device__ __forceinline__ void column_sum(int tile, int columns, int64_t count,
   const int c = tile * kWeightColumns + thread % kWeightColumns, group = thread / kWeightColumns;
   A sum = 0;
   if (c < columns) {
-#pragma unroll 8
-    for (int64_t i = group; i < count; i += groups) sum += value(i, c);  // [1]
+    sum = long_sum<A>(int64_t{group}, count, int64_t{groups}, [&](int64_t i) { return value(i, c); });  // [1]
   }
   parts[thread] = sum;
   __syncthreads();
