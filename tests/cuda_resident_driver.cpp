@@ -30,8 +30,9 @@ __global__ void sum_over_rows(const float* values, int64_t rows, float* sums, fl
   CBAM_DYNAMIC_SHARED(memory);
   float* parts = reinterpret_cast<float*>(memory);
   const auto value = [&](int64_t i, int c) { return fresh<float>(values, i * kWeightColumns + c); };
-  resident::column_sum<float>(0, kWeightColumns, rows, parts, value,
-                              [&](int c, float sum) { sums[c] = sum; });
+  resident::column_sum<kWeightColumns>(0, kWeightColumns, rows, parts, value,
+                                       [&](int c, float sum) { sums[c] = sum; });
+  __syncthreads();
   resident::outer_sum<true>(0, kWeightRows, kWeightColumns, rows, parts, values + rows * kWeightColumns,
                             value, [&](int r, int c, float sum) { products[r * kWeightColumns + c] = sum; });
 }

@@ -70,7 +70,7 @@ __device__ __forceinline__ void kernel_grads(const Block<Tr>& b, const Window& w
   const Problem& p = k.p;
   const int lines = p.kernel_d * p.kernel_h, count = static_cast<int>(taps(p)), pieces = k.kernel_pieces;
   A* parts = b.template at<A>(k.at.kernel_grad);  // [pieces][2][taps]
-  const int64_t row = (b.n * b.blocks + b.rank) * (2 * int64_t{count} + 1);
+  const int64_t row = (b.n * b.blocks + b.rank) * conv_stride(p);
   const auto centre = [&](int i, Coordinates at) {
     return (i / p.width - w.first) * w.width + at.w + w.margin;
   };
@@ -117,6 +117,16 @@ __device__ __forceinline__ void kernel_grads(const Block<Tr>& b, const Window& w
     A sum = parts[i];
     for (int piece = 1; piece < pieces; ++piece) sum += parts[piece * 2 * count + i];
     put(k.conv_parts, row + i, sum);
+  }
+  // The norm's weight: sum dz conv is linear in the kernel. By the last warp, which has least else to do.
+  if (p.dbn_weight.data && b.warp == b.warps - 1) {
+    const Pair<A>* kernel = b.template at<Pair<A>>(k.at.kernel);
+    const A sum = warp_sum(long_sum<A>(b.lane, count * pieces, 32, [&](int i) {
+      const A* part = parts + i / count * 2 * count + i % count;
+      const Pair<A> weight = kernel[i % count];
+      return weight.maximum * part[0] + weight.mean * part[count];
+    }));
+    if (b.lane == 0) put(k.conv_parts, row + 2 * count + 1, sum);
   }
 }
 
