@@ -186,7 +186,6 @@ __device__ __forceinline__ void store_tile(const Block<Tr>& b, int32_t tile, voi
                     static_cast<uint32_t>(rows * row * static_cast<int>(sizeof(T))));
     ptx::bulk_commit();
   }
-  __syncwarp();  // a barrier of the cluster may follow, which wants whole warps
 }
 template <class Tr>
 __device__ __forceinline__ void tile_stored(const Block<Tr>& b) {
