@@ -156,9 +156,9 @@ __device__ __forceinline__ void pool_sums(const Block<Tr>& b, Landed& landed) {
     const int column = s.vector * V;
     if constexpr (Tr::kLast) {
       ColumnSums<A, V> columns;
-      for (int first = s.first; first < b.rows; first += kTerms * s.step) {
+      for (int first = s.first; first < b.rows; first += kJoined * s.step) {
         if (first != s.first) columns.join();
-        const int end = min(first + kTerms * s.step, b.rows);
+        const int end = min(first + kJoined * s.step, b.rows);
 #pragma unroll 4
         for (int r = first; r < end; r += s.step) {
           A v[V];

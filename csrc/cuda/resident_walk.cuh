@@ -29,7 +29,9 @@ __device__ __forceinline__ void load_factors(const float* from, float (&v)[V]) {
 
 // ---- Long sums: of partial sums, so that what is added up one by one stays short.
 
-constexpr int kTerms = 16;  // of a partial sum
+// Of a partial sum. A lane that has one for each of V columns takes kJoined: joins are V additions there, and
+// up to 32 rows a lane, which is most maps, need none.
+constexpr int kTerms = 16;
 
 // Of a statistic: as Joined, but by one addition where a lane has one for each of V columns to make.
 template <class S>
@@ -305,7 +307,7 @@ __device__ __forceinline__ void reduce_columns(const Block<Tr>& b, Landed& lande
     S acc[V];
 #pragma unroll
     for (int j = 0; j < V; ++j) acc[j] = S::empty(strip.first < b.rows ? strip.first : kNoIndex);
-    const int jump = kTerms * strip.step;
+    const int jump = kJoined * strip.step;
     Steps<S> joined[V];
     const auto walk = [&](int first, int end, auto wait_too) {
 #pragma unroll 4
@@ -392,20 +394,20 @@ __device__ __forceinline__ int batch_value(int lane) {
 }
 
 // Walks a strip: body(row, offset of this lane's vector in the tile) brings this lane's part of a row's sum,
-// which ends up in parts[strip][row]. join() after every kTerms rows of a lane but the last.
+// which ends up in parts[strip][row]. join() after every kJoined rows of a lane but the last.
 template <class A, class Tr, class Body, class Join>
 __device__ __forceinline__ void sum_rows(const Block<Tr>& b, const Strip<Tr>& s, Landed& landed, A* parts,
                                          Body body, Join join) {
-  static_assert(kTerms % kBatch == 0);
+  static_assert(kJoined % kBatch == 0);
   const int pitch = b.vectors * Tr::V, jump = s.step * pitch;
   const int mine = batch_value<Tr>(b.lane) * s.step + s.down;
   const bool full = (s.index + 1) * Tr::kAcross <= b.vectors, puts = b.lane % (Tr::kAcross / 4) == 0;
   A* out = parts + s.index * b.rows;
-  int offset = s.first * pitch + s.vector * Tr::V, joined = s.group * Tr::kDown + kTerms * s.step;
+  int offset = s.first * pitch + s.vector * Tr::V, joined = s.group * Tr::kDown + kJoined * s.step;
   for (int base = s.group * Tr::kDown; base < b.rows; base += kBatch * s.step, offset += kBatch * jump) {
     if (base == joined) {
       join();
-      joined += kTerms * s.step;
+      joined += kJoined * s.step;
     }
     const int end = base + (kBatch - 1) * s.step + Tr::kDown;
     landed.wait(min(end, b.rows) - 1);
