@@ -24,6 +24,28 @@ extern "C" SIMT_API void preferred(int64_t samples, int64_t active, int64_t posi
   *answer = resident::preferred(p, active);
 }
 
+namespace {
+
+__global__ void sum_over_rows(const float* values, int64_t rows, float* sums, float* products) {
+  CBAM_DYNAMIC_SHARED(memory);
+  float* parts = reinterpret_cast<float*>(memory);
+  const auto value = [&](int64_t i, int c) { return fresh<float>(values, i * kWeightColumns + c); };
+  resident::column_sum<kWeightColumns>(0, kWeightColumns, rows, parts, value,
+                                       [&](int c, float sum) { sums[c] = sum; });
+  __syncthreads();
+  resident::outer_sum<true>(0, kWeightRows, kWeightColumns, rows, parts, values + rows * kWeightColumns,
+                            value, [&](int r, int c, float sum) { products[r * kWeightColumns + c] = sum; });
+}
+
+}  // namespace
+
+// A (rows, 32), then B (rows, 8): the sums of A's columns, and B^T A, as the weights' gradients have them.
+extern "C" SIMT_API void sums_over_rows(const float* values, int64_t rows, float* sums, float* products) {
+  constexpr unsigned kThreads = resident::kMaxThreads / 2;
+  simt::launch({.grid = 1, .block = kThreads, .shared = kThreads * kWeightRows * 4}, "sum_over_rows",
+               sum_over_rows, values, rows, sums, products);
+}
+
 // One argument a tensor, so that each is registered and checked by its name.
 extern "C" SIMT_API void run(const int64_t* sizes, double eps, void* p0, void* p1, void* p2, void* p3,
                              void* p4, void* p5, void* p6, void* p7, void* p8, void* p9, void* p10, void* p11,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 
+import numpy as np
+import oracle
 import pytest
 import torch
 from oracle import OPTIONS, Options, check, make_problem, run_problem
@@ -58,6 +61,15 @@ def test_options(monkeypatch, name):
         assert {(r["split"], r["vector"]) for r in ops.reports.values()} == {(split, vector)}
 
 
+def _check_schedules(monkeypatch, problem):
+    results = []
+    for seed, resident, launches in ((0, 24, 1), (1, 8, 1), (2, 16, 2)):
+        _install(monkeypatch, seed=seed, resident=resident, launches=launches)
+        results.append(run_problem(problem, "cuda"))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
 @pytest.mark.parametrize("shape, dtype, layout, split", SPLITS.values(), ids=SPLITS)
 def test_bitwise_equal_under_every_schedule(monkeypatch, shape, dtype, layout, split):
     """Order of threads and blocks, how many clusters run together, and a second launch on the same counters."""
@@ -66,12 +78,28 @@ def test_bitwise_equal_under_every_schedule(monkeypatch, shape, dtype, layout, s
     )
     ops = _check(monkeypatch, problem, seed=3, resident=24)
     assert ops.reports["cbam_backward"]["split"] == split
-    results = []
-    for seed, resident, launches in ((0, 24, 1), (1, 8, 1), (2, 16, 2)):
-        _install(monkeypatch, seed=seed, resident=resident, launches=launches)
-        results.append(run_problem(problem, "cuda"))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+    _check_schedules(monkeypatch, problem)
+
+
+# Other pools, shared ties and the halves of the block, each in another split and dtype.
+SCHEDULED = {
+    "split": ((3, 16, 7, 7), torch.float16, "contiguous"),
+    "all-pools-split": ((3, 16, 12, 12), torch.bfloat16, "contiguous"),
+    "lse": ((3, 8, 32, 32), torch.float16, "contiguous"),
+    "lp": ((3, 8, 9, 9), torch.float16, "channels_last"),
+    "channel-only": ((3, 8, 24, 24), torch.float32, "contiguous"),
+    "spatial-only": ((3, 16, 14, 14), torch.float16, "contiguous"),
+    "light-norm-eval": ((3, 16, 9, 9), torch.float16, "channels_last"),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_options_are_bitwise_equal_under_every_schedule(monkeypatch, name):
+    """Of x in steps, so that many maxima are shared, and their gradients are where blocks could add in any order."""
+    shape, dtype, layout = SCHEDULED[name]
+    problem = make_problem(shape, OPTIONS[name], dtype, layout=layout)
+    problem.x = (problem.x * 2).round() / 2
+    _check_schedules(monkeypatch, problem)
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("float16", "bfloat16"))
@@ -84,6 +112,55 @@ def test_dtypes(monkeypatch, dtype):
             ((1, 16, 14, 14), "channels_last"),
         ):
             _check(monkeypatch, make_problem(shape, OPTIONS[name], dtype, layout=layout))
+
+
+# What the option grid has not: rectangular and deep kernels, a norm without weight and bias, a bias of one layer
+# alone, parameters of which some are wide.
+def _without(problem, *names):
+    problem.p = problem.p._replace(**dict.fromkeys(names))
+    return problem
+
+
+def _with_kernel(problem, *size):
+    g = torch.Generator().manual_seed(5)
+    weight = torch.randn(1, 2, *size, generator=g, dtype=torch.float64) / (2 * math.prod(size)) ** 0.5
+    problem.p = problem.p._replace(conv_weight=weight.to(problem.p.conv_weight.dtype))
+    return problem
+
+
+def _without_affine(problem):
+    problem.norm.weight = problem.norm.bias = None
+    return problem
+
+
+def _half_wide(problem, names):
+    problem.p = problem.p._replace(**{n: getattr(problem.p, n).float() for n in names})
+    return problem
+
+
+RARE = {
+    "3x5": ("plain", lambda p: _with_kernel(p, 3, 5)),
+    "9x1": ("norm-eval", lambda p: _with_kernel(p, 9, 1)),
+    "1x13": ("split", lambda p: _with_kernel(p, 1, 13)),
+    "no-affine": ("norm-eval", _without_affine),
+    "b1-alone": ("plain", lambda p: _without(p, "b2")),
+    "b2-alone": ("all-pools", lambda p: _without(p, "b1")),
+    "wide-w1": ("plain", lambda p: _half_wide(p, ("w1", "b2", "conv_weight"))),
+    "wide-w2": ("residual-norm-eval", lambda p: _half_wide(p, ("w2", "b1", "conv_bias"))),
+}
+
+
+@pytest.mark.parametrize("name", RARE)
+def test_rare_parameters(monkeypatch, name):
+    options, change = RARE[name]
+    for shape, dtype, layout, split in (
+        ((2, 24, 7, 7), torch.bfloat16, "contiguous", cr.BY_CHANNELS),
+        ((2, 8, 32, 32), torch.float16, "contiguous", cr.BY_POSITIONS),
+        ((2, 24, 15, 16), torch.bfloat16, "channels_last", cr.BY_POSITIONS),
+    ):
+        problem = change(make_problem(shape, OPTIONS[options], dtype, layout=layout))
+        ops = _check(monkeypatch, problem)
+        assert {r["split"] for r in ops.reports.values()} == {split}
 
 
 @pytest.mark.parametrize("pools", (("avg", "max"), ("avg", "max", "lp", "lse")), ids=("two", "four"))
@@ -122,6 +199,9 @@ SHAPES = {
 def test_shapes(monkeypatch, shape):
     _check(monkeypatch, make_problem(shape, Options(kernel=3, norm="eval")))
     _check(monkeypatch, make_problem(shape, Options(kernel=3)), cluster=16)
+    # A map of 16 bits that is cut by channels needs whole vectors of them.
+    even = (shape[0], -(-shape[1] // 8) * 8, *shape[2:])
+    _check(monkeypatch, make_problem(even, Options(kernel=3), torch.bfloat16, wide=True))
     last = (shape[0], 8, *shape[2:])
     _check(monkeypatch, make_problem(last, Options(kernel=3), layout="channels_last"), cluster=16)
 
@@ -170,6 +250,56 @@ def test_saved_tensors_are_the_streamed_tiers(monkeypatch, layout):
     assert torch.equal(resident["spatial_index"][1], streamed["spatial_index"][1])
     for name, value in resident.items():
         torch.testing.assert_close(value, streamed[name], equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_average_of_many_equal_numbers(layout):
+    """Every addition errs in the same direction: 9e-8 and 5e-8 where each lane added up its elements one by one."""
+    problem = make_problem((1, 4, 128, 128), Options(kernel=3), layout=layout)
+    problem.x.fill_(0.1)
+    exact = problem.x.double().mean((2, 3))[0]
+    average = cs.cbam_forward(problem.x, problem.p, problem.c, machine=cr.ResidentMachine())["pooled"][0, 0]
+    error, plain = ((t.double() - exact).abs().max() for t in (average, problem.x.mean((2, 3))[0]))
+    assert error <= 2 * plain + 0.1 * 2.0**-24, (error, plain)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sums_over_many_equal_numbers(monkeypatch, layout):
+    """Of outputs and gradients too, of the largest maps that fit."""
+    problem = make_problem((1, 4, 208, 208), Options(), layout=layout)
+    problem.x.fill_(0.1)
+    problem.dy.fill_(0.1)
+    _install(monkeypatch)
+    check(problem, "cuda", ties=True)
+
+
+def _pools_of(x, backend, pools):
+    problem = make_problem(tuple(x.shape), Options(pools=pools, hidden=0, mlp_bias=False, spatial=False))
+    saved = cs.cbam_forward(x, problem.p, problem.c, machine=cr.ResidentMachine())
+    return saved["pooled"], saved["pool_index"]
+
+
+@pytest.mark.parametrize("pool", oracle.SUMS)
+def test_pools_of_a_large_map(monkeypatch, pool):
+    monkeypatch.setattr(oracle, "pools_of", _pools_of)
+    oracle.check_sum_over_a_map(pool, 256, "contiguous", "cuda")
+
+
+@pytest.mark.parametrize("side", [24, 63, 128])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_hostile_numbers_in_a_large_map(monkeypatch, layout, side):
+    monkeypatch.setattr(oracle, "pools_of", _pools_of)
+    oracle.check_hostile_numbers_in_a_map(side, layout, "cuda")
+
+
+def test_weight_gradients_of_many_samples():
+    """Sums over as many rows as 2048 samples leave, by one block alone: so many clusters would take the host minutes."""
+    rows = 16384
+    values, found = np.full((rows, 40), 0.1, np.float32), [np.zeros(n, np.float32) for n in ((32,), (8, 32))]
+    cr.library(torch.float32).run("sums_over_rows", values, rows, *found)
+    exact = rows * values[0, 0].astype(np.float64)
+    for sums, exact in zip(found, (exact, exact * values[0, 0])):
+        assert np.abs(sums / exact - 1).max() <= 4 * 2.0**-24
 
 
 @pytest.mark.parametrize("shape, dtype, layout, split", SPLITS.values(), ids=SPLITS)

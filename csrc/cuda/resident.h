@@ -18,6 +18,7 @@ enum Split : int32_t { kByPositions, kByChannels };
 constexpr int kLoads = 8;         // mbarriers of a tile: its rows can be used in as many steps
 constexpr int kMaxThreads = 512;  // a block: 128 registers a thread
 constexpr int kMaxInputs = 4;     // vectors that the MLP sees
+constexpr int kConvEntries = 8;   // an item's, of the convolution's gradient: of a row, a sector of 32 bytes
 constexpr int kQuad = 4;  // elements of the MLP's matrices, and of what meets them, that an access takes
 
 // Offsets into a block's shared memory, the same in every block of a cluster: blocks read each other's.
@@ -35,7 +36,7 @@ struct SharedMap {
   int32_t place_mean, place_maximum;  // backward: A [tile positions], dq; the mean's divided by C
   int32_t place_mark;   // backward: int [tile positions], the maximum's channel or how many equal it
   int32_t top;          // A [tile positions], with shared ties
-  int32_t kernel_grad;  // A [pieces][2][taps]; then [2 taps + 1], the batch's
+  int32_t kernel_grad;  // A [pieces][2][taps]; then [2], of the batch
   int32_t gate_grad;    // A [tile channels]
   int32_t logit_grad;   // A [own channels]
   int32_t terms, rare;  // ChannelTerms, RareTerms [tile channels]
@@ -252,7 +253,7 @@ inline bool plan_block(Resident& k, const Machine& m, int cluster, Split split, 
     at.place_mark = b.take(tp * 4);
     at.top = b.take(split_ties ? tp * a : 0);
     k.kernel_pieces = std::max(1, warps / (p.kernel_d * p.kernel_h));
-    at.kernel_grad = b.take(p.spatial ? (2 * taps(p) * k.kernel_pieces + 1) * a : 0);
+    at.kernel_grad = b.take(p.spatial ? 2 * taps(p) * k.kernel_pieces * a : 0);
     at.gate_grad = b.take(tc * a);
     at.logit_grad = b.take(k.own_channels * a);
     at.terms = b.take(tc * 4 * a);
@@ -307,10 +308,15 @@ auto with_traits(const Resident& k, F f) {
   return f(Of<T, kFull, kContiguous, kByChannels>{});
 }
 
-// Items of the weight gradients; conv_parts' entries are one of them.
+// Elements from a row of conv_parts to the next: 2 taps + 2 entries, in whole items.
+CBAM_HOST_DEVICE inline int64_t conv_stride(const Problem& p) {
+  return (2 * taps(p) + 2 + kConvEntries - 1) / kConvEntries * kConvEntries;
+}
+
+// Items of the weight gradients.
 inline int64_t weight_item_count(const Problem& p) {
   using policy::ceil_div;
-  int64_t items = 0;
+  int64_t items = p.spatial ? conv_stride(p) / kConvEntries : 0;
   if (p.pools) {
     const auto tiles = [](int64_t rows, int64_t columns) {
       return ceil_div(rows, kWeightRows) * ceil_div(columns, kWeightColumns);
@@ -318,7 +324,7 @@ inline int64_t weight_item_count(const Problem& p) {
     items += tiles(p.channels, p.hidden) + ceil_div(p.channels, kWeightColumns);
     if (p.w1.data) items += tiles(p.hidden, p.channels) + ceil_div(p.hidden, kWeightColumns);
   }
-  return items + (p.spatial ? 1 : 0);
+  return items;
 }
 
 // Bytes of global scratch; with a base, also points k into it (all but the counters).
@@ -335,7 +341,7 @@ inline int64_t lay_out(Resident& k, char* base) {
   k.logit_grad = take(p.pools ? n * p.channels : 0);
   k.hidden = take(p.pools ? n * p.hidden : 0);
   k.hidden_grad = take(p.pools && p.w1.data ? n * k.inputs * p.hidden : 0);
-  k.conv_parts = take(p.spatial ? n * k.cluster * (2 * taps(p) + 1) : 0);
+  k.conv_parts = take(p.spatial ? n * k.cluster * conv_stride(p) : 0);
   k.weight_items = static_cast<int32_t>(weight_item_count(p));
   return used;
 }

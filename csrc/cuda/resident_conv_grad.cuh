@@ -70,41 +70,46 @@ __device__ __forceinline__ void kernel_grads(const Block<Tr>& b, const Window& w
   const Problem& p = k.p;
   const int lines = p.kernel_d * p.kernel_h, count = static_cast<int>(taps(p)), pieces = k.kernel_pieces;
   A* parts = b.template at<A>(k.at.kernel_grad);  // [pieces][2][taps]
-  const int64_t row = (b.n * b.blocks + b.rank) * (2 * int64_t{count} + 1);
+  const int64_t row = (b.n * b.blocks + b.rank) * conv_stride(p);
   const auto centre = [&](int i, Coordinates at) {
     return (i / p.width - w.first) * w.width + at.w + w.margin;
   };
   for (int job = b.warp; job <= lines * pieces; job += b.warps) {
     if (job == lines * pieces) {
-      A sum = 0;
-      for (int i = b.own_positions.begin + b.lane; i < b.own_positions.end; i += 32)
-        sum += dz[centre(i, coordinates(p, i))];
-      sum = warp_sum(sum);
+      const A sum = warp_sum(long_sum<A>(b.own_positions.begin + b.lane, b.own_positions.end, 32,
+                                         [&](int i) { return dz[centre(i, coordinates(p, i))]; }));
       if (b.lane == 0) put(k.conv_parts, row + 2 * count, sum);
       continue;
     }
     const int line = job % lines, piece = job / lines;
     const int kd = line / p.kernel_h - p.kernel_d / 2, kh = line % p.kernel_h - p.kernel_h / 2;
     for (int first = 0; first < p.kernel_w; first += kTaps) {
-      A sums[2 * kTaps] = {};  // of the maximum's plane, then of the mean's
-      for (int i = b.own_positions.begin + piece * 32 + b.lane; i < b.own_positions.end; i += pieces * 32) {
-        const Coordinates at = coordinates(p, i);
-        const int d = at.d + kd, h = at.h + kh;
-        if (d < 0 || d >= p.depth || h < 0 || h >= p.height) continue;
-        const A v = dz[centre(i, at)];
-        const int start = (d * p.height + h - w.first) * w.width + at.w + first;
+      LongSum<A> whole;
+      const int step = pieces * 32;
+      for (int begin = b.own_positions.begin + piece * 32; begin < b.own_positions.end;
+           begin += kJoined * step) {
+        A sums[2 * kTaps] = {};  // of the maximum's plane, then of the mean's
+        const int end = min(begin + kJoined * step, b.own_positions.end);
+        for (int i = begin + b.lane; i < end; i += step) {
+          const Coordinates at = coordinates(p, i);
+          const int d = at.d + kd, h = at.h + kh;
+          if (d < 0 || d >= p.depth || h < 0 || h >= p.height) continue;
+          const A v = dz[centre(i, at)];
+          const int start = (d * p.height + h - w.first) * w.width + at.w + first;
 #pragma unroll
-        for (int j = 0; j < kTaps; ++j) {
-          if (first + j < p.kernel_w) {
-            const Pair<A> q = pools[start + j];
-            sums[j] += v * q.maximum;
-            sums[kTaps + j] += v * q.mean;
+          for (int j = 0; j < kTaps; ++j) {
+            if (first + j < p.kernel_w) {
+              const Pair<A> q = pools[start + j];
+              sums[j] += v * q.maximum;
+              sums[kTaps + j] += v * q.mean;
+            }
           }
         }
+        whole.add(sum_each(sums, b.lane));
       }
-      const A sum = sum_each(sums, b.lane);
       const int plane = b.lane / (2 * kTaps), j = first + b.lane / 2 % kTaps;
-      if (b.lane % 2 == 0 && j < p.kernel_w) parts[(piece * 2 + plane) * count + line * p.kernel_w + j] = sum;
+      if (b.lane % 2 == 0 && j < p.kernel_w)
+        parts[(piece * 2 + plane) * count + line * p.kernel_w + j] = whole.sum;
     }
   }
   __syncthreads();
@@ -112,6 +117,16 @@ __device__ __forceinline__ void kernel_grads(const Block<Tr>& b, const Window& w
     A sum = parts[i];
     for (int piece = 1; piece < pieces; ++piece) sum += parts[piece * 2 * count + i];
     put(k.conv_parts, row + i, sum);
+  }
+  // The norm's weight: sum dz conv is linear in the kernel. By the last warp, which has least else to do.
+  if (p.dbn_weight.data && b.warp == b.warps - 1) {
+    const Pair<A>* kernel = b.template at<Pair<A>>(k.at.kernel);
+    const A sum = warp_sum(long_sum<A>(b.lane, count * pieces, 32, [&](int i) {
+      const A* part = parts + i / count * 2 * count + i % count;
+      const Pair<A> weight = kernel[i % count];
+      return weight.maximum * part[0] + weight.mean * part[count];
+    }));
+    if (b.lane == 0) put(k.conv_parts, row + 2 * count + 1, sum);
   }
 }
 

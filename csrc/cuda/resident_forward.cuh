@@ -55,13 +55,14 @@ __device__ __forceinline__ S whole_statistic(const Block<Tr>& b, S* mine, int ch
   if constexpr (Tr::kByChannel) {
     return mine[channel - b.own_channels.begin];
   } else {
-    S total = *b.remote(mine + channel, 0);
-    renumber(total, 0);
-    for (int r = 1; r < b.blocks; ++r) {
-      S other = *b.remote(mine + channel, r);
+    S total;
+    for_ranks(b, mine + channel, [&](int r, S& other) {
       renumber(other, part_of(b.positions, b.k.position_unit, r, b.blocks).begin);
-      total.merge(other);
-    }
+      if (r)
+        total.merge(other);
+      else
+        total = other;
+    });
     return total;
   }
 }
@@ -194,9 +195,13 @@ __device__ __forceinline__ Pair<typename Tr::A> pooled_at(const Block<Tr>& b, in
   if constexpr (Tr::kByChannel) {
     using S = MeanMax<A, kSplit>;
     S* mine = b.template at<S>(k.at.pooled) + position;
-    S total = *b.remote(mine, 0);
-#pragma unroll 4
-    for (int r = 1; r < b.blocks; ++r) total.merge(*b.remote(mine, r));
+    S total;
+    for_ranks(b, mine, [&](int r, const S& other) {
+      if (r)
+        total.merge(other);
+      else
+        total = other;
+    });
     if (k.save && position >= b.own_positions.begin && position < b.own_positions.end) {
       save_position(k, b.n, position, total);
     }

@@ -85,9 +85,10 @@ __device__ __forceinline__ void product_sums(const Block<Tr>& b, Landed& landed)
   A* column_parts = row_parts + Strip<Tr>::items(b, 1) * b.rows;  // [groups][columns]
   for (int item = b.warp; item < Strip<Tr>::items(b, groups); item += b.warps) {
     const Strip<Tr> s(b, item, groups);
-    A factor[V], sums[V] = {};
+    A factor[V];
+    ColumnSums<A, V> columns;
     load_factors<V>(of_columns + s.vector * V, factor);
-    sum_rows(b, s, landed, row_parts, [&](int r, int offset) {
+    const auto body = [&](int r, int offset) {
       A v[V], d[V], sum = 0;
       load_shared<Tr>(x + offset, v);
       load_shared<Tr>(dy + offset, d);
@@ -95,12 +96,13 @@ __device__ __forceinline__ void product_sums(const Block<Tr>& b, Landed& landed)
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         const A product = v[j] * d[j];
-        sums[j] += product * of_row;
+        columns.sums[j] += product * of_row;
         sum += product * factor[j];
       }
       return sum;
-    });
-    put_columns(b, s, sums, column_parts);
+    };
+    sum_rows(b, s, landed, row_parts, body, [&] { columns.join(); });
+    put_columns(b, s, columns, column_parts);
   }
   __syncthreads();
   A* map = b.template at<A>(k.at.pooled);
@@ -153,34 +155,39 @@ __device__ __forceinline__ void pool_sums(const Block<Tr>& b, Landed& landed) {
     const Strip<Tr> s(b, item, groups);
     const int column = s.vector * V;
     if constexpr (Tr::kLast) {
-      A sums[V] = {};
+      ColumnSums<A, V> columns;
+      for (int first = s.first; first < b.rows; first += kJoined * s.step) {
+        if (first != s.first) columns.join();
+        const int end = min(first + kJoined * s.step, b.rows);
 #pragma unroll 4
-      for (int r = s.first; r < b.rows; r += s.step) {
-        A v[V];
-        load_shared<Tr>(x + r * b.vectors * V + column, v);
-        const PositionTerms<A> q = places[r];
-        const A highest = kSplit ? top[r] : A(0);
+        for (int r = first; r < end; r += s.step) {
+          A v[V];
+          load_shared<Tr>(x + r * b.vectors * V + column, v);
+          const PositionTerms<A> q = places[r];
+          const A highest = kSplit ? top[r] : A(0);
 #pragma unroll
-        for (int j = 0; j < V; ++j) sums[j] += v[j] * grad(q, highest, column + j, v[j]);
-        const int at = q.mark - column;
-        if (!kSplit && at >= 0 && at < V) {
+          for (int j = 0; j < V; ++j) columns.sums[j] += v[j] * grad(q, highest, column + j, v[j]);
+          const int at = q.mark - column;
+          if (!kSplit && at >= 0 && at < V) {
 #pragma unroll
-          for (int j = 0; j < V; ++j) sums[j] += j == at ? v[j] * q.maximum : A(0);
+            for (int j = 0; j < V; ++j) columns.sums[j] += j == at ? v[j] * q.maximum : A(0);
+          }
         }
       }
-      put_columns(b, s, sums, parts);
+      put_columns(b, s, columns, parts);
     } else {
       PositionTerms<A> q[V];
       A highest[V] = {};
       places.read(column, q);
       if constexpr (kSplit) load_factors<V>(top + column, highest);
-      sum_rows(b, s, landed, parts, [&](int r, int offset) {
+      const auto body = [&](int r, int offset) {
         A v[V], sum = 0;
         load_shared<Tr>(x + offset, v);
 #pragma unroll
         for (int j = 0; j < V; ++j) sum += v[j] * grad(q[j], highest[j], r, v[j]);
         return sum;
-      });
+      };
+      sum_rows(b, s, landed, parts, body, [] {});
     }
   }
   __syncthreads();
@@ -192,7 +199,8 @@ __device__ __forceinline__ void pool_sums(const Block<Tr>& b, Landed& landed) {
     } else {
       sum += row_sum(b, parts, c);
       if constexpr (!kSplit) {
-        for (int i = marks.first[c]; i < marks.first[c + 1]; ++i) sum += maxima[i];
+        const int first = marks.first[c], end = marks.first[c + 1];
+        sum += long_sum<A>(first, end, 1, [&](int i) { return maxima[i]; });
       }
     }
     out[c] = sum;

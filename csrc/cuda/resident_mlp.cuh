@@ -127,9 +127,8 @@ __device__ __forceinline__ void hidden_part(const Block<Tr>& b, const typename T
 // A value that every block holds a share of, summed in the order of the ranks.
 template <class Tr, class A>
 __device__ __forceinline__ A cluster_sum(const Block<Tr>& b, A* mine) {
-  A sum = *b.remote(mine, 0);
-#pragma unroll 1
-  for (int r = 1; r < b.blocks; ++r) sum += *b.remote(mine, r);
+  A sum = 0;
+  for_ranks(b, mine, [&](int r, A v) { sum = r ? sum + v : v; });
   return sum;
 }
 

@@ -116,6 +116,22 @@ struct Block {
   }
 };
 
+// use(rank, value) for what lies here in each block of the cluster, in the order of the ranks. All that have
+// room are on their way before the first is used: one trip to another block's memory, not one a rank.
+template <class Tr, class X, class Use>
+__device__ __forceinline__ void for_ranks(const Block<Tr>& b, X* mine, Use use) {
+  constexpr int kAtOnce = 8;
+  static_assert(kClusters[0] % kAtOnce == 0 && kClusters[1] % kAtOnce == 0);
+#pragma unroll 1
+  for (int first = 0; first < b.blocks; first += kAtOnce) {
+    X v[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) v[u] = *b.remote(mine, first + u);
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) use(first + u, v[u]);
+  }
+}
+
 // ---- Loads. The tile lies in shared memory without gaps.
 
 template <class Tr>
@@ -170,7 +186,6 @@ __device__ __forceinline__ void store_tile(const Block<Tr>& b, int32_t tile, voi
                     static_cast<uint32_t>(rows * row * static_cast<int>(sizeof(T))));
     ptx::bulk_commit();
   }
-  __syncwarp();  // a barrier of the cluster may follow, which wants whole warps
 }
 template <class Tr>
 __device__ __forceinline__ void tile_stored(const Block<Tr>& b) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "resident_tile.cuh"
+#include "streamed_pool.cuh"
 
 namespace cbam {
 namespace resident {
@@ -24,6 +25,41 @@ __device__ __forceinline__ void load_factors(const float* from, float (&v)[V]) {
       v[j + 3] = w.w;
     }
   }
+}
+
+// ---- Long sums: of partial sums, so that what is added up one by one stays short.
+
+// Of a partial sum. A lane that has one for each of V columns takes kJoined: joins are V additions there, and
+// up to 32 rows a lane, which is most maps, need none.
+constexpr int kTerms = 16;
+
+// Of a statistic: as Joined, but by one addition where a lane has one for each of V columns to make.
+template <class S>
+struct Steps : Joined<S> {};
+template <>
+struct Steps<MeanMax<float, false>> {
+  float sum = 0;
+  __device__ __forceinline__ void take(MeanMax<float, false>& s) {
+    sum += s.sum;
+    s.sum = 0;
+  }
+  __device__ __forceinline__ void finish(MeanMax<float, false>& s) const { s.sum += sum; }
+};
+
+// value(i) for i from `begin` to `end` in steps, half of a partial sum read at a time.
+template <class A, class Index, class Value>
+__device__ __forceinline__ A long_sum(Index begin, Index end, Index step, Value value) {
+  constexpr int kAtOnce = kTerms / 2;
+  LongSum<A> total;
+  for (Index base = begin; base < end; base += kAtOnce * step) {
+    A sum = 0;
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (base + u * step < end) sum += value(base + u * step);
+    }
+    total.add(sum);
+  }
+  return total.sum;
 }
 
 // ---- Walks.
@@ -176,16 +212,24 @@ __device__ __forceinline__ void reduce_usual_rows(const Block<Tr>& b, Landed& la
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
       const int row = min(base + u * kTeams + team, b.rows - 1);
+      LongSum<A> whole;
       A sum = 0, peak = negative_infinity<A>();
       int best = lane;
+      for (int first = lane; first < b.vectors; first += kTerms * kTeam) {
+        if (first != lane) {
+          whole.add(sum);
+          sum = 0;
+        }
+        const int end = min(first + kTerms * kTeam, b.vectors);
 #pragma unroll 2
-      for (int j = lane; j < b.vectors; j += kTeam) {
-        A v[V];
-        value(row, j, v);
-        const A m = largest_of(v);
-        sum += sum_of(v);
-        if (moves(m, peak)) best = j;
-        peak = ptx::max_nan(peak, m);
+        for (int j = first; j < end; j += kTeam) {
+          A v[V];
+          value(row, j, v);
+          const A m = largest_of(v);
+          sum += sum_of(v);
+          if (moves(m, peak)) best = j;
+          peak = ptx::max_nan(peak, m);
+        }
       }
       if (peak != peak) {  // `best` went on moving: back to the first vector with a NaN
         A v[V];
@@ -196,7 +240,7 @@ __device__ __forceinline__ void reduce_usual_rows(const Block<Tr>& b, Landed& la
           value(row, best, v);
         }
       }
-      acc[u] = {sum, {peak, lane < b.vectors ? best : kNoIndex}};
+      acc[u] = {whole.sum + sum, {peak, lane < b.vectors ? best : kNoIndex}};
     }
     const Spread<kRows, 1, kTeam> mine(acc, lane);
     const int row = base + mine.first * kTeams + team;
@@ -232,12 +276,18 @@ __device__ __forceinline__ void reduce_rows(const Block<Tr>& b, Landed& landed, 
       const int row = inside ? base + team : b.rows - 1;
       landed.wait(row);
       S acc = S::empty(lane < b.vectors ? lane * V : kNoIndex);
-      for (int j = lane; j < b.vectors; j += kTeam) {
-        A v[V];
-        value(row, j, v);
+      Joined<S> joined;
+      for (int first = lane; first < b.vectors; first += kTerms / V * kTeam) {
+        const int end = min(first + kTerms / V * kTeam, b.vectors);
+        for (int j = first; j < end; j += kTeam) {
+          A v[V];
+          value(row, j, v);
 #pragma unroll
-        for (int u = 0; u < V; ++u) acc.add(v[u], j * V + u);
+          for (int u = 0; u < V; ++u) acc.add(v[u], j * V + u);
+        }
+        joined.take(acc);
       }
+      joined.finish(acc);
       merge_lanes(acc, 1, kTeam);
       if (inside && lane == 0) out(row, acc);
     }
@@ -257,9 +307,11 @@ __device__ __forceinline__ void reduce_columns(const Block<Tr>& b, Landed& lande
     S acc[V];
 #pragma unroll
     for (int j = 0; j < V; ++j) acc[j] = S::empty(strip.first < b.rows ? strip.first : kNoIndex);
-    const auto walk = [&](auto wait_too) {
+    const int jump = kJoined * strip.step;
+    Steps<S> joined[V];
+    const auto walk = [&](int first, int end, auto wait_too) {
 #pragma unroll 4
-      for (int r = strip.first; r < b.rows; r += strip.step) {
+      for (int r = first; r < end; r += strip.step) {
         if constexpr (decltype(wait_too)::value) landed.wait(r);
         A v[V];
         value(strip, r, v);
@@ -275,10 +327,19 @@ __device__ __forceinline__ void reduce_columns(const Block<Tr>& b, Landed& lande
         }
       }
     };
-    if (landed.rows < b.rows)
-      walk(Flag<true>{});
-    else
-      walk(Flag<false>{});
+    for (int first = strip.first; first < b.rows; first += jump) {
+      if (first != strip.first) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) joined[j].take(acc[j]);
+      }
+      const int end = min(first + jump, b.rows);
+      if (landed.rows < end)
+        walk(first, end, Flag<true>{});
+      else
+        walk(first, end, Flag<false>{});
+    }
+#pragma unroll
+    for (int j = 0; j < V; ++j) joined[j].finish(acc[j]);
     if constexpr (IsUsual<S>::value) {
       A top = acc[0].peak.value;
 #pragma unroll
@@ -333,16 +394,21 @@ __device__ __forceinline__ int batch_value(int lane) {
 }
 
 // Walks a strip: body(row, offset of this lane's vector in the tile) brings this lane's part of a row's sum,
-// which ends up in parts[strip][row].
-template <class A, class Tr, class Body>
+// which ends up in parts[strip][row]. join() after every kJoined rows of a lane but the last.
+template <class A, class Tr, class Body, class Join>
 __device__ __forceinline__ void sum_rows(const Block<Tr>& b, const Strip<Tr>& s, Landed& landed, A* parts,
-                                         Body body) {
+                                         Body body, Join join) {
+  static_assert(kJoined % kBatch == 0);
   const int pitch = b.vectors * Tr::V, jump = s.step * pitch;
   const int mine = batch_value<Tr>(b.lane) * s.step + s.down;
   const bool full = (s.index + 1) * Tr::kAcross <= b.vectors, puts = b.lane % (Tr::kAcross / 4) == 0;
   A* out = parts + s.index * b.rows;
-  int offset = s.first * pitch + s.vector * Tr::V;
+  int offset = s.first * pitch + s.vector * Tr::V, joined = s.group * Tr::kDown + kJoined * s.step;
   for (int base = s.group * Tr::kDown; base < b.rows; base += kBatch * s.step, offset += kBatch * jump) {
+    if (base == joined) {
+      join();
+      joined += kJoined * s.step;
+    }
     const int end = base + (kBatch - 1) * s.step + Tr::kDown;
     landed.wait(min(end, b.rows) - 1);
     A sums[kBatch];
@@ -364,16 +430,27 @@ __device__ __forceinline__ void sum_rows(const Block<Tr>& b, const Strip<Tr>& s,
 template <class A, class Tr>
 __device__ __forceinline__ A row_sum(const Block<Tr>& b, const A* parts, int row) {
   const int strips = Strip<Tr>::items(b, 1);
-  A sum = 0;
-  for (int i = 0; i < strips; ++i) sum += parts[i * b.rows + row];
-  return sum;
+  return long_sum<A>(0, strips, 1, [&](int i) { return parts[i * b.rows + row]; });
 }
-// The sums of a strip's columns over its lanes, into parts[group][column].
-template <class A, class Tr>
-__device__ __forceinline__ void put_columns(const Block<Tr>& b, const Strip<Tr>& s, A (&sums)[Tr::V],
-                                            A* parts) {
+// Sums of a lane's columns, and of those that have joined.
+template <class A, int V>
+struct ColumnSums {
+  A sums[V] = {}, joined[V] = {};
+  __device__ __forceinline__ void join() {
 #pragma unroll
-  for (int j = 0; j < Tr::V; ++j) sums[j] = lane_sum<Tr::kAcross, 32>(sums[j]);
+    for (int j = 0; j < V; ++j) {
+      joined[j] += sums[j];
+      sums[j] = 0;
+    }
+  }
+};
+// Over a strip's lanes, into parts[group][column].
+template <class A, class Tr>
+__device__ __forceinline__ void put_columns(const Block<Tr>& b, const Strip<Tr>& s,
+                                            const ColumnSums<A, Tr::V>& of, A* parts) {
+  A sums[Tr::V];
+#pragma unroll
+  for (int j = 0; j < Tr::V; ++j) sums[j] = lane_sum<Tr::kAcross, 32>(of.joined[j] + of.sums[j]);
   if (b.lane < Tr::kAcross && s.inside) {
 #pragma unroll
     for (int j = 0; j < Tr::V; ++j) parts[(s.group * b.vectors + s.vector) * Tr::V + j] = sums[j];

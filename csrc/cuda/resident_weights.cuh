@@ -13,7 +13,8 @@ namespace resident {
 //   logit_grad   A (N, C)             dl
 //   hidden       A (N, h)             hidden layer behind the ReLU, summed over inputs
 //   hidden_grad  A (N, inputs, h)     its gradient, before the ReLU
-//   conv_parts   A (N, blocks, 2 taps + 1)  sums over a block's positions of dz q_max, dz q_mean, dz
+//   conv_parts   A (N, blocks, conv_stride)  sums over a block's positions of dz q_max, dz q_mean, dz and,
+//                for the norm's weight, dz conv
 
 // tile[r][c] = sum_i left[i][r] right(i, c), `tile` counting kWeightRows x kWeightColumns pieces. `left`: A
 // (count, rows), in global memory; kQuads: where its rows are a multiple of a quad.
@@ -26,9 +27,18 @@ __device__ __forceinline__ void outer_sum(int tile, int rows, int columns, int64
   const int r0 = tile / tiles * kWeightRows, c = tile % tiles * kWeightColumns + thread % kWeightColumns;
   const int group = thread / kWeightColumns;
   A acc[kWeightRows] = {};
-  if (c < columns && group < groups) {
+  LongSum<A> whole[kWeightRows];
+  for (int64_t first = group; c < columns && group < groups && first < count; first += kJoined * groups) {
+    if (first != group) {
+#pragma unroll
+      for (int r = 0; r < kWeightRows; ++r) {
+        whole[r].add(acc[r]);
+        acc[r] = 0;
+      }
+    }
+    const int64_t end = min(first + kJoined * groups, count);
 #pragma unroll 2
-    for (int64_t i = group; i < count; i += groups) {
+    for (int64_t i = first; i < end; i += groups) {
       const A of_right = right(i, c);  // [1]
       const int64_t row = i * rows + r0;
 #pragma unroll
@@ -49,7 +59,7 @@ __device__ __forceinline__ void outer_sum(int tile, int rows, int columns, int64
   }
   if (group < groups) {
 #pragma unroll
-    for (int r = 0; r < kWeightRows; ++r) parts[r * threads + thread] = acc[r];
+    for (int r = 0; r < kWeightRows; ++r) parts[r * threads + thread] = whole[r].sum + acc[r];
   }
   __syncthreads();
   if (group < kWeightRows && c < columns && r0 + group < rows) {
@@ -60,58 +70,62 @@ __device__ __forceinline__ void outer_sum(int tile, int rows, int columns, int64
   }
 }
 
-// total[c] = sum_i value(i, c) for one tile of columns.
-template <class A, class Value, class Out>
+// total[c] = sum_i value(i, c) for one tile of kColumns columns.
+template <int kColumns, class A, class Value, class Out>
 __device__ __forceinline__ void column_sum(int tile, int columns, int64_t count, A* parts, Value value,
                                            Out out) {
-  const int thread = static_cast<int>(threadIdx.x), groups = static_cast<int>(blockDim.x) / kWeightColumns;
-  const int c = tile * kWeightColumns + thread % kWeightColumns, group = thread / kWeightColumns;
+  static_assert(32 % kColumns == 0);
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int c = tile * kColumns + thread % kColumns, group = thread / kColumns;
   A sum = 0;
   if (c < columns) {
-#pragma unroll 8
-    for (int64_t i = group; i < count; i += groups) sum += value(i, c);  // [1]
+    sum = long_sum<A>(int64_t{group}, count, int64_t{threads / kColumns},
+                      [&](int64_t i) { return value(i, c); });  // [1]
   }
-  parts[thread] = sum;
+  sum = lane_sum<kColumns, 32>(sum);
+  if (thread % 32 < kColumns) parts[thread / 32 * kColumns + thread % kColumns] = sum;
   __syncthreads();
   if (group == 0 && c < columns) {
-    for (int g = 1; g < groups; ++g) sum += parts[g * kWeightColumns + thread];
+    for (int w = 1; w < threads / 32; ++w) sum += parts[w * kColumns + thread];
     out(c, sum);
   }
-  __syncthreads();
 }
 
-// The gradients of the convolution and of the norm in eval mode. `parts`: one value a thread.
+// Entries of the gradients of the convolution and of the norm in eval mode: a tile of them.
 template <class T, class A>
-__device__ __forceinline__ void conv_weights(const Resident& k, A* parts, A* totals) {
+__device__ __forceinline__ void conv_weights(const Resident& k, int tile, A* parts, A* totals) {
   const Problem& p = k.p;
-  const int count = static_cast<int>(taps(p)), entries = 2 * count + 1;
-  const int64_t rows = p.samples * k.cluster;
-  for (int tile = 0; tile * kWeightColumns < entries; ++tile) {
-    column_sum<A>(
-        tile, entries, rows, parts, [&](int64_t i, int e) { return fresh<A>(k.conv_parts, i * entries + e); },
-        [&](int e, A sum) { totals[e] = sum; });
-  }
+  const int count = static_cast<int>(taps(p)), stride = static_cast<int>(conv_stride(p));
+  const int entries = 2 * count + (p.dbn_weight.data ? 2 : 1);
+  const bool blend = p.spatial == kSpatialBlend;
   const Norm<A> norm = load_norm<T>(p);
-  const int planes = p.spatial == kSpatialBlend ? 1 : 2;
-  for (int i = threadIdx.x; p.dconv_weight.data && i < planes * count; i += blockDim.x) {
-    // A blend's planes are both 0.5 times the one kernel; the other orders store the planes in one.
-    const int plane = p.spatial == kMeanMax ? 1 - i / count : i / count;
-    const A sum = planes == 1 ? A(0.5) * (totals[i] + totals[count + i]) : totals[plane * count + i % count];
-    store_weight<T>(p.dconv_weight, i, norm.slope * sum);
-  }
-  if (threadIdx.x == 0) {
-    const A dz = totals[2 * count];
-    if (p.dconv_bias.data) store_weight<T>(p.dconv_bias, 0, norm.slope * dz);
-    if (p.dbn_bias.data) store_weight<T>(p.dbn_bias, 0, dz);
-    if (p.dbn_weight.data) {
-      // sum dz (z - mean) / deviation, where z = conv + bias is linear in the kernel.
-      A dz_conv = 0;
-      for (int i = 0; i < count; ++i) {
-        dz_conv += kernel_weight<T>(p, 0, i) * totals[i] + kernel_weight<T>(p, 1, i) * totals[count + i];
-      }
-      const A offset = bias<T>(p.conv_bias, 0);
-      store_weight<T>(p.dbn_weight, 0, norm.inverse_deviation * (dz_conv + (offset - norm.mean) * dz));
-    }
+  const auto part = [&](int64_t row, int e) { return fresh<A>(k.conv_parts, row * stride + e); };
+  column_sum<kConvEntries>(
+      tile, entries, p.samples * k.cluster, parts,
+      [&](int64_t row, int e) {
+        // A blend's planes are both 0.5 times the one kernel.
+        return blend && e < count ? A(0.5) * (part(row, e) + part(row, count + e)) : part(row, e);
+      },
+      [&](int e, A sum) {
+        if (e >= 2 * count) {
+          totals[e - 2 * count] = sum;
+        } else if (p.dconv_weight.data && !(blend && e >= count)) {
+          // The other orders store the planes in one.
+          const int plane = p.spatial == kMeanMax ? 1 - e / count : e / count;
+          store_weight<T>(p.dconv_weight, plane * count + e % count, norm.slope * sum);
+        }
+      });
+  if (tile != 2 * count / kConvEntries) return;
+  // An even entry and the next are in one tile.
+  __syncthreads();
+  if (threadIdx.x) return;
+  const A dz = totals[0];
+  if (p.dconv_bias.data) store_weight<T>(p.dconv_bias, 0, norm.slope * dz);
+  if (p.dbn_bias.data) store_weight<T>(p.dbn_bias, 0, dz);
+  if (p.dbn_weight.data) {
+    // sum dz (z - mean) / deviation, where z = conv + bias.
+    const A offset = bias<T>(p.conv_bias, 0);
+    store_weight<T>(p.dbn_weight, 0, norm.inverse_deviation * (totals[1] + (offset - norm.mean) * dz));
   }
 }
 
@@ -123,6 +137,15 @@ __device__ __forceinline__ void weight_item(const Resident& k, int index, A* par
   const auto tiles = [](int rows, int columns) {
     return (rows + kWeightRows - 1) / kWeightRows * ((columns + kWeightColumns - 1) / kWeightColumns);
   };
+  // First what has most rows to read.
+  if (p.spatial) {
+    const int of_conv = static_cast<int>(conv_stride(p)) / kConvEntries;
+    if (index < of_conv) {
+      conv_weights<T>(k, index, parts, totals);
+      return;
+    }
+    index -= of_conv;
+  }
   const auto logit = [&](int64_t n, int c) { return fresh<A>(k.logit_grad, n * channels + c); };
   if (p.pools) {
     if (index < tiles(channels, hidden)) {
@@ -136,7 +159,7 @@ __device__ __forceinline__ void weight_item(const Resident& k, int index, A* par
     }
     index -= tiles(channels, hidden);
     if (index < tiles(1, channels)) {
-      column_sum<A>(index, channels, p.samples, parts, logit, [&](int c, A sum) {
+      column_sum<kWeightColumns>(index, channels, p.samples, parts, logit, [&](int c, A sum) {
         if (p.db2.data) store_weight<T>(p.db2, c, A(inputs) * sum);
       });
       return;
@@ -154,7 +177,7 @@ __device__ __forceinline__ void weight_item(const Resident& k, int index, A* par
       }
       index -= tiles(hidden, channels);
       if (index < tiles(1, hidden)) {
-        column_sum<A>(
+        column_sum<kWeightColumns>(
             index, hidden, p.samples * inputs, parts,
             [&](int64_t i, int j) { return fresh<A>(k.hidden_grad, i * hidden + j); },
             [&](int j, A sum) {
@@ -164,7 +187,6 @@ __device__ __forceinline__ void weight_item(const Resident& k, int index, A* par
       }
     }
   }
-  if (p.spatial) conv_weights<T>(k, parts, totals);
 }
 
 __device__ __forceinline__ void cluster_started(const Resident& k, int rank) {

@@ -246,6 +246,7 @@ FAULTS = {
     "mbarrier_arrivals_too_many": "more arrivals at an mbarrier than its count of 2",
     "cluster_not_waited": "returned between a cluster arrive and its wait",
     "cluster_arrived_twice": "a second arrive without a wait between",
+    "cluster_returned_lane": "lane 5 returned|have returned",
     "atomic_beside_plain": "race: (read .* shared memory .* last written by|.* shared memory .* read by)",
 }
 # Reported when the last thread has gone: of the block, not of a thread.
@@ -254,7 +255,7 @@ OF_A_BLOCK = {"bulk_never_waited"}
 WITHOUT_HOOKS = {
     "async_never_waited", "bulk_expect_too_much", "bulk_misaligned", "bulk_store_overwritten",
     "bulk_store_never_waited", "bulk_never_waited", "mbarrier_arrivals_too_many", "cluster_not_waited",
-    "cluster_arrived_twice", "early_return", "two_barriers", "barrier_deadlock", "cluster_deadlock", "livelock",
+    "cluster_arrived_twice", "cluster_returned_lane", "early_return", "two_barriers", "barrier_deadlock", "cluster_deadlock", "livelock",
     "shuffle_absent_lane", "shuffle_returned_lane", "shuffle_partial_warp", "shuffle_outside_mask",
     "shuffle_divergent", "misaligned_ldg", "global_load_bounds",
 }  # fmt: skip

@@ -515,6 +515,10 @@ FAULT(cluster_arrived_twice, .grid = 2, .block = 32, .cluster = 2) {
   cluster_arrive();  // FAULT
   cluster_wait();
 }
+FAULT(cluster_returned_lane, .grid = 2, .block = 32, .cluster = 2) {
+  if (threadIdx.x == 5) return;
+  cluster_sync();  // FAULT
+}
 FAULT(atomic_beside_plain, .grid = 1, .block = 64) {
   CBAM_SHARED(s, unsigned[1]);
   if (threadIdx.x == 0) s[0] = 0;

@@ -235,18 +235,22 @@ inline unsigned cluster_rank() {
 inline unsigned cluster_size() {
   return simt::self->cluster_size;
 }
+// The barriers are `.aligned`: a warp comes as one, and a lane that has returned is a fault.
 inline void cluster_arrive(SIMT_WHERE) {
+  __syncwarp(0xffffffffu, where);
   simt::cluster_arrive(true, where);
 }
 inline void cluster_arrive_relaxed(SIMT_WHERE) {
+  __syncwarp(0xffffffffu, where);
   simt::cluster_arrive(false, where);
 }
 inline void cluster_wait(SIMT_WHERE) {
+  __syncwarp(0xffffffffu, where);
   simt::cluster_wait(where);
 }
 inline void cluster_sync(SIMT_WHERE) {
-  simt::cluster_arrive(true, where);
-  simt::cluster_wait(where);
+  ptx::cluster_arrive(where);
+  ptx::cluster_wait(where);
 }
 template <class T>
 inline T* map_shared(T* shared, unsigned rank, SIMT_WHERE) {
