@@ -314,7 +314,7 @@ def _plan(gpu, operation, shape, hidden, dtype=torch.bfloat16):
     "operation, shape, least, most",
     (
         ("cbam_forward", (256, 256, 56, 56), 396, 560),  # L2 holds what three halves of 264 blocks touch
-        ("cbam_backward", (256, 256, 56, 56), 66, 160),  # and here not
+        ("cbam_backward", (256, 256, 56, 56), 66, 263),  # and here not
         ("attention_backward", (256, 256, 56, 56), 396, 560),  # that reads nothing twice
         ("cbam_backward", (4, 256, 56, 56), 396, 560),  # a batch that L2 holds
     ),

