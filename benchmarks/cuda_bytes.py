@@ -6,7 +6,10 @@
 Nothing here runs on a GPU. Counted bytes are what the kernels ask of global memory when tests/simt executes
 their sources, a caches' hit as much as a miss; S is the size of x, weights are float32. The streamed tier's plan
 depends on how many samples there are for how many multiprocessors: it is counted with one each, 8. With fewer,
-several blocks share a sample and hand each other more: with one for eight, up to 0.16 S, on tiny maps 0.5 S.
+several blocks share a sample and hand each other more: with one for eight, up to 0.16 S, on tiny maps 0.5 S. It depends
+on the L2 behind a multiprocessor, too, of which this device has much: with an H100's 0.4 MB (`--l2 3`) the backward's
+items are half as large, and hand on 0.05 to 0.12 S more (5.18 S become 5.23 at (512, 28, 28), 5.14 become 5.25 at
+(128, 28, 28)), which `cuda_timeline.py` has as the faster plan there.
 
 Modelled DRAM traffic is what compiled PTX makes of it in the cache model of the optional ../shared/ptxcpu (H100:
 132 multiprocessors, 50 MB of L2), over the floor of 2 S or 3 S (3 S and 5 S with BatchNorm in training): as it is,

@@ -161,7 +161,7 @@ def test_threads(fused, threads, count, batch):
 
 
 # Channels and positions in several chunks, the last one short; in fewer chunks than threads; a map that ends within
-# a vector, and one of several tiles. Batches that go through the MLP in groups, and others; channels for which its
+# a vector, and one of several tiles, in backward where samples are few. Batches that go through the MLP in groups, and others; channels for which its
 # matrices are taken by strips. Outputs that bypass the caches with one thread, and not with four.
 @pytest.mark.parametrize(
     "shape",
@@ -170,6 +170,8 @@ def test_threads(fused, threads, count, batch):
         (1, 300, 7, 9),
         (1, 19, 30, 31),
         (1, 257, 61, 67),
+        (1, 300, 30, 31),
+        (3, 300, 30, 31),
         (5, 300, 7, 9),
         (8, 700, 3, 5),
         (9, 1100, 2, 3),
@@ -215,7 +217,7 @@ def test_threads_that_share_the_mlp(threads, name, dtype, shape):
 
 
 @pytest.mark.parametrize(
-    "shape", [(7, 300, 7, 9), (3, 257, 61, 67), (18, 24, 14, 14), (20, 1100, 2, 3)], ids=_id
+    "shape", [(7, 300, 7, 9), (3, 257, 61, 67), (3, 300, 30, 31), (18, 24, 14, 14), (20, 1100, 2, 3)], ids=_id
 )
 @pytest.mark.parametrize("name", ["plain", "norm-eval", "all-pools", "split", "light"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -254,8 +254,10 @@ inline bool plan_order(Streamed& k, Variant variant, const Device& device, bool 
   b.order();
   // As far apart as keeps blocks from waiting, or as L2 allows.
   if (!chain) {
+    // What is read or written for the last time leaves L2 first, so that it holds more than its size says.
+    const int64_t most = device.l2_bytes * 5 / 4;
     int eighths = kFarthest;
-    while (eighths > kNearest && b.spread(grid * eighths / 8, grid) > device.l2_bytes) --eighths;
+    while (eighths > kNearest && b.spread(grid * eighths / 8, grid) > most) --eighths;
     s.distance = static_cast<int32_t>(grid * eighths / 8);
     b.spread(s.distance, grid);
   }
