@@ -133,16 +133,12 @@ struct Block {
   // tile: long runs of a row serve memory better than a second read from cache ((512, 28, 28) backward: 5 %
   // in cache and up to 15 % from memory; forward, where map_flat takes them: 15 %, 10 to 20 %); but not
   // forward in channels-last, where a tile is a run of memory already (0.9 of the time in training), and not
-  // where that leaves the threads that share a remaining sample without a part of it.
+  // forward where that leaves the threads that share a remaining sample without a part of it. In backward it
+  // does: sums over positions go by tiles, so that tiles which hung on threads or batch would change dx's
+  // bits.
   static int64_t tile_positions(const Problem& p, bool backward) {
     const int64_t bytes = p.C * int64_t(sizeof(T)) * (backward ? 2 : 1), mebi = 1 << 20;
-    // In backward all samples cost a tenth more in tiles, and small maps a third, so that sharing the
-    // remaining ones has to save that. (Two threads, whole backwards, one sample and three: (512, 28, 28)
-    // 0.68 and 0.78 of the time; (128, 40, 40) 0.58 and 0.85; (1024, 14, 14) 1.01 and 1.31.)
-    const int64_t rounds = (p.N + p.threads - 1) / p.threads;
-    const bool many = 10 * rounds * p.threads <= 11 * p.N || (p.N > 1 && p.P < 512);
-    const bool alone =
-        p.N % p.threads == 0 || (backward ? many : p.N > 16 * p.threads) || shares_rows(p, backward);
+    const bool alone = backward || p.N % p.threads == 0 || p.N > 16 * p.threads || shares_rows(p, backward);
     if (alone && (backward || !kChannelsLast) && p.P <= 2048 &&
         bytes * p.P <= (backward ? 4 * mebi : 2 * mebi))
       return p.P;
