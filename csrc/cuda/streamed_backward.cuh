@@ -221,13 +221,17 @@ __device__ __forceinline__ void weight_item(const Streamed& k, int index, Shared
   const int channels = static_cast<int>(p.channels), hidden = static_cast<int>(p.hidden);
   const int splits = k.s.weight_splits, tiles = static_cast<int>(k.s.weight_items) / splits;
   const int split = index / tiles, vectors = k.s.pool_vectors;
-  const int64_t first = p.samples * split / splits, count = p.samples * (split + 1) / splits - first;
+  const int count = static_cast<int>(p.samples * (split + 1) / splits - p.samples * split / splits);
   index %= tiles;
+  // In shared memory: the tiles' sums leave no registers for them.
+  int* share = shared.take<int>(2);  // the share's number, its first sample
+  if (thread_index() == 0) share[0] = split, share[1] = static_cast<int>(p.samples * split / splits);
+  __syncthreads();
   if (p.pools) {
     // Found out late, when the loop over the samples needs its registers no longer.
     const auto give = [&](bool second) {
       const GradLayout g = grad_layout(k.p);
-      A* parts = share_of<A>(k, ptx::opaque(split), g);
+      A* parts = share_of<A>(k, share[0], g);
       A *to_matrix = parts + (second ? 0 : g.w1), *to_bias = parts + (second ? g.b2 : g.b1);
       return [&k, second, parts, to_matrix, to_bias](bool matrix, int64_t i, A sum) {
         if (parts)
@@ -239,9 +243,9 @@ __device__ __forceinline__ void weight_item(const Streamed& k, int index, Shared
     const int of_w2 = matrix_tiles(kTileW2, channels, hidden);
     if (index < of_w2) {
       outer_sum<A, kTileW2.rows, kTileW2.columns>(
-          index, channels, hidden, static_cast<int>(count), shared,
-          [&](int n, int c) { return fresh<A>(k.w.logit_grad, (first + n) * p.channels + c); },
-          [&](int n, int j) { return fresh<A>(k.w.hidden, (first + n) * p.hidden + j); },
+          index, channels, hidden, count, shared,
+          [&](int n, int c) { return fresh<A>(k.w.logit_grad, (share[1] + n) * p.channels + c); },
+          [&](int n, int j) { return fresh<A>(k.w.hidden, (share[1] + n) * p.hidden + j); },
           [&] { return give(true); });
       return;
     }
@@ -249,9 +253,11 @@ __device__ __forceinline__ void weight_item(const Streamed& k, int index, Shared
     const int of_w1 = p.w1.data ? matrix_tiles(kTileW1, hidden, channels) : 0;
     if (index < of_w1) {
       outer_sum<A, kTileW1.rows, kTileW1.columns>(
-          index, hidden, channels, static_cast<int>(count) * vectors, shared,
-          [&](int i, int j) { return fresh<A>(k.w.hidden_grad, (first * vectors + i) * p.hidden + j); },
-          [&](int i, int c) { return mlp_input<A>(p, first + i / vectors, i % vectors, c); },
+          index, hidden, channels, count * vectors, shared,
+          [&](int i, int j) {
+            return fresh<A>(k.w.hidden_grad, (int64_t{share[1]} * vectors + i) * p.hidden + j);
+          },
+          [&](int i, int c) { return mlp_input<A>(p, share[1] + i / vectors, i % vectors, c); },
           [&] { return give(false); });
       return;
     }
@@ -260,7 +266,7 @@ __device__ __forceinline__ void weight_item(const Streamed& k, int index, Shared
   if (p.spatial) {
     const GradLayout g = grad_layout(p);
     A* parts = share_of<A>(k, split, g);
-    conv_weight_item<T>(k, index, first * k.s.conv_items, count * k.s.conv_items, shared,
+    conv_weight_item<T>(k, index, int64_t{share[1]} * k.s.conv_items, int64_t{count} * k.s.conv_items, shared,
                         parts ? parts + g.conv : nullptr);
   }
 }
