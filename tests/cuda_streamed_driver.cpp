@@ -29,9 +29,9 @@ extern "C" SIMT_API void plan(const int64_t* sizes, int64_t* report) {
   plan_call(sizes, k, report);
 }
 
-// out[0]: whether every item waits only for items of lower tickets, whatever the number of units, and whether just
-// those are announced that are waited for. out[1]: the least number of tickets between what waits and the last
-// item that it waits for.
+// out[0]: whether every item waits only for items of lower tickets, whatever the number of units, and whether
+// just those are announced that are waited for. out[1]: the least number of tickets between what waits and
+// the last item that it waits for.
 extern "C" SIMT_API void waits_backwards(const int64_t* sizes, int64_t* out) {
   Streamed k{};
   k.p = sizes_of(sizes);
