@@ -174,19 +174,32 @@ def normed(z: Tensor, norm: Norm, call: Optional[Norm] = None) -> Tensor:
     cast = _cast(norm, z.dtype, z, call)
     if torch.jit.is_tracing():
         return cast(z)  # a comparison of sizes would be a constant of the trace
-    return _empty(z, _learnt(norm)) if z.shape[0] == 0 else _autograd._normed(cast, z)
+    if z.shape[0] == 0 and not (isinstance(norm, nn.SyncBatchNorm) and norm.training):
+        return _empty(z, _learnt(norm))  # but the other ranks of a SyncBatchNorm wait for this one
+    return _autograd._normed(cast, z)
 
 
 def _without_traces(z: Tensor, norm: Norm) -> Tensor:
-    """norm(z), hooks and all, that leaves its buffers, such as running statistics, as they are."""
+    """norm(z), hooks and all, that leaves its buffers, such as running statistics, as they are.
+
+    A SyncBatchNorm takes the statistics of this rank's batch: one rank may look at its maps alone.
+    """
     if not isinstance(norm, nn.Module):
         return normed(z, norm)
-    if _only_normalises(norm) and not isinstance(norm, nn.SyncBatchNorm) and _nothing_beside(norm):
+    if _only_normalises(norm) and _nothing_beside(norm):
         batch = norm.training or norm.running_mean is None
         mean, var = (None, None) if batch else (norm.running_mean, norm.running_var)
         cast = [None if t is None else t.to(z.dtype) for t in (mean, var, norm.weight, norm.bias)]
         return F.batch_norm(z, *cast, training=batch, eps=norm.eps)
     kept = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+    if not kept or not any(m.training for m in norm.modules()):
+        return normed(z, norm)
+    if torch.jit.is_tracing() or any(isinstance(m, torch.jit.ScriptModule) for m in norm.modules()):
+        try:
+            return normed(z, norm)
+        finally:
+            for name, buffer in norm.named_buffers():
+                buffer.data.copy_(kept[name])  # no new version of what a graph may have saved
     return normed(z, norm, lambda logits: torch.func.functional_call(norm, kept, (logits,)))
 
 

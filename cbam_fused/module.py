@@ -139,10 +139,11 @@ class _Gates(nn.Module):
     """
 
     config: Config
-    _fixed: Tuple[str, ...] = ("pool_types", "light", "order", "ties")
+    _fixed: Tuple[str, ...] = ()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._fixed and name in self.__dict__:
+        own = self.__dict__
+        if name in self._fixed and "config" in own and (name not in own or own[name] != value):
             raise AttributeError(
                 f"{name} is fixed when a {type(self).__name__} is made: make another one and load this one's state_dict"
             )
@@ -188,6 +189,8 @@ class ChannelGate(_Gates):
 
     Shape: (N, channels, *spatial) -> the same.
     """
+
+    _fixed = ("pool_types", "light", "ties", "residual")
 
     def __init__(
         self,
@@ -271,6 +274,8 @@ class SpatialGate(_Gates):
 
     Shape: (N, C, *spatial) -> the same, for any C.
     """
+
+    _fixed = ("order", "light", "ties", "residual")
 
     def __init__(
         self,
@@ -378,6 +383,8 @@ class FusedCBAM(_Gates):
     Source: Woo et al., "CBAM: Convolutional Block Attention Module", arXiv:1807.06521.
     """
 
+    _fixed = ("pool_types", "spatial_order", "light", "ties", "residual")
+
     def __init__(
         self,
         channels: int,
@@ -414,6 +421,7 @@ class FusedCBAM(_Gates):
             **shared,
         )
         _checks.check_kernel_size(kernel_size, several="; pools are given as pool_types=")
+        self.ties = ties
         self.config = _checks.make_config(
             self.channel_gate.pool_types, spatial, spatial_order, bool(light), ties, residual
         )
@@ -423,7 +431,6 @@ class FusedCBAM(_Gates):
             else None
         )
         self.channels = channels
-        self.ties = ties
         self.arrangement = arrangement
         self.dims = dims
         self.backend = backend
@@ -456,8 +463,9 @@ class FusedCBAM(_Gates):
         """Channel gate (N, C) and spatial gate (N, 1, *spatial), in (0, 1), without gradients.
 
         Same x as `forward`; the gates are float32 (float64 for float64). The spatial gate is None
-        with `spatial=False`. A BatchNorm in training uses the batch's statistics, as in `forward`,
-        but its running statistics stay as they are.
+        with `spatial=False`. The norm is called as in `forward`, hooks and all; a BatchNorm in training
+        uses the batch's statistics (a SyncBatchNorm those of this rank's batch), but running statistics
+        and other buffers stay as they are.
         """
         if self.arrangement != "channel_first":
             return masks.arranged_maps(self.arrangement, *self._arguments(x))

@@ -223,16 +223,28 @@ def test_the_gates_name_their_own_arguments():
         SpatialGate(kernel_size=[7, 7])
 
 
-@pytest.mark.parametrize("name, value", [("ties", "split"), ("pool_types", ("lp",)), ("light", True)])
-def test_options_are_fixed(name, value):
-    for module in (FusedCBAM(8), FusedCBAM(8).channel_gate):
-        if hasattr(module, name):
-            kind = type(module).__name__
-            message = (
-                f"{name} is fixed when a {kind} is made: make another one and load this one's state_dict"
-            )
-            with _raises(AttributeError, message):
-                setattr(module, name, value)
+FIXED = {
+    "FusedCBAM": {
+        "pool_types": ("lp",),
+        "spatial_order": "mean_max",
+        "light": True,
+        "ties": "split",
+        "residual": True,
+    },
+    "ChannelGate": {"pool_types": ("lp",), "light": True, "ties": "split", "residual": True},
+    "SpatialGate": {"order": "mean_max", "light": True, "ties": "split", "residual": True},
+}
+
+
+@pytest.mark.parametrize("kind, name", [(kind, name) for kind, names in FIXED.items() for name in names])
+def test_options_are_fixed(kind, name):
+    block = FusedCBAM(8)
+    module = {"FusedCBAM": block, "ChannelGate": block.channel_gate, "SpatialGate": block.spatial_gate}[kind]
+    message = f"{name} is fixed when a {kind} is made: make another one and load this one's state_dict"
+    with _raises(AttributeError, message):
+        setattr(module, name, FIXED[kind][name])
+    block.order = module.note = 1  # no option of FusedCBAM
+    block.order, block.ties = 2, "first"  # as it is
 
 
 def _arguments(**changes):

@@ -254,6 +254,47 @@ NORMS_THAT_DO_MORE = {
 }
 
 
+@pytest.mark.parametrize(
+    "norm", [nn.Identity, lambda: nn.GroupNorm(1, 1), lambda: nn.Sequential(nn.BatchNorm2d(1))]
+)
+def test_attention_maps_are_traced(norm):
+    class Maps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = FusedCBAM(8, 2)
+            self.block.spatial_gate.bn = norm()
+
+        def forward(self, x):
+            return self.block.attention_maps(x)
+
+    module, x = Maps().eval(), torch.randn(2, 8, 7, 9)
+    traced = torch.jit.trace(module, x, check_trace=False)
+    for got, want in zip(traced(x), module(x)):
+        torch.testing.assert_close(got, want)
+
+
+def test_attention_maps_with_a_scripted_norm(target):
+    """Which keeps its buffers where functional_call does not reach them."""
+    module = _module(target, 8, 2)
+    module.spatial_gate.bn = torch.jit.script(nn.Sequential(nn.BatchNorm2d(1), nn.Hardtanh())).to(
+        target.device
+    )
+    x = torch.randn(2, 8, 7, 9, device=target.device)
+    y = module(x)
+    before = copy.deepcopy(module.spatial_gate.bn.state_dict())
+    channel, spatial = module.attention_maps(x)
+    for key, value in module.spatial_gate.bn.state_dict().items():
+        assert torch.equal(value, before[key]), f"{key} changed"
+    torch.testing.assert_close(y, x * channel[..., None, None] * spatial)
+
+
+def test_a_lazy_norm(target):
+    module = _module(target, 8, 2)
+    module.spatial_gate.bn = nn.LazyBatchNorm2d(device=target.device)
+    assert module(torch.randn(2, 8, 5, 5, device=target.device)).shape == (2, 8, 5, 5)
+    assert module.spatial_gate.bn.num_features == 1
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("norm", NORMS_THAT_DO_MORE)
 def test_attention_maps_with_a_norm_that_does_more(target, norm, training):

@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <mutex>
 #include <optional>
 #include <tuple>
 #include <vector>

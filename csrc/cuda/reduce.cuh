@@ -84,18 +84,6 @@ __device__ __forceinline__ A warp_sum(A v) {
   return lane_sum<1, 32>(v);
 }
 
-template <bool kSplit, int kFrom, int kTo, class A>
-__device__ __forceinline__ Peak<A> lane_peak(Peak<A> peak) {
-#pragma unroll
-  for (int bit = kTo / 2; bit >= kFrom; bit /= 2) {
-    Peak<A> other;
-    other.value = __shfl_xor_sync(kAllLanes, peak.value, bit);
-    other.mark = __shfl_xor_sync(kAllLanes, peak.mark, bit);
-    merge_peak<kSplit>(peak, other);
-  }
-  return peak;
-}
-
 __device__ __forceinline__ float exponential(float v) {
   return expf(v);
 }
@@ -197,17 +185,6 @@ __device__ __forceinline__ void raise_log_sum(LogSum<A>& s, A peak) {
 template <class A>
 __device__ __forceinline__ A log_sum_value(LogSum<A> s) {
   return logarithm(s.sum) + log_shift(s.peak);
-}
-template <int kFrom, int kTo, class A>
-__device__ __forceinline__ LogSum<A> lane_log_sum(LogSum<A> s) {
-#pragma unroll
-  for (int bit = kTo / 2; bit >= kFrom; bit /= 2) {
-    LogSum<A> other;
-    other.peak = __shfl_xor_sync(kAllLanes, s.peak, bit);
-    other.sum = __shfl_xor_sync(kAllLanes, s.sum, bit);
-    merge_log_sum(s, other);
-  }
-  return s;
 }
 
 }  // namespace cbam

@@ -68,7 +68,7 @@ struct Resident {
   int32_t inputs;         // vectors that the MLP sees, after blending
   int32_t weight_quads;   // its matrices are read in quads
   int32_t save;
-  // Backward: sums over the batch, in global memory; see ResidentScratch in resident_weights.cuh.
+  // Backward: what sums over the batch read, in global memory.
   uint32_t* counters;
   void *logit_grad, *hidden, *hidden_grad, *conv_parts;
   int32_t weight_items;
