@@ -156,8 +156,8 @@ def check_norm(norm: object) -> None:
     if not callable(norm):
         raise TypeError(f"norm must be a module or a function, got {type(norm).__name__}")
     features = getattr(norm, "num_features", 1)
-    lazy = isinstance(norm, nn.modules.lazy.LazyModuleMixin) and norm.has_uninitialized_params()
-    if features != 1 and not lazy:
+    uninitialized = getattr(norm, "has_uninitialized_params", None)  # of lazy modules
+    if features != 1 and not (uninitialized and uninitialized()):
         raise ValueError(f"norm must have num_features=1, got {features}")
 
 

@@ -274,7 +274,8 @@ SEEN = (
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
 def test_plans(gpu):
     """On every device: all blocks of a launch are resident, no item waits for one of a later ticket, and whatever L2
-    holds, a quarter of the blocks has an item between the last that is waited for and the first that waits."""
+    holds, with several units a quarter of the blocks has an item between the last that is waited for and the first that
+    waits."""
     lib = cs.library(torch.float32)
     report, order, plans = np.zeros(len(cs.REPORT), np.int64), np.zeros(2, np.int64), 0
     for dtype, operation, layout in itertools.product(cs.ELEMENTS, cs.OPERATIONS, LAYOUTS):
@@ -289,7 +290,7 @@ def test_plans(gpu):
             plan = dict(zip(cs.REPORT, report.tolist()))
             case = (dtype, operation, layout, n, c, h, w, order, plan)
             assert plan["fits"] and order[0], case
-            assert order[1] >= 2 * gpu.multiprocessors // 4, case
+            assert plan["units"] == 1 or order[1] >= plan["blocks"] * gpu.multiprocessors // 4, case
             assert plan["grid"] <= plan["blocks"] * gpu.multiprocessors and plan["blocks"] <= 2, case
             # A KiB of each block is CUDA's own.
             assert plan["blocks"] * (plan["shared"] + plan["static_shared"] + 1024) <= gpu.shared << 10, case

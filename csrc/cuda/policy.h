@@ -58,6 +58,7 @@ struct Builder {
   // time, what the blocks of `grid` have in hand included; zero where nothing is read twice.
   int64_t spread(int64_t distance, int64_t grid) {
     Schedule& s = k.s;
+    const bool x_again = dx_needs_x(k.p);
     int64_t streams = 0, first_touch = -1, reuse = 0;
     for (int i = 0; i < s.plans; ++i) {
       StagePlan& d = s.plan[i];
@@ -66,7 +67,7 @@ struct Builder {
         const int64_t wanted = before.tail[0] >= 0 ? distance * 3 / 2 : distance;
         d.lag = before.lag + static_cast<int32_t>(ceil_div(wanted, s.step_items));
       }
-      const int own = x_streams(d.stage);
+      const int own = x_streams(d.stage) + (d.stage == kInputGrad && x_again);
       if (!own) continue;
       streams += own;
       const int64_t at = int64_t{d.lag} * s.step_items + d.first;
@@ -74,7 +75,7 @@ struct Builder {
       // A forward reads the same tensor in each pass, a backward x and dy again after one of both.
       if (first_touch < 0 || !is_backward(k.operation)) first_touch = at;
     }
-    if (!reuse || k.operation == kAttentionBackward) return 0;
+    if (!reuse || (k.operation == kAttentionBackward && !x_again)) return 0;
     const int64_t sample = k.p.channels * k.p.positions * int64_t{element_bytes(k.p.dtype)};
     const int64_t touched = (reuse + grid) * streams * sample * s.unit_samples / s.step_items;
     return std::min(touched, streams * sample * k.p.samples);
@@ -111,7 +112,7 @@ inline uint32_t weight_items(const Problem& p) {
 // Shares of the batch: as many as give each block an item, of enough samples for a stage of one, at least.
 inline void plan_weights(const Problem& p, Schedule& s, int64_t grid) {
   const int64_t tiles = weight_items(p);
-  const int64_t wanted = tiles ? grid / tiles : 1, most = ceil_div(p.samples, kLeastShare);
+  const int64_t wanted = tiles ? grid / tiles : 1, most = p.samples / kLeastShare;
   s.weight_splits = static_cast<int32_t>(std::max<int64_t>(1, std::min(wanted, most)));
   s.weight_items = static_cast<uint32_t>(tiles * s.weight_splits);
   s.join_items =
@@ -120,18 +121,29 @@ inline void plan_weights(const Problem& p, Schedule& s, int64_t grid) {
 
 }  // namespace policy
 
-// Samples a unit: as many as make a step that is worth a row of counters and, unless one block is to do a
-// unit's MLP, as share a read of its weights.
+// What plan_streamed tries: samples chained or not; the backward's larger items or not; blocks a
+// multiprocessor; and the most samples a unit.
+struct Choice {
+  bool chain, large;
+  int32_t blocks, most_samples;
+};
+
+// Samples a unit: as many as make it and a step worth their counters and, unless one block is to do a unit's
+// MLP, as share a read of its weights.
 inline int32_t choose_unit(const Problem& p, int64_t products, int64_t items, int64_t grid) {
+  const int64_t sample = p.channels * p.positions * int64_t{element_bytes(p.dtype)};
   int64_t unit = 1;
-  while (unit < p.samples && unit * items * policy::kLeastSteps < grid) unit *= 2;
+  while (unit < p.samples &&
+         (unit * items * policy::kLeastSteps < grid || unit * sample < policy::kLeastUnit))
+    unit *= 2;
   if (products * unit > policy::kInlineMlp) unit = std::max<int64_t>(unit, kMlpSamples);
   return static_cast<int32_t>(std::min(unit, std::max<int64_t>(p.samples, 1)));
 }
 
-// As plan_streamed, with samples chained or not, and with the backward's larger items or not.
-inline bool plan_order(Streamed& k, Variant variant, const Device& device, bool chain, bool large) {
+// As plan_streamed, for one choice.
+inline bool plan_order(Streamed& k, Variant variant, const Device& device, Choice choice) {
   using namespace policy;
+  const bool chain = choice.chain, large = choice.large;
   const Problem& p = k.p;
   Schedule& s = k.s;
   s = {};
@@ -144,7 +156,7 @@ inline bool plan_order(Streamed& k, Variant variant, const Device& device, bool 
   s.rows = static_cast<int32_t>(last ? p.positions : p.channels / s.fold);
   s.row_elements = static_cast<int32_t>(last ? p.channels : p.positions * s.fold);
   s.row_vectors = static_cast<int32_t>(ceil_div(s.row_elements, vector));
-  const int64_t grid = int64_t{kBlocks} * device.multiprocessors;
+  const int64_t grid = int64_t{choice.blocks} * device.multiprocessors;
   const bool backward = is_backward(k.operation), gate = p.pools != 0, spatial = p.spatial != kSpatialNone;
   const int64_t grad_item = large ? kMaxItemBytes : backward ? kItemBytes : 0;
   const auto tiling = [&](bool reduces) {
@@ -252,8 +264,8 @@ inline bool plan_order(Streamed& k, Variant variant, const Device& device, bool 
   }
 
   b.order();
-  // As far apart as keeps blocks from waiting, or as L2 allows.
-  if (!chain) {
+  // As far apart as keeps blocks from waiting, or as L2 allows. A single unit has nothing to do in between.
+  if (s.units > 1 && !chain) {
     // What is read or written for the last time leaves L2 first, so that it holds more than its size says.
     const int64_t most = device.l2_bytes * 5 / 4;
     int eighths = kFarthest;
@@ -298,8 +310,8 @@ inline bool plan_order(Streamed& k, Variant variant, const Device& device, bool 
     shared += s.slot_bytes;
   }
   // Of each block CUDA takes a KiB, which a multiprocessor has beyond the most that one may ask for.
-  const bool both = kBlocks * (shared + kStaticShared + 1024) <= device.shared_bytes + 1024;
-  const int blocks = both ? kBlocks : 1;
+  const bool fit = choice.blocks * (shared + kStaticShared + 1024) <= device.shared_bytes + 1024;
+  const int blocks = fit ? choice.blocks : 1;
   k.shared_bytes = static_cast<int32_t>(std::min<int64_t>(shared, INT32_MAX));
   k.blocks_per_multiprocessor = blocks;
   k.grid = static_cast<int32_t>(std::min<int64_t>(main + weights, int64_t{blocks} * device.multiprocessors));
@@ -312,15 +324,22 @@ inline bool plan_order(Streamed& k, Variant variant, const Device& device, bool 
 // positions, need more of it than single elements, which take their place in `variant` where that is too
 // much.
 inline bool plan_streamed(Streamed& k, Variant& variant, const Device& device) {
+  // Doubles take more registers than two blocks have.
+  const int32_t blocks = k.p.dtype == kFloat64 ? 1 : policy::kBlocks;
+  const auto plan = [&](bool chain, bool large) {
+    if (!plan_order(k, variant, device, {chain, large, blocks})) return false;
+    // Where shared memory has no room for as many, the plan is for those that it has room for.
+    return k.blocks_per_multiprocessor == blocks ||
+           plan_order(k, variant, device, {chain, large, k.blocks_per_multiprocessor});
+  };
   const bool backward = is_backward(k.operation);
-  const int64_t grid = int64_t{policy::kBlocks} * device.multiprocessors;
-  if (policy::wants_chain(k.p, k.operation, device) && plan_order(k, variant, device, true, backward))
-    return true;
+  if (policy::wants_chain(k.p, k.operation, device) && plan(true, backward)) return true;
   // The backward's items are larger where x, dy and dx of one a block stay in half of L2, unless L2 then
   // keeps the stages too close.
+  const int64_t grid = int64_t{blocks} * device.multiprocessors;
   const bool large = backward && 3 * grid * policy::kMaxItemBytes <= device.l2_bytes / 2;
-  if (large && plan_order(k, variant, device, false, true) && k.s.distance >= grid) return true;
-  if (plan_order(k, variant, device, false, false)) return true;
+  if (large && plan(false, true) && (k.s.units == 1 || k.s.distance >= grid)) return true;
+  if (plan(false, false)) return true;
   if (!variant.ragged) return false;
   variant = {1, 1};
   return plan_streamed(k, variant, device);

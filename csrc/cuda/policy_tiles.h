@@ -42,8 +42,12 @@ constexpr int kBlocks = 2;             // a multiprocessor, where shared memory 
 // Tickets between a unit's stages, in eighths of the blocks. With three halves of all blocks hardly an item
 // finds its inputs unfinished (benchmarks/cuda_timeline.py); a quarter at least, whatever L2 holds.
 constexpr int kFarthest = 12, kNearest = 2;
-constexpr int kLeastSteps = 32;  // most steps until each block has had an item: bounds the rows of counters
-constexpr int64_t kLeastShare = 8;  // samples of a weight gradient's item, where the batch has as many
+// A unit has a row of counters: so many of x's bytes at least, and a step so many tickets that at most this
+// many steps have one for each block.
+constexpr int64_t kLeastUnit = 16 << 10;
+constexpr int kLeastSteps = 32;
+// Samples of a weight gradient's item, at least: a stage of the first layer's, which has a row for each pool.
+constexpr int64_t kLeastShare = 8;
 
 inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -147,7 +151,7 @@ inline Tiling contiguous_tiling(const Problem& p, const Schedule& s, int vector,
     t.columns_log2 = log2_of(t.columns);
     t.positions = (reduces ? t.columns - 1 : t.columns) * vector;
     t.tiles = static_cast<int32_t>(ceil_div(reduces ? p.positions : p.positions + s.reach, t.positions));
-    const int64_t bytes = large || !reduces ? kMaxItemBytes : 2 * kMaxItemBytes;
+    const int64_t bytes = backward || !reduces ? kMaxItemBytes : 2 * kMaxItemBytes;
     int64_t rows = std::min<int64_t>(bytes / (t.columns * vector_bytes), kMaxTermRows);
     // The convolution merges the forward's chunks of the window that it stages.
     if (reduces && !backward && 2 * p.positions * accumulate_bytes(p.dtype) > kStagedBytes) rows = s.rows;

@@ -89,6 +89,12 @@ CBAM_HOST_DEVICE inline int pool_row(int pools, int bit) {
   return pool_count(pools & (bit - 1));
 }
 
+// Whether dx depends on x itself: shared ties compare it, the p = 2 norm and log-sum-exp scale by it.
+CBAM_HOST_DEVICE inline bool dx_needs_x(const Problem& p) {
+  const bool has_maximum = (p.pools & kMax) || p.spatial;
+  return (p.ties == kTiesSplit && has_maximum) || (p.pools & (kLp | kLse));
+}
+
 // int16 holds every index (and every count of ties) of an extent below this.
 constexpr int64_t kShortIndexExtent = int64_t{1} << 15;
 

@@ -5,10 +5,8 @@
 
 namespace cbam {
 
-// Whether dx depends on x itself: shared ties compare it, the p = 2 norm and log-sum-exp scale by it.
 __device__ __forceinline__ bool input_grad_needs_x(const Problem& p) {
-  const bool has_maximum = (p.pools & kMax) || p.spatial;
-  return kRareOptions && ((p.ties == kTiesSplit && has_maximum) || (p.pools & (kLp | kLse)));
+  return kRareOptions && dx_needs_x(p);
 }
 
 // One channel's terms of dx = g dx' + average + [p is the argmax] maximum + norm x + log_sum exp(x - level).
