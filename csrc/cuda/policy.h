@@ -122,10 +122,10 @@ inline void plan_weights(const Problem& p, Schedule& s, int64_t grid) {
 }  // namespace policy
 
 // What plan_streamed tries: samples chained or not; the backward's larger items or not; blocks a
-// multiprocessor; and the most samples a unit.
+// multiprocessor.
 struct Choice {
   bool chain, large;
-  int32_t blocks, most_samples;
+  int32_t blocks;
 };
 
 // Samples a unit: as many as make it and a step worth their counters and, unless one block is to do a unit's
