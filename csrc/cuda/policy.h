@@ -4,14 +4,23 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <iterator>
 
 #include "streamed_memory.h"
 
 namespace cbam {
 namespace policy {
 
+// How a step may draw its stages: in the order in which they read each other, so that all gaps are whole
+// steps; or with the narrow ones between the wide ones, which takes fewer steps where a step has many more
+// tickets than the stages are to be apart.
+constexpr int kInterleaved[] = {kConv,        kHidden,   kPool,      kGate,  kOutput,
+                                kSpatialPool, kConvGrad, kLogitGrad, kCross, kHiddenGrad,
+                                kGateGrad,    kPoolGrad, kInputGrad};
+
 struct Builder {
   Streamed& k;
+  int chain[8] = {};  // the stages in the order in which each reads what the one before it left
 
   int64_t items(const StagePlan& d) const { return int64_t{d.items} * (d.per_sample ? k.s.unit_samples : 1); }
 
@@ -34,6 +43,7 @@ struct Builder {
       d.wait_for = tailed ? Count{0, 1} : before.total;
       before.awaited = 1;
     }
+    chain[s.plans] = stage;
     s.stage_plan[stage] = s.plans++;
   }
 
@@ -43,13 +53,21 @@ struct Builder {
     std::copy(stages.begin(), stages.end(), std::find(tail, tail + kTails, -1));
   }
 
-  // Gives each stage its tickets of a step, in the order in which they were added.
-  void order() {
+  // Gives the stages their tickets of a step, in the order of `stages`; what the call has not is left out.
+  void order(const int* stages, int count) {
     Schedule& s = k.s;
-    for (StagePlan* d = s.plan; d < s.plan + s.plans; ++d) {
-      d->first = s.step_items;
-      s.step_items += static_cast<uint32_t>(items(*d));
+    StagePlan sorted[8];
+    int n = 0;
+    s.step_items = 0;
+    for (int i = 0; i < count; ++i) {
+      const int at = s.stage_plan[stages[i]];
+      if (at < 0) continue;
+      sorted[n] = s.plan[at];
+      sorted[n++].first = s.step_items;
+      s.step_items += static_cast<uint32_t>(items(s.plan[at]));
     }
+    std::copy(sorted, sorted + n, s.plan);
+    for (int i = 0; i < n; ++i) s.stage_plan[s.plan[i].stage] = i;
   }
 
   // Sets how many steps each stage runs behind the first one: as few as leave `distance` tickets between a
@@ -61,11 +79,12 @@ struct Builder {
     const bool x_again = dx_needs_x(k.p);
     int64_t streams = 0, first_touch = -1, reuse = 0;
     for (int i = 0; i < s.plans; ++i) {
-      StagePlan& d = s.plan[i];
+      StagePlan& d = s.plan[s.stage_plan[chain[i]]];
       if (i) {
-        const StagePlan& before = s.plan[i - 1];
+        const StagePlan& before = s.plan[s.stage_plan[chain[i - 1]]];
         const int64_t wanted = before.tail[0] >= 0 ? distance * 3 / 2 : distance;
-        d.lag = before.lag + static_cast<int32_t>(ceil_div(wanted, s.step_items));
+        const int64_t missing = wanted + before.first + items(before) - d.first;
+        d.lag = before.lag + static_cast<int32_t>(std::max<int64_t>(0, ceil_div(missing, s.step_items)));
       }
       const int own = x_streams(d.stage) + (d.stage == kInputGrad && x_again);
       if (!own) continue;
@@ -263,15 +282,23 @@ inline bool plan_order(Streamed& k, Variant variant, const Device& device, Choic
     }
   }
 
-  b.order();
+  b.order(b.chain, s.plans);
   // As far apart as keeps blocks from waiting, or as L2 allows. A single unit has nothing to do in between.
   if (s.units > 1 && !chain) {
-    // What is read or written for the last time leaves L2 first, so that it holds more than its size says.
-    const int64_t most = device.l2_bytes * 5 / 4;
-    int eighths = kFarthest;
-    while (eighths > kNearest && b.spread(grid * eighths / 8, grid) > most) --eighths;
-    s.distance = static_cast<int32_t>(grid * eighths / 8);
-    b.spread(s.distance, grid);
+    const auto farthest = [&] {
+      int eighths = kFarthest;
+      while (eighths > kNearest && b.spread(grid * eighths / 8, grid) > device.l2_bytes) --eighths;
+      return grid * eighths / 8;
+    };
+    const int64_t in_chain = farthest(), reuse = b.spread(in_chain, grid);
+    b.order(kInterleaved, static_cast<int>(std::size(kInterleaved)));
+    int64_t distance = farthest();
+    if (distance < in_chain || (distance == in_chain && b.spread(distance, grid) >= reuse)) {
+      b.order(b.chain, s.plans);
+      distance = in_chain;
+    }
+    s.distance = static_cast<int32_t>(distance);
+    b.spread(distance, grid);
   }
 
   int deepest = 0;
@@ -290,7 +317,7 @@ inline bool plan_order(Streamed& k, Variant variant, const Device& device, Choic
                                       int64_t{std::max(s.units, 1)}));
     if (s.ring == s.units) s.ring = 0;
     if (chain) s.ring = 1;  // a slot for each block
-    s.ring_counter = s.plan[s.plans - 1].stage;
+    s.ring_counter = b.chain[s.plans - 1];
     if (s.ring && !chain) s.plan[s.stage_plan[s.ring_counter]].awaited = 1;
   }
   const int64_t main = int64_t{s.step_items} * (s.units + deepest);

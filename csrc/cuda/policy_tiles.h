@@ -44,7 +44,7 @@ constexpr int kBlocks = 2;             // a multiprocessor, where shared memory 
 constexpr int kFarthest = 12, kNearest = 2;
 // A unit has a row of counters: so many of x's bytes at least, and a step so many tickets that at most this
 // many steps have one for each block.
-constexpr int64_t kLeastUnit = 16 << 10;
+constexpr int64_t kLeastUnit = 4 << 10;
 constexpr int kLeastSteps = 32;
 // Samples of a weight gradient's item, at least: a stage of the first layer's, which has a row for each pool.
 constexpr int64_t kLeastShare = 8;

@@ -224,7 +224,8 @@ __device__ __forceinline__ void weight_item(const Streamed& k, int index, Shared
   const int count = static_cast<int>(p.samples * (split + 1) / splits - p.samples * split / splits);
   index %= tiles;
   // In shared memory: the tiles' sums leave no registers for them.
-  int* share = shared.take<int>(2);  // the share's number, its first sample
+  int* share =
+      shared.take<int>(8);  // the share's number, its first sample; doubles behind it are read by four
   if (thread_index() == 0) share[0] = split, share[1] = static_cast<int>(p.samples * split / splits);
   __syncthreads();
   if (p.pools) {

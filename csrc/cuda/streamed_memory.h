@@ -51,7 +51,7 @@ inline int64_t stage_shared(const Streamed& k, int stage, int vector) {
     return s.gather_tiles ? std::max(own, conv_grad) + bytes({2 * s.conv_positions * a}) : own;
   };
   const auto matrix_tile = [&](MatrixTile t) {
-    return bytes({8, kWeightStage * t.rows * a, kWeightStage * t.columns * a});
+    return bytes({32, kWeightStage * t.rows * a, kWeightStage * t.columns * a});
   };
   const int64_t positions = s.map.positions + s.reach;
   const int64_t fields = s.gather_tiles ? 0 : positions * a;
