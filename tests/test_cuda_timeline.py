@@ -47,7 +47,10 @@ def test_time_is_what_the_assumptions_add_up_to(capsys):
 
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 def test_blocks_are_busy(capsys, layout):
-    """With batches of 256 of the ResNet shapes: before stages had a distance, blocks waited up to four fifths of the time."""
+    """With batches of 256 of the ResNet shapes: before stages had a distance, blocks waited up to four fifths of the time.
+
+    The bound is what the present plans keep (0.54 at (1024, 14, 14) in channels_last, backward, H100), against falling back.
+    """
     shapes = "64,56,56 256,56,56 512,28,28 1024,14,14"
     for row in _rows(capsys, f"--gpu H100 A100 B200 --samples 256 --shapes {shapes} --layout {layout}"):
         assert float(row[5]) <= 0.55, row
