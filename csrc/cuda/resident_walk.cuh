@@ -215,11 +215,7 @@ __device__ __forceinline__ void reduce_usual_rows(const Block<Tr>& b, Landed& la
       LongSum<A> whole;
       A sum = 0, peak = negative_infinity<A>();
       int best = lane;
-      for (int first = lane; first < b.vectors; first += kTerms * kTeam) {
-        if (first != lane) {
-          whole.add(sum);
-          sum = 0;
-        }
+      for (int first = lane;; first += kTerms * kTeam) {
         const int end = min(first + kTerms * kTeam, b.vectors);
 #pragma unroll 2
         for (int j = first; j < end; j += kTeam) {
@@ -230,6 +226,9 @@ __device__ __forceinline__ void reduce_usual_rows(const Block<Tr>& b, Landed& la
           if (moves(m, peak)) best = j;
           peak = ptx::max_nan(peak, m);
         }
+        if (first + kTerms * kTeam >= b.vectors) break;
+        whole.add(sum);
+        sum = 0;
       }
       if (peak != peak) {  // `best` went on moving: back to the first vector with a NaN
         A v[V];
@@ -327,19 +326,22 @@ __device__ __forceinline__ void reduce_columns(const Block<Tr>& b, Landed& lande
         }
       }
     };
-    for (int first = strip.first; first < b.rows; first += jump) {
-      if (first != strip.first) {
-#pragma unroll
-        for (int j = 0; j < V; ++j) joined[j].take(acc[j]);
-      }
+    // Few rows need no join, and pay for none.
+    int first = strip.first;
+    for (;; first += jump) {
       const int end = min(first + jump, b.rows);
       if (landed.rows < end)
         walk(first, end, Flag<true>{});
       else
         walk(first, end, Flag<false>{});
-    }
+      if (first + jump >= b.rows) break;
 #pragma unroll
-    for (int j = 0; j < V; ++j) joined[j].finish(acc[j]);
+      for (int j = 0; j < V; ++j) joined[j].take(acc[j]);
+    }
+    if (first != strip.first) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) joined[j].finish(acc[j]);
+    }
     if constexpr (IsUsual<S>::value) {
       A top = acc[0].peak.value;
 #pragma unroll
