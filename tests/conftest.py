@@ -1,8 +1,13 @@
 """Fixtures that every test shares: targets, devices, seeds, thread counts, poisoned memory."""
 
+import os
+
 import pytest
 import torch
 from oracle import DEVICES, FUSED, TARGETS, poisoned_allocations
+
+# Small problems with several threads too, which calls share out from 128 KiB of x a thread on.
+os.environ.setdefault("CBAM_FUSED_GRAIN", "32768")
 
 
 def runs_on_gpu(params):

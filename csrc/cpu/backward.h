@@ -7,11 +7,17 @@ template <class T, bool kChannelsLast>
 struct Backward : Block<T, kChannelsLast> {
   using Base = Block<T, kChannelsLast>;
   using Base::Base;
-  using Base::call, Base::dy, Base::element, Base::L, Base::load_gate, Base::mlp_hidden, Base::out, Base::p,
-      Base::pad, Base::passes, Base::period, Base::place_maps, Base::pools_count, Base::repeat, Base::streams,
-      Base::tile, Base::tile_dgate, Base::tile_end, Base::tiles, Base::with_matrix, Base::x;
+  using Base::call, Base::chunk_end, Base::chunk_part, Base::dy, Base::element, Base::L, Base::load_gate,
+      Base::mlp_hidden, Base::out, Base::p, Base::pad, Base::passes, Base::period, Base::place_maps,
+      Base::pools_count, Base::repeat, Base::row_chunks, Base::streams, Base::tile, Base::tile_dgate,
+      Base::tile_end, Base::tiles, Base::with_matrix, Base::x;
   using typename Base::A;
   using typename Base::Int;
+
+  // The lanes of a tile's rows: its positions, in channels-last all channels.
+  Slots<A> lanes_of(int64_t p0, int64_t p1) const {
+    return kChannelsLast ? make_slots<A>(p.C, 0) : make_slots<A>(p1 - p0, p0);
+  }
 
   // Brings what forward saved for sample n next to the kernels.
   void load_saved(int64_t n, Sample<A>& s, Stage stage) const {
@@ -30,22 +36,42 @@ struct Backward : Block<T, kChannelsLast> {
   // ds of tile t, and the tile's part of sum_p dy x s.
   void products(int64_t t, Worker<A>& w, Sample<A>& s) const {
     const int64_t p0 = t * tile, p1 = tile_end(t);
-    A* dgate = tile_dgate(s, t);
+    const auto slots = lanes_of(p0, p1);
+    std::fill_n(w.part, slots.size() * L, A(0));
+    std::fill_n(w.sum, slots.size() * L, A(0));
     if constexpr (kChannelsLast) {
-      auto slots = make_slots<A>(p.C, 0);
-      std::fill_n(w.part, slots.size() * L, A(0));
-      std::fill_n(w.sum, slots.size() * L, A(0));
       weigh_product(x(s.n), dy(s.n), p.C, p0, p1, slots, s.s, s.gate, s.ds, w.part, w.sum);
-      unslot(slots, w.sum, dgate);
     } else {
-      auto slots = make_slots<A>(p1 - p0, p0);
-      std::fill_n(w.part, slots.size() * L, A(0));
-      std::fill_n(w.sum, slots.size() * L, A(0));
-      weigh_product(x(s.n) + p0, dy(s.n) + p0, p.P, 0, p.C, slots, s.gate, s.s + p0, dgate, w.part, w.sum);
+      weigh_product(x(s.n) + p0, dy(s.n) + p0, p.P, 0, p.C, slots, s.gate, s.s + p0, tile_dgate(s, t), w.part,
+                    w.sum);
+    }
+    put_products(t, slots, w, s);
+  }
+  void put_products(int64_t t, const Slots<A>& slots, Worker<A>& w, Sample<A>& s) const {
+    if constexpr (kChannelsLast) {
+      unslot(slots, w.sum, tile_dgate(s, t));
+    } else {
       for_slots(slots, [&](int64_t l, int64_t k, auto tag) {
-        write<Write::kCached>(s.ds + p0 + l, load(w.sum + k * L), tag);
+        write<Write::kCached>(s.ds + t * tile + l, load(w.sum + k * L), tag);
       });
     }
+  }
+
+  // The same of a sample that is one tile, by chunks of rows: a chunk's part of the sums over rows, which one
+  // member then adds up in the order in which `products` does.
+  void products_chunk(int64_t k, Worker<A>& w, Sample<A>& s) const {
+    const auto slots = lanes_of(0, p.P);
+    std::fill_n(w.part, slots.size() * L, A(0));
+    std::fill_n(chunk_part(k), slots.size() * L, A(0));
+    weigh_product(x(s.n), dy(s.n), kChannelsLast ? p.C : p.P, k * kShare, chunk_end(k), slots,
+                  kChannelsLast ? s.s : s.gate, kChannelsLast ? s.gate : s.s,
+                  kChannelsLast ? s.ds : tile_dgate(s, 0), w.part, chunk_part(k));
+  }
+  void merge_products(Worker<A>& w, Sample<A>& s) const {
+    const auto slots = lanes_of(0, p.P);
+    std::fill_n(w.sum, slots.size() * L, A(0));
+    for (int64_t k = 0; k < row_chunks(); ++k) fold(slots, chunk_part(k), w.sum);
+    put_products(0, slots, w, s);
   }
 
   // Gradient of the logits of tile t, into the padded map (times the folded norm's scale).
@@ -63,9 +89,9 @@ struct Backward : Block<T, kChannelsLast> {
     });
   }
 
-  // dq of tile t; needs dz of the positions around it.
-  void maps_gradient(int64_t t, Worker<A>& w, Sample<A>& s) const {
-    const int64_t p0 = t * tile, p1 = tile_end(t), i0 = pad.flat(p0), i1 = pad.flat(p1 - 1) + 1;
+  // dq of the positions [p0, p1); needs dz of the positions around them.
+  void maps_gradient(int64_t p0, int64_t p1, Worker<A>& w, Sample<A>& s) const {
+    const int64_t i0 = pad.flat(p0), i1 = pad.flat(p1 - 1) + 1;
     A* flat[2] = {w.flat - i0, w.flat + pad.size + 8 * L - i0};
     const A* dz[1] = {s.dz};
     convolve<1, 2>(pad, dz, static_cast<const A*>(p.planes), true, i0, i1, flat);
@@ -81,43 +107,89 @@ struct Backward : Block<T, kChannelsLast> {
   // Adds to the tile's part of dgate what comes through the spatial pools: sum_p x dq.
   void rest_of_gate_gradient(int64_t t, Worker<A>& w, Sample<A>& s) const {
     const int64_t p0 = t * tile, p1 = tile_end(t);
-    A* dgate = tile_dgate(s, t);
-    const bool split = p.ties == kSplit;
     if constexpr (kChannelsLast) {
-      auto slots = make_slots<A>(p.C, 0);
-      const ColumnSums<A> sums{w.part, w.sum, w.levels};
-      if (split) {
-        sum_columns(x(s.n), p.C, p0, p1, slots, sums, [&](Vec<A> v, int64_t r, int64_t l) {
-          return v * share_of(v * load(s.gate + l), splat<A>(s.q_max[r]), splat<A>(s.dq_max[r]),
-                              splat<A>(s.dq_mean[r]));
-        });
-      } else {
-        sum_columns(x(s.n), p.C, p0, p1, slots, sums,
-                    [&](Vec<A> v, int64_t r, int64_t) { return v * s.dq_mean[r]; });
-      }
-      unslot(slots, w.sum, w.max);
-      for (int64_t c = 0; c < p.C; ++c) dgate[c] += w.max[c];
+      const auto slots = lanes_of(p0, p1);
+      sum_rest(p0, p1, slots, ColumnSums<A>{w.part, w.sum, w.levels}, s);
+      add_rest(t, slots, w, s);
     } else {
-      auto slots = make_slots<A>(p1 - p0, p0);
-      if (split) {
-        sum_rows(x(s.n) + p0, p.P, 0, p.C, slots, dgate, [&](Vec<A> v, int64_t r, int64_t l) {
-          return v * share_of(v * s.gate[r], load(s.q_max + p0 + l), load(s.dq_max + p0 + l),
-                              load(s.dq_mean + p0 + l));
-        });
-      } else {
-        sum_rows(x(s.n) + p0, p.P, 0, p.C, slots, dgate,
-                 [&](Vec<A> v, int64_t, int64_t l) { return v * load(s.dq_mean + p0 + l); });
+      add_rest(t, 0, p.C, s);
+    }
+    add_maxima(t, 0, p.C, w, s);
+  }
+
+  // Its chunks of a sample that is one tile, and what is left to one member after them.
+  void rest_chunk(int64_t k, Worker<A>& w, Sample<A>& s) const {
+    if constexpr (kChannelsLast) {
+      sum_rest(k * kShare, chunk_end(k), lanes_of(0, p.P), ColumnSums<A>{w.part, chunk_part(k), nullptr}, s);
+      for (int64_t pos = k * kShare; p.ties != kSplit && pos < chunk_end(k); ++pos) {
+        call.maxima[pos] = maximum_term(pos, s);
       }
+    } else {
+      add_rest(0, k * kShare, chunk_end(k), s);
+      add_maxima(0, k * kShare, chunk_end(k), w, s);
     }
-    if (split) return;
-    // Term by term in no favourable order, so in double: with few channels these are long sums.
-    const T* xs = x(s.n);
-    std::fill_n(w.gathered, p.C, 0.0);
-    for (int64_t pos = p0; pos < p1; ++pos) {
+  }
+  void merge_rest(Worker<A>& w, Sample<A>& s) const {
+    if constexpr (kChannelsLast) {
+      const auto slots = lanes_of(0, p.P);
+      const ColumnSums<A> sums{w.part, w.sum, w.levels};
+      sums.begin(slots);
+      for (int64_t k = 0; k < row_chunks(); ++k) sums.join(slots, k, chunk_part(k));
+      sums.end(slots);
+      add_rest(0, slots, w, s);
+      add_maxima(0, 0, p.C, w, s, call.maxima);
+    }
+  }
+
+  // channels_last: the sum over the positions [p0, p1), in slot order; then to its channels.
+  void sum_rest(int64_t p0, int64_t p1, const Slots<A>& slots, const ColumnSums<A>& sums,
+                const Sample<A>& s) const {
+    if (p.ties == kSplit) {
+      sum_columns(x(s.n), p.C, p0, p1, slots, sums, kShare, [&](Vec<A> v, int64_t r, int64_t l) {
+        return v * share_of(v * load(s.gate + l), splat<A>(s.q_max[r]), splat<A>(s.dq_max[r]),
+                            splat<A>(s.dq_mean[r]));
+      });
+    } else {
+      sum_columns(x(s.n), p.C, p0, p1, slots, sums, kShare,
+                  [&](Vec<A> v, int64_t r, int64_t) { return v * s.dq_mean[r]; });
+    }
+  }
+  void add_rest(int64_t t, const Slots<A>& slots, Worker<A>& w, Sample<A>& s) const {
+    A* dgate = tile_dgate(s, t);
+    unslot(slots, w.sum, w.max);
+    for (int64_t c = 0; c < p.C; ++c) dgate[c] += w.max[c];
+  }
+
+  // Contiguous: of the channels [c0, c1).
+  void add_rest(int64_t t, int64_t c0, int64_t c1, Sample<A>& s) const {
+    const int64_t p0 = t * tile;
+    const auto slots = lanes_of(p0, tile_end(t));
+    if (p.ties == kSplit) {
+      sum_rows(x(s.n) + p0, p.P, c0, c1, slots, tile_dgate(s, t), [&](Vec<A> v, int64_t r, int64_t l) {
+        return v * share_of(v * s.gate[r], load(s.q_max + p0 + l), load(s.dq_max + p0 + l),
+                            load(s.dq_mean + p0 + l));
+      });
+    } else {
+      sum_rows(x(s.n) + p0, p.P, c0, c1, slots, tile_dgate(s, t),
+               [&](Vec<A> v, int64_t, int64_t l) { return v * load(s.dq_mean + p0 + l); });
+    }
+  }
+
+  // What the positions' maxima give to their channels in [c0, c1). Term by term in no favourable order, so in
+  // double: with few channels these are long sums. `terms`: of all positions, where they are at hand.
+  void add_maxima(int64_t t, int64_t c0, int64_t c1, Worker<A>& w, Sample<A>& s,
+                  const double* terms = nullptr) const {
+    if (p.ties == kSplit) return;
+    A* dgate = tile_dgate(s, t);
+    std::fill(w.gathered + c0, w.gathered + c1, 0.0);
+    for (int64_t pos = t * tile; pos < tile_end(t); ++pos) {
       const int64_t c = s.q_index[pos];
-      w.gathered[c] += double(s.dq_max[pos]) * double(load_one(xs + element(c, pos)));
+      if (c >= c0 && c < c1) w.gathered[c] += terms ? terms[pos] : maximum_term(pos, s);
     }
-    for (int64_t c = 0; c < p.C; ++c) dgate[c] += A(w.gathered[c]);
+    for (int64_t c = c0; c < c1; ++c) dgate[c] += A(w.gathered[c]);
+  }
+  double maximum_term(int64_t pos, const Sample<A>& s) const {
+    return double(s.dq_max[pos]) * double(load_one(x(s.n) + element(s.q_index[pos], pos)));
   }
 
   // dq of one element where the maximum's gradient is shared: its share where it equals the maximum.
@@ -264,8 +336,7 @@ struct Backward : Block<T, kChannelsLast> {
   // channels_last). kOnTheWay does it in the loop, which is cheaper with few channels, and where the output
   // was streamed and a line of it would have to come back.
   template <Write kWrite, bool kOnTheWay, bool kResidual>
-  void dx_as(int64_t t, const Sample<A>& s) const {
-    const int64_t p0 = t * tile, p1 = tile_end(t);
+  void dx_as(int64_t p0, int64_t p1, int64_t c0, int64_t c1, const Sample<A>& s) const {
     const A *gate = s.gate, *sp = s.s, *da = s.da, *dq_max = s.dq_max, *dq_mean = s.dq_mean;
     const Int* q_index = s.q_index;
     const bool fetch = fetches_dy();
@@ -293,12 +364,10 @@ struct Backward : Block<T, kChannelsLast> {
         return kResidual ? v + d : v;
       };
       if (period) {
-        repeat(s.s), repeat(s.dq_mean);
-        if (kOnTheWay) repeat(s.dq_max), repeat(s.q_index);
-        map_flat<kWrite>(dy(s.n), out(s.n), p.C, p.P, period, f, fetch);
+        map_flat<kWrite>(dy(s.n), out(s.n), c0, c1, p.P, period, f, fetch);
       } else {
         map_rows<kWrite>(
-            dy(s.n) + p0, out(s.n) + p0, p.P, 0, p.C, make_slots<A>(p1 - p0, p0),
+            dy(s.n) + p0, out(s.n) + p0, p.P, c0, c1, make_slots<A>(p1 - p0, p0),
             [=](Vec<A> d, auto rows, int64_t l, auto tag) { return f(d, rows, p0 + l, tag); }, fetch);
       }
     }
@@ -317,10 +386,10 @@ struct Backward : Block<T, kChannelsLast> {
     if constexpr (!kOnTheWay) {
       for (int64_t pos = first; pos < p1; ++pos) {
         const int64_t c = q_index[pos];
-        if (!pool_max || s.p_index[c] != pos) recompute(c, pos, dq_max[pos], A(0));
+        if (c >= c0 && c < c1 && (!pool_max || s.p_index[c] != pos)) recompute(c, pos, dq_max[pos], A(0));
       }
     }
-    for (int64_t c = 0; pool_max && c < p.C; ++c) {
+    for (int64_t c = c0; pool_max && c < c1; ++c) {
       const int64_t pos = s.p_index[c];
       if (pos < first || pos >= p1) continue;
       recompute(c, pos, q_index[pos] == c ? dq_max[pos] : A(0), s.dm[c]);
@@ -328,8 +397,7 @@ struct Backward : Block<T, kChannelsLast> {
   }
 
   // The general form, for ties shared evenly and the lp and lse pools; reads x, too.
-  void dx_with_x(int64_t t, const Sample<A>& s) const {
-    const int64_t p0 = t * tile, p1 = tile_end(t);
+  void dx_with_x(int64_t p0, int64_t p1, int64_t c0, int64_t c1, const Sample<A>& s) const {
     const bool split = p.ties == kSplit, spatial = p.spatial, residual = p.residual;
     const int pools = p.pools;
     const Vec<A> zero{};
@@ -364,7 +432,7 @@ struct Backward : Block<T, kChannelsLast> {
     } else {
       const T* xs = x(s.n) + p0;
       map_rows<Write::kCached>(
-          dy(s.n) + p0, out(s.n) + p0, p.P, 0, p.C, make_slots<A>(p1 - p0, p0),
+          dy(s.n) + p0, out(s.n) + p0, p.P, c0, c1, make_slots<A>(p1 - p0, p0),
           [&](Vec<A> d, auto rows, int64_t l, auto tag) {
             const int64_t r = rows.r;
             return value(d, load(xs + r * p.P + l, tag), splat<A>(s.gate[r]), load(s.s + p0 + l),
@@ -377,15 +445,40 @@ struct Backward : Block<T, kChannelsLast> {
     }
   }
 
-  void dx(int64_t t, const Sample<A>& s) const {
-    if (reads_x_again()) return dx_with_x(t, s);
+  // dx of tile t, once `repeat_for_dx` has been called for the sample.
+  void dx(int64_t t, const Sample<A>& s) const { dx(t * tile, tile_end(t), 0, p.C, s); }
+
+  // The same of chunks of the rows of a sample that is one tile.
+  void dx_chunks(int64_t k0, int64_t k1, const Sample<A>& s) const {
+    const int64_t r0 = k0 * kShare, r1 = chunk_end(k1 - 1);
+    kChannelsLast ? dx(r0, r1, 0, p.C, s) : dx(0, p.P, r0, r1, s);
+  }
+
+  void dx(int64_t p0, int64_t p1, int64_t c0, int64_t c1, const Sample<A>& s) const {
+    auto as = [&](auto write_as, auto on_the_way) {
+      constexpr Write kWrite = decltype(write_as)::value;
+      constexpr bool kOnTheWay = decltype(on_the_way)::value;
+      p.residual ? dx_as<kWrite, kOnTheWay, true>(p0, p1, c0, c1, s)
+                 : dx_as<kWrite, kOnTheWay, false>(p0, p1, c0, c1, s);
+    };
+    using Cached = typename Base::template WriteAs<Write::kCached>;
+    using Streamed = typename Base::template WriteAs<Write::kStreamed>;
+    if (reads_x_again()) return dx_with_x(p0, p1, c0, c1, s);
     if (streams) {
-      p.residual ? dx_as<Write::kStreamed, true, true>(t, s) : dx_as<Write::kStreamed, true, false>(t, s);
-    } else if (!p.spatial || p.C < 256) {
-      p.residual ? dx_as<Write::kCached, true, true>(t, s) : dx_as<Write::kCached, true, false>(t, s);
+      as(Streamed{}, std::true_type{});
+    } else if (adds_on_the_way()) {
+      as(Cached{}, std::true_type{});
     } else {
-      p.residual ? dx_as<Write::kCached, false, true>(t, s) : dx_as<Write::kCached, false, false>(t, s);
+      as(Cached{}, std::false_type{});
     }
+  }
+  bool adds_on_the_way() const { return streams || !p.spatial || p.C < 256; }
+
+  // What dx_as asks of the arrays of positions.
+  void repeat_for_dx(Sample<A>& s) const {
+    if (!period || reads_x_again()) return;
+    repeat(s.s), repeat(s.dq_mean);
+    if (adds_on_the_way()) repeat(s.dq_max), repeat(s.q_index);
   }
 
   // Gradients of the weights, summed over samples in order; rows are shared among threads.

@@ -56,7 +56,9 @@ struct Call {
   A* dplanes;                           // (N, 2 taps)
   double* dnorm;                        // (N, 2)
   A *chunk_sum, *chunk_max;             // (chunks of channels, tiles, a tile's slots): the spatial pools of a
-  typename Lanes<A>::Int* chunk_index;  // sample that threads share by channels
+  typename Lanes<A>::Int* chunk_index;  // sample that threads share by channels; in backward, where they
+                                        // share one that is one tile, chunk_sum has its sums over rows,
+  double* maxima;                       // (P) and this, in channels-last, what maxima give to their channels
   std::vector<Worker<A>> workers;
   std::vector<Sample<A>> samples;  // `group` for each worker, then the shared one
 };
@@ -117,6 +119,7 @@ struct Block {
   const int pools_count, passes;  // rows of pooled; MLP passes
   const bool by_rows;
   const int64_t tile, tiles;
+  const bool by_chunks;
   const int64_t period;  // of map_flat, 0 where a tile is not all of a sample
   const int64_t group;
   const bool together;
@@ -133,9 +136,9 @@ struct Block {
   // tile: long runs of a row serve memory better than a second read from cache ((512, 28, 28) backward: 5 %
   // in cache and up to 15 % from memory; forward, where map_flat takes them: 15 %, 10 to 20 %); but not
   // forward in channels-last, where a tile is a run of memory already (0.9 of the time in training), and not
-  // forward where that leaves the threads that share a remaining sample without a part of it. In backward it
-  // does: sums over positions go by tiles, so that tiles which hung on threads or batch would change dx's
-  // bits.
+  // forward where that leaves the threads that share a remaining sample without a part of it. In backward
+  // sums over positions go by tiles, so that tiles which hung on threads or batch would change dx's bits:
+  // threads that share a sample of one tile have rows of it (by_chunks).
   static int64_t tile_positions(const Problem& p, bool backward) {
     const int64_t bytes = p.C * int64_t(sizeof(T)) * (backward ? 2 : 1), mebi = 1 << 20;
     const bool alone = backward || p.N % p.threads == 0 || p.N > 16 * p.threads || shares_rows(p, backward);
@@ -225,6 +228,7 @@ struct Block {
         by_rows(shares_rows(problem, is_backward)),
         tile(tile_positions(problem, is_backward)),
         tiles(count_tiles(problem.P, tile)),
+        by_chunks(is_backward && tiles == 1 && problem.N % problem.threads != 0 && row_chunks() > 1),
         period(kChannelsLast || tiles > 1 || problem.P < L ? 0 : flat_period(problem.P)),
         group(group_size(problem, is_backward)),
         together(shares_mlp(problem, is_backward, group)),
@@ -257,13 +261,17 @@ struct Block {
       call.chunk_max = c.take<A>(count_chunks(p) * tiles * chunk_lanes());
       call.chunk_index = c.take<Int>(count_chunks(p) * tiles * chunk_lanes());
     }
+    if (by_chunks) {
+      call.chunk_sum = c.take<A>(row_chunks() * chunk_lanes());
+      if (kChannelsLast) call.maxima = c.take<double>(P);
+    }
     const int64_t lanes = std::max(C, tile + L) + L, positions = std::max(P, period) + L, channels = C + L;
     const int64_t padded = p.spatial ? pad.size + 8 * L : 0;
     for (int i = 0; i < p.threads; ++i) {
       Worker<A> w{};
       w.part = c.take<A>(lanes);
       w.sum = c.take<A>(lanes);
-      if (kChannelsLast && p.P > ColumnSums<A>::kJoined * kChunk)
+      if (kChannelsLast && p.P > ColumnSums<A>::kJoined * (backward ? kShare : kChunk))
         w.levels = c.take<A>(ColumnSums<A>::kLevels * lanes);
       w.max = c.take<A>(lanes);
       w.index = c.take<Int>(lanes);
@@ -337,8 +345,12 @@ struct Block {
   // At most so many phases draw samples, share one, take a round of them, or end the call.
   static constexpr int64_t kPhases = 16;
   int64_t phase_words() const { return Member::words(p.threads, kPhases * (p.N % p.threads + 2 + rounds())); }
-  // Room for the slots of a tile.
-  int64_t chunk_lanes() const { return (tile / L + 2) * L; }
+  // Room for the slots of a row of a tile.
+  int64_t chunk_lanes() const { return ((kChannelsLast ? p.C : tile) / L + 2) * L; }
+  // Chunks of a sample's rows, in backward, of one that is one tile.
+  int64_t row_chunks() const { return ((kChannelsLast ? p.P : p.C) + kShare - 1) / kShare; }
+  int64_t chunk_end(int64_t k) const { return std::min((k + 1) * kShare, kChannelsLast ? p.P : p.C); }
+  A* chunk_part(int64_t k) const { return call.chunk_sum + k * chunk_lanes(); }
 
   // body(member) by every member of a team of all threads.
   template <class F>
@@ -407,7 +419,7 @@ struct Block {
   void sum_positions(int64_t n, int64_t c0, int64_t c1, Worker<A>& w, const A* per_channel, F f) const {
     if constexpr (kChannelsLast) {
       auto slots = make_slots<A>(c1 - c0, c0);
-      sum_columns(x(n) + c0, p.C, 0, p.P, slots, ColumnSums<A>{w.part, w.max, w.levels},
+      sum_columns(x(n) + c0, p.C, 0, p.P, slots, ColumnSums<A>{w.part, w.max, w.levels}, kChunk,
                   [&](Vec<A> v, int64_t, int64_t l) { return f(v, load(per_channel + c0 + l)); });
       // Each lane from the slot that it would have in any range of channels: two need not round alike.
       for_slots(slots, [&](int64_t l, int64_t k, auto) {
@@ -663,7 +675,7 @@ struct Block {
                });
     } else {
       auto slots = make_slots<A>(p1 - p0, p0);
-      sum_columns(x(s.n) + p0, p.P, 0, p.C, slots, ColumnSums<A>{w.part, w.max, nullptr},
+      sum_columns(x(s.n) + p0, p.P, 0, p.C, slots, ColumnSums<A>{w.part, w.max, nullptr}, kChunk,
                   [&](Vec<A> v, int64_t r, int64_t l) {
                     return equal(v * splat<A>(s.gate[r]), load(s.q_max + p0 + l));
                   });
@@ -686,9 +698,8 @@ struct Block {
     });
   }
 
-  // Spatial gate of tile t: from the padded maps, or from given logits.
-  void spatial_gate(int64_t t, Worker<A>& w, Sample<A>& s, Stage stage) const {
-    const int64_t p0 = t * tile, p1 = tile_end(t);
+  // Spatial gate of the positions [p0, p1): from the padded maps, or from given logits.
+  void spatial_gate(int64_t p0, int64_t p1, Worker<A>& w, Sample<A>& s, Stage stage) const {
     A* z = p.z ? static_cast<A*>(p.z) + s.n * p.P : s.s;
     if (stage != Stage::kScale) logits(p0, p1, w, s, z);
     if (stage == Stage::kAttention) return;
@@ -701,10 +712,16 @@ struct Block {
     static constexpr Write value = kWrite;
   };
 
-  // What map_flat asks of an array of positions.
+  // What map_flat asks of an array of positions, of those in [p0, p1).
+  template <class U>
+  void repeat(U* a, int64_t p0, int64_t p1) const {
+    for (int64_t to = p.P; to + p0 < period + L; to += p.P) {
+      std::copy(a + p0, a + std::min(p1, period + L - to), a + to + p0);
+    }
+  }
   template <class U>
   void repeat(U* a) const {
-    for (int64_t i = p.P; i < period + L; ++i) a[i] = a[i - p.P];
+    repeat(a, 0, p.P);
   }
 
   // g(how to write, y as a function of x, its rows, first lane and tag), the last pass of the block.
@@ -743,7 +760,7 @@ struct Block {
         map_rows<kWrite>(x(s.n), out(s.n), p.C, p0, p1, make_slots<A>(p.C, 0), f, fetch);
       } else if (period) {
         repeat(s.s);
-        map_flat<kWrite>(x(s.n), out(s.n), p.C, p.P, period, f, fetch);
+        map_flat<kWrite>(x(s.n), out(s.n), 0, p.C, p.P, period, f, fetch);
       } else {
         map_rows<kWrite>(
             x(s.n) + p0, out(s.n) + p0, p.P, 0, p.C, make_slots<A>(p1 - p0, p0),
@@ -759,11 +776,9 @@ struct Block {
     if constexpr (!kChannelsLast) {
       const T* in = x(s.n);
       T* to = out(s.n);
-      Sample<A> own = s;
-      if (period) own.gate += c0;  // map_flat counts rows from its first
-      with_output(own, [&](auto write_as, auto f) {
+      with_output(s, [&](auto write_as, auto f) {
         constexpr Write kWrite = decltype(write_as)::value;
-        if (period) return map_flat<kWrite>(in + c0 * p.P, to + c0 * p.P, c1 - c0, p.P, period, f, fetch);
+        if (period) return map_flat<kWrite>(in, to, c0, c1, p.P, period, f, fetch);
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t p0 = t * tile;
           map_rows<kWrite>(

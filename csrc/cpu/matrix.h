@@ -473,11 +473,14 @@ void reduce_rows(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots
 // Rows whose sums are added up one block after the other before they join the total, for the reason of
 // RowSums.
 constexpr int64_t kChunk = 64;
+// The same in backward, and the fewest rows, or positions, that a thread has of a sample that is shared by
+// rows.
+constexpr int64_t kShare = 32;
 
 // f(r0, r1) for the chunks of [r0, r1).
 template <class F>
-CBAM_INLINE void for_chunks(int64_t r0, int64_t r1, F&& f) {
-  for (int64_t r = r0; r < r1; r += kChunk) f(r, std::min(r + kChunk, r1));
+CBAM_INLINE void for_chunks(int64_t r0, int64_t r1, int64_t chunk, F&& f) {
+  for (int64_t r = r0; r < r1; r += chunk) f(r, std::min(r + chunk, r1));
 }
 
 // Adds `part` to `total`, and clears it for the next chunk.
@@ -506,9 +509,9 @@ struct ColumnSums {
     for (int64_t k = 0; levels && k < kLevels * slots.size(); ++k) store(levels + k * L, Vec<A>{});
   }
   A* level(const Slots<A>& slots, int m) const { return levels + m * slots.size() * kLanes<A>; }
-  // After the i-th chunk.
-  void join(const Slots<A>& slots, int64_t i) const {
-    fold(slots, part, sum);
+  // After the i-th chunk, whose sums are in `of` (cleared), or in `part`.
+  void join(const Slots<A>& slots, int64_t i, A* of = nullptr) const {
+    fold(slots, of ? of : part, sum);
     int64_t done = i + 1;
     for (int m = 0; levels && m < kLevels && done % kJoined == 0; ++m, done /= kJoined)
       fold(slots, m ? level(slots, m - 1) : sum, level(slots, m));
@@ -573,7 +576,7 @@ void reduce_columns(const T* x, int64_t stride, int64_t r0, int64_t r1, const Sl
     };
     for_lines<T>(slots, ahead, take, Nothing{});
   };
-  for_chunks(r0, r1, [&](int64_t c0, int64_t c1) {
+  for_chunks(r0, r1, kChunk, [&](int64_t c0, int64_t c1) {
     for_streams<T>(c0, c1, stride, block);
     sums.join(slots, (c0 - r0) / kChunk);
   });
@@ -604,7 +607,7 @@ template <class T, class A>
 void weigh_product(const T* x, const T* dy, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots,
                    const A* row_weight, const A* lane_weight, A* row_out, A* part, A* lane_out) {
   constexpr int L = kLanes<A>;
-  for_chunks(r0, r1, [&](int64_t c0, int64_t c1) {
+  for_chunks(r0, r1, kShare, [&](int64_t c0, int64_t c1) {
     for_streams<T>(c0, c1, stride, [=, &slots](int64_t r, int64_t step, auto rows) CBAM_INLINE_LAMBDA {
       constexpr int R = decltype(rows)::value;
       const RowPointers<const T, R> xs(x, stride, r, step), dys(dy, stride, r, step);
@@ -660,10 +663,10 @@ CBAM_INLINE void sum_rows(const T* x, int64_t stride, int64_t r0, int64_t r1, co
 // Per slot, the sum over the rows [r0, r1) of f(x, row, first lane).
 template <class T, class A, class F>
 CBAM_INLINE void sum_columns(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots<A>& slots,
-                             const ColumnSums<A>& sums, F f) {
+                             const ColumnSums<A>& sums, int64_t chunk, F f) {
   constexpr int L = kLanes<A>;
   sums.begin(slots);
-  for_chunks(r0, r1, [&](int64_t c0, int64_t c1) {
+  for_chunks(r0, r1, chunk, [&](int64_t c0, int64_t c1) {
     for_streams<T>(c0, c1, stride, [&](int64_t r, int64_t step, auto rows) CBAM_INLINE_LAMBDA {
       constexpr int R = decltype(rows)::value;
       const RowPointers<const T, R> xs(x, stride, r, step);
@@ -673,7 +676,7 @@ CBAM_INLINE void sum_columns(const T* x, int64_t stride, int64_t r0, int64_t r1,
         store(sums.part + k * L, load(sums.part + k * L) + sum_block(value));
       });
     });
-    sums.join(slots, (c0 - r0) / kChunk);
+    sums.join(slots, (c0 - r0) / chunk);
   });
   sums.end(slots);
 }
@@ -746,14 +749,14 @@ CBAM_INLINE void map_rows(const T* in, T* out, int64_t stride, int64_t r0, int64
   });
 }
 
-// The same over all of a matrix without gaps, as one run of vectors that pay no regard to where a row of
+// The same over rows of a matrix without gaps, as one run of vectors that pay no regard to where a row of
 // `count` >= L lanes ends: aligned where the matrix is, each line of memory written once and in order.
 // (Measured at rows of 196 floats: half of map_rows' time from memory; in cache 0.8 for y, 1.1 for dx, which
 // loads four things a lane.) What f loads per lane repeats with the rows: f's lane runs over [0, period),
 // `period` being a multiple of count, of L as well where that keeps f's loads aligned, and a vector may reach
 // L lanes further.
 template <Write kWrite, class T, class F>
-CBAM_INLINE void map_flat(const T* in, T* out, int64_t rows, int64_t count, int64_t period, F f,
+CBAM_INLINE void map_flat(const T* in, T* out, int64_t r0, int64_t r1, int64_t count, int64_t period, F f,
                           bool fetch = false) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
@@ -764,19 +767,21 @@ CBAM_INLINE void map_flat(const T* in, T* out, int64_t rows, int64_t count, int6
       at += L;
       if (at >= period) at -= period;
     };
-    for (int64_t r = 0; r < rows; ++r, in += count, out += count, l -= count) {
+    const T* from = in + r0 * count;
+    T* to = out + r0 * count;
+    for (int64_t r = r0; r < r1; ++r, from += count, to += count, l -= count) {
       for (; l + L <= count; next()) {
-        if constexpr (decltype(run)::value) fetch_run(in + l);
-        write<kWrite>(out + l, f(load(in + l), OneRow{r}, at, Full{}), Full{});
+        if constexpr (decltype(run)::value) fetch_run(from + l);
+        write<kWrite>(to + l, f(load(from + l), OneRow{r}, at, Full{}), Full{});
       }
       if (l == count) continue;
-      if (r + 1 < rows) {
+      if (r + 1 < r1) {
         TwoRows<VecInt<A>> two{r, iota<A>() >= splat_int<A>(count - l)};
-        write<kWrite>(out + l, f(load(in + l), two, at, Full{}), Full{});
+        write<kWrite>(to + l, f(load(from + l), two, at, Full{}), Full{});
         next();
       } else {
         const int rest = int(count - l);
-        store_first(out + l, f(load_first(in + l, rest), OneRow{r}, at, Full{}), rest);
+        store_first(to + l, f(load_first(from + l, rest), OneRow{r}, at, Full{}), rest);
       }
     }
   });

@@ -9,15 +9,16 @@
 template <class T, bool kChannelsLast>
 struct Schedule : Backward<T, kChannelsLast> {
   using Base = Backward<T, kChannelsLast>;
-  using Base::apply, Base::apply_rows, Base::backward, Base::blend, Base::by_rows, Base::call,
-      Base::count_chunks, Base::dx, Base::even, Base::gate_logits_gradient, Base::group, Base::L,
-      Base::load_gate, Base::load_pool_gradients, Base::load_saved, Base::logits_gradient,
-      Base::maps_gradient, Base::merge_chunks, Base::mlp, Base::mlp_backward, Base::mlp_backward_hidden,
-      Base::mlp_backward_input, Base::mlp_gate, Base::mlp_hidden, Base::norm_gradient, Base::p, Base::pad,
-      Base::period, Base::planes_gradient, Base::pool, Base::pool_chunk, Base::prepare, Base::products,
-      Base::repeat, Base::rest_of_gate_gradient, Base::round, Base::rounds, Base::run_team,
-      Base::spatial_gate, Base::spatial_pool, Base::tile_dgate, Base::tile_end, Base::tiles, Base::together,
-      Base::weight_gradients;
+  using Base::apply, Base::apply_rows, Base::backward, Base::blend, Base::by_chunks, Base::by_rows,
+      Base::call, Base::count_chunks, Base::dx, Base::dx_chunks, Base::even, Base::gate_logits_gradient,
+      Base::group, Base::L, Base::load_gate, Base::load_pool_gradients, Base::load_saved,
+      Base::logits_gradient, Base::maps_gradient, Base::merge_chunks, Base::merge_products, Base::merge_rest,
+      Base::mlp, Base::mlp_backward, Base::mlp_backward_hidden, Base::mlp_backward_input, Base::mlp_gate,
+      Base::mlp_hidden, Base::norm_gradient, Base::p, Base::pad, Base::period, Base::planes_gradient,
+      Base::pool, Base::pool_chunk, Base::prepare, Base::products, Base::products_chunk, Base::repeat,
+      Base::repeat_for_dx, Base::rest_chunk, Base::rest_of_gate_gradient, Base::row_chunks, Base::round,
+      Base::rounds, Base::run_team, Base::spatial_gate, Base::spatial_pool, Base::tile, Base::tile_dgate,
+      Base::tile_end, Base::tiles, Base::together, Base::weight_gradients;
   using Base::Base;
   using typename Base::A;
 
@@ -107,7 +108,7 @@ struct Schedule : Backward<T, kChannelsLast> {
       }
       const int64_t ready = tile_end(t);
       for (; gated < tiles && (ready == p.P || tile_end(gated) + pad.halo() <= ready); ++gated) {
-        if (p.spatial) spatial_gate(gated, w, s, stage);
+        if (p.spatial) spatial_gate(gated * tile, tile_end(gated), w, s, stage);
       }
     }
     for (; written && done < tiles; ++done) apply(done, s);
@@ -184,17 +185,18 @@ struct Schedule : Backward<T, kChannelsLast> {
     }
     if (by_rows) {
       if (p.spatial) {
-        each_tile(m, [&](int64_t t) {
-          spatial_gate(t, w, s, stage);
-          if (period) repeat(s.s);
-        });
+        auto gate_positions = [&](int64_t p0, int64_t p1) {
+          spatial_gate(p0, p1, w, s, stage);
+          if (period) repeat(s.s, p0, p1);
+        };
+        m.in_parts(p.P, gate_positions, kShare);
       }
       // A member's own part of x, read a third time, or by a call that only scales the first.
       const bool fetch = !pooled || p.C * p.P * int64_t(sizeof(T)) > p.threads * p.second_level;
       if (written) m.in_parts(p.C, [&](int64_t c0, int64_t c1) { apply_rows(c0, c1, s, fetch); }, step);
     } else if (p.spatial || written) {
       each_tile(m, [&](int64_t t) {
-        if (p.spatial) spatial_gate(t, w, s, stage);
+        if (p.spatial) spatial_gate(t * tile, tile_end(t), w, s, stage);
         if (written) apply(t, s);
       });
     }
@@ -203,16 +205,16 @@ struct Schedule : Backward<T, kChannelsLast> {
   void backward_pass(Stage stage) {
     prepare();
     const bool products_needed = stage != Stage::kAttention, rest = stage != Stage::kScale;
-    auto first_half = [&](int64_t t, Worker<A>& w, Sample<A>& s) {
+    auto first_half = [&](int64_t t, Worker<A>& w, Sample<A>& s, bool by_chunks = false) {
       if (products_needed) {
-        products(t, w, s);
+        by_chunks ? merge_products(w, s) : products(t, w, s);
       } else {
         std::fill_n(tile_dgate(s, t), p.C, A(0));
       }
       if (p.spatial) logits_gradient(t, s, stage);
     };
     auto second_half = [&](int64_t t, Worker<A>& w, Sample<A>& s) {
-      maps_gradient(t, w, s);
+      maps_gradient(t * tile, tile_end(t), w, s);
       rest_of_gate_gradient(t, w, s);
     };
     auto groups = [&](Member& m, Worker<A>& w, bool reversed) {
@@ -233,6 +235,7 @@ struct Schedule : Backward<T, kChannelsLast> {
         for (int64_t n = n1; rest && n-- > n0;) {
           Sample<A>& s = call.samples[m.index * group + n - n0];
           load_pool_gradients(s);
+          repeat_for_dx(s);
           for (int64_t t = 0; t < tiles; ++t) dx(t, s);
         }
       });
@@ -244,17 +247,35 @@ struct Schedule : Backward<T, kChannelsLast> {
           const bool shared = Base::matrix_bytes(p) >= 256 << 10;  // worth three more phases
           m.alone([&] { load_saved(n, s, stage); });
           s.n = n;
-          each_tile(m, [&](int64_t t) { first_half(t, w, s); });
+          auto each_chunk = [&](auto f) {
+            m.in_parts(row_chunks(), [&](int64_t k0, int64_t k1) {
+              for (int64_t k = k0; k < k1; ++k) f(k);
+            });
+          };
+          auto planes = [&](int64_t t0, int64_t t1) { planes_gradient(t0, t1, s); };
+          if (by_chunks) {
+            if (products_needed) each_chunk([&](int64_t k) { products_chunk(k, w, s); });
+            m.alone([&] { first_half(0, w, s, true); });
+          } else {
+            each_tile(m, [&](int64_t t) { first_half(t, w, s); });
+          }
           if (p.spatial && rest) {
-            each_tile(m, [&](int64_t t) { second_half(t, w, s); });
-            m.in_parts(TapTiles(pad).count(pad), [&](int64_t t0, int64_t t1) { planes_gradient(t0, t1, s); });
+            if (by_chunks) {
+              m.in_parts(p.P, [&](int64_t p0, int64_t p1) { maps_gradient(p0, p1, w, s); }, kShare);
+              each_chunk([&](int64_t k) { rest_chunk(k, w, s); });
+            } else {
+              each_tile(m, [&](int64_t t) { second_half(t, w, s); });
+            }
+            m.in_parts(TapTiles(pad).count(pad), planes);
           }
           m.alone([&] {
+            if (by_chunks && p.spatial && rest) merge_rest(w, s);
             if (p.spatial && rest && p.dnorm) norm_gradient(w, s);
             gate_logits_gradient(s, stage);
             if (rest && p.pools) blend(n, n + 1, 0, p.C);
             if (rest && p.pools && !shared) mlp_backward(n, n + 1);
             if (rest && !shared) load_pool_gradients(s);
+            repeat_for_dx(s);
           });
           if (rest && shared) {
             auto hidden = [&](int64_t j0, int64_t j1) { mlp_backward_hidden(n, n + 1, j0, j1); };
@@ -262,7 +283,11 @@ struct Schedule : Backward<T, kChannelsLast> {
             m.in_parts(p.C, [&](int64_t c0, int64_t c1) { mlp_backward_input(n, n + 1, c0, c1); }, L);
             m.alone([&] { load_pool_gradients(s); });
           }
-          if (rest) each_tile(m, [&](int64_t t) { dx(t, s); });
+          if (rest && by_chunks) {
+            m.in_parts(row_chunks(), [&](int64_t k0, int64_t k1) { dx_chunks(k0, k1, s); });
+          } else if (rest) {
+            each_tile(m, [&](int64_t t) { dx(t, s); });
+          }
         },
         [&](Member& m) {
           if (rest) weight_gradients(m);
