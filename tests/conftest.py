@@ -2,12 +2,15 @@
 
 import os
 
-import pytest
-import torch
-from oracle import DEVICES, FUSED, TARGETS, poisoned_allocations
-
+# Test processes share the processors. OpenMP's threads that spin while they wait, as they do by default, would keep
+# those of another process from working for whole time slices: tests took seven times as long. Read as torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Small problems with several threads too, which calls share out from 128 KiB of x a thread on.
 os.environ.setdefault("CBAM_FUSED_GRAIN", "32768")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from oracle import DEVICES, FUSED, TARGETS, poisoned_allocations  # noqa: E402
 
 
 def runs_on_gpu(params):
