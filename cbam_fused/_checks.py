@@ -116,6 +116,26 @@ def check_input(x: object, channels: Optional[int], dims: Optional[int]) -> None
             raise ValueError(f"x must have spatial sizes of at least 1 in shape {wanted}, got {_shape(x)}")
 
 
+# What a module calls what a call of `cbam` names.
+_LAYERS = {
+    "w1": "fc1.weight",
+    "b1": "fc1.bias",
+    "w2": "fc2.weight",
+    "b2": "fc2.bias",
+    "conv_weight": "conv.weight",
+    "conv_bias": "conv.bias",
+    "norm.weight": "bn.weight",
+    "norm.bias": "bn.bias",
+    "norm.running_mean": "bn.running_mean",
+    "norm.running_var": "bn.running_var",
+}
+
+
+def _label(name: str) -> str:
+    layer = _LAYERS.get(name)
+    return f"{name} (a module's {layer})" if layer else name
+
+
 _PLACED = (*Parameters._fields, "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var")
 
 
@@ -134,12 +154,12 @@ def check_placement(x: Tensor, tensors: Sequence[Optional[Tensor]]) -> bool:
         if t is None:
             continue
         if t.device != device:
-            raise ValueError(f"{name} must be on the device of x, {device}, got {t.device}")
+            raise ValueError(f"{_label(name)} must be on the device of x, {device}, got {t.device}")
         if t.dtype != dtype and not (
             t.dtype == torch.float32 and dtype in LOW or torch.is_autocast_enabled(device.type)
         ):
             wanted = f"{dtype} or torch.float32" if dtype in LOW else f"{dtype}"
-            raise TypeError(f"{name} must have the dtype of x, {wanted}, got {t.dtype}")
+            raise TypeError(f"{_label(name)} must have the dtype of x, {wanted}, got {t.dtype}")
     return False
 
 
@@ -148,7 +168,8 @@ def check_devices(x: Tensor, norm: nn.Module) -> None:
     for kept in (norm._parameters, norm._buffers):
         for name, t in kept.items():
             if t is not None and t.is_floating_point() and t.device != x.device:
-                raise ValueError(f"norm.{name} must be on the device of x, {x.device}, got {t.device}")
+                label = _label(f"norm.{name}")
+                raise ValueError(f"{label} must be on the device of x, {x.device}, got {t.device}")
 
 
 def check_norm(norm: object) -> None:
@@ -164,9 +185,9 @@ def check_norm(norm: object) -> None:
 def _expect(name: str, t: Optional[Tensor], shape: Tuple[int, ...], required: bool = True) -> None:
     if t is None:
         if required:
-            raise ValueError(f"{name} must have shape {shape}, got None")
+            raise ValueError(f"{_label(name)} must have shape {shape}, got None")
     elif _shape(t) != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {_shape(t)}")
+        raise ValueError(f"{_label(name)} must have shape {shape}, got {_shape(t)}")
 
 
 def check_tensors(p: Parameters) -> None:
@@ -216,7 +237,7 @@ def check_parameters(x: Tensor, p: Parameters, c: Config) -> None:
                 raise ValueError("b1 must be None where w1 is None, got a Tensor")
         else:
             if p.w1.dim() != 2 or p.w1.shape[1] != channels or p.w1.shape[0] < 1:
-                raise ValueError(f"w1 must have shape (h, {channels}), got {_shape(p.w1)}")
+                raise ValueError(f"{_label('w1')} must have shape (h, {channels}), got {_shape(p.w1)}")
             hidden = p.w1.shape[0]
             _expect("b1", p.b1, (hidden,), required=False)
             _expect("w2", p.w2, (channels, hidden))
@@ -224,14 +245,12 @@ def check_parameters(x: Tensor, p: Parameters, c: Config) -> None:
     if c.spatial:
         maps = 1 if c.spatial == cfg.SPATIAL_BLEND else 2
         dims = len(shape) - 2
-        kernel = ", ".join(["k"] * dims)
+        kernel, label = ", ".join(["k"] * dims), _label("conv_weight")
         if p.conv_weight is None:
-            raise ValueError(f"conv_weight must have shape (1, {maps}, {kernel}), got None")
+            raise ValueError(f"{label} must have shape (1, {maps}, {kernel}), got None")
         if p.conv_weight.dim() != dims + 2 or _shape(p.conv_weight)[:2] != (1, maps):
-            raise ValueError(
-                f"conv_weight must have shape (1, {maps}, {kernel}), got {_shape(p.conv_weight)}"
-            )
+            raise ValueError(f"{label} must have shape (1, {maps}, {kernel}), got {_shape(p.conv_weight)}")
         for size in p.conv_weight.shape[2:]:
             if size % 2 == 0:
-                raise ValueError(f"conv_weight must have odd kernel sizes, got {_shape(p.conv_weight)}")
+                raise ValueError(f"{label} must have odd kernel sizes, got {_shape(p.conv_weight)}")
         _expect("conv_bias", p.conv_bias, (1,), required=False)

@@ -109,12 +109,12 @@ INPUTS = [
     (
         torch.zeros(2, 16, 5, 5, dtype=torch.float64),
         TypeError,
-        "w1 must have the dtype of x, torch.float64, got torch.float32",
+        "w1 (a module's fc1.weight) must have the dtype of x, torch.float64, got torch.float32",
     ),
     (
         torch.zeros(2, 16, 5, 5, device="meta"),
         ValueError,
-        "w1 must be on the device of x, meta, got cpu",
+        "w1 (a module's fc1.weight) must be on the device of x, meta, got cpu",
     ),
 ]
 
@@ -142,18 +142,27 @@ def test_other_dims_name_their_shape():
 
 def test_parameters_in_16_bits_beside_float32():
     module = FusedCBAM(16, 4, dtype=torch.bfloat16)
-    with _raises(TypeError, "w1 must have the dtype of x, torch.float32, got torch.bfloat16"):
+    with _raises(
+        TypeError, "w1 (a module's fc1.weight) must have the dtype of x, torch.float32, got torch.bfloat16"
+    ):
         module(torch.zeros(2, 16, 5, 5))
     with _raises(
-        TypeError, "w1 must have the dtype of x, torch.float16 or torch.float32, got torch.bfloat16"
+        TypeError,
+        "w1 (a module's fc1.weight) must have the dtype of x, torch.float16 or torch.float32, got torch.bfloat16",
     ):
         module(torch.zeros(2, 16, 5, 5, dtype=torch.float16))
     module = FusedCBAM(16, 4).eval()
     module.spatial_gate.double()
-    with _raises(TypeError, "conv_weight must have the dtype of x, torch.float32, got torch.float64"):
+    with _raises(
+        TypeError,
+        "conv_weight (a module's conv.weight) must have the dtype of x, torch.float32, got torch.float64",
+    ):
         module(torch.zeros(2, 16, 5, 5))
     module.spatial_gate.conv.float()
-    with _raises(TypeError, "norm.weight must have the dtype of x, torch.float32, got torch.float64"):
+    with _raises(
+        TypeError,
+        "norm.weight (a module's bn.weight) must have the dtype of x, torch.float32, got torch.float64",
+    ):
         module(torch.zeros(2, 16, 5, 5))
 
 
@@ -170,22 +179,22 @@ REPLACED = [
     (
         _replaced("channel_gate.fc1", lambda: nn.Linear(8, 4)),
         ValueError,
-        "w1 must have shape (h, 16), got (4, 8)",
+        "w1 (a module's fc1.weight) must have shape (h, 16), got (4, 8)",
     ),
     (
         _replaced("channel_gate.fc2", lambda: nn.Linear(16, 4, bias=False)),
         ValueError,
-        "w2 must have shape (16, 4), got (4, 16)",
+        "w2 (a module's fc2.weight) must have shape (16, 4), got (4, 16)",
     ),
     (
         _replaced("spatial_gate.conv", lambda: nn.Conv2d(2, 1, 4, padding=2)),
         ValueError,
-        "conv_weight must have odd kernel sizes, got (1, 2, 4, 4)",
+        "conv_weight (a module's conv.weight) must have odd kernel sizes, got (1, 2, 4, 4)",
     ),
     (
         _replaced("spatial_gate.conv", lambda: nn.Conv2d(2, 3, 3, padding=1)),
         ValueError,
-        "conv_weight must have shape (1, 2, k, k), got (3, 2, 3, 3)",
+        "conv_weight (a module's conv.weight) must have shape (1, 2, k, k), got (3, 2, 3, 3)",
     ),
     (
         _replaced("spatial_gate.bn", lambda: nn.BatchNorm2d(6)),
@@ -195,7 +204,7 @@ REPLACED = [
     (
         _replaced("spatial_gate.bn", lambda: nn.BatchNorm2d(1, device="meta")),
         ValueError,
-        "norm.weight must be on the device of x, cpu, got meta",
+        "norm.weight (a module's bn.weight) must be on the device of x, cpu, got meta",
     ),
 ]
 
@@ -263,43 +272,51 @@ def _arguments(**changes):
 CALLS = [
     (dict(x=torch.zeros(6, 5)), ValueError, f"x must have shape {SHAPES}, got (6, 5)"),
     (dict(x=None), TypeError, "x must be a Tensor, got NoneType"),
-    (dict(w1=torch.zeros(3, 5)), ValueError, "w1 must have shape (h, 6), got (3, 5)"),
-    (dict(w1=torch.zeros(3, 6, 1, 1)), ValueError, "w1 must have shape (h, 6), got (3, 6, 1, 1)"),
-    (dict(w1=torch.zeros(0, 6)), ValueError, "w1 must have shape (h, 6), got (0, 6)"),
+    (dict(w1=torch.zeros(3, 5)), ValueError, "w1 (a module's fc1.weight) must have shape (h, 6), got (3, 5)"),
+    (
+        dict(w1=torch.zeros(3, 6, 1, 1)),
+        ValueError,
+        "w1 (a module's fc1.weight) must have shape (h, 6), got (3, 6, 1, 1)",
+    ),
+    (dict(w1=torch.zeros(0, 6)), ValueError, "w1 (a module's fc1.weight) must have shape (h, 6), got (0, 6)"),
     (dict(w1=[1.0]), TypeError, "w1 must be a Tensor, got list"),
-    (dict(b1=torch.zeros(6)), ValueError, "b1 must have shape (3,), got (6,)"),
-    (dict(w2=torch.zeros(3, 6)), ValueError, "w2 must have shape (6, 3), got (3, 6)"),
-    (dict(w2=None), ValueError, "w2 must have shape (6, 3), got None"),
-    (dict(w1=None, b1=None), ValueError, "w2 must have shape (6, 6), got (6, 3)"),
+    (dict(b1=torch.zeros(6)), ValueError, "b1 (a module's fc1.bias) must have shape (3,), got (6,)"),
+    (dict(w2=torch.zeros(3, 6)), ValueError, "w2 (a module's fc2.weight) must have shape (6, 3), got (3, 6)"),
+    (dict(w2=None), ValueError, "w2 (a module's fc2.weight) must have shape (6, 3), got None"),
+    (dict(w1=None, b1=None), ValueError, "w2 (a module's fc2.weight) must have shape (6, 6), got (6, 3)"),
     (
         dict(w1=None, w2=torch.zeros(6, 6)),
         ValueError,
         "b1 must be None where w1 is None, got a Tensor",
     ),
-    (dict(b2=torch.zeros(3)), ValueError, "b2 must have shape (6,), got (3,)"),
+    (dict(b2=torch.zeros(3)), ValueError, "b2 (a module's fc2.bias) must have shape (6,), got (3,)"),
     (dict(b2=1.0), TypeError, "b2 must be a Tensor, got float"),
     (
         dict(conv_weight=torch.zeros(1, 1, 7, 7)),
         ValueError,
-        "conv_weight must have shape (1, 2, k, k), got (1, 1, 7, 7)",
+        "conv_weight (a module's conv.weight) must have shape (1, 2, k, k), got (1, 1, 7, 7)",
     ),
     (
         dict(conv_weight=torch.zeros(1, 2, 7)),
         ValueError,
-        "conv_weight must have shape (1, 2, k, k), got (1, 2, 7)",
+        "conv_weight (a module's conv.weight) must have shape (1, 2, k, k), got (1, 2, 7)",
     ),
     (
         dict(light=True),
         ValueError,
-        "conv_weight must have shape (1, 1, k, k), got (1, 2, 7, 7)",
+        "conv_weight (a module's conv.weight) must have shape (1, 1, k, k), got (1, 2, 7, 7)",
     ),
     (
         dict(conv_weight=torch.zeros(1, 2, 7, 6)),
         ValueError,
-        "conv_weight must have odd kernel sizes, got (1, 2, 7, 6)",
+        "conv_weight (a module's conv.weight) must have odd kernel sizes, got (1, 2, 7, 6)",
     ),
     (dict(conv_weight=3), TypeError, "conv_weight must be a Tensor, got int"),
-    (dict(conv_bias=torch.zeros(2)), ValueError, "conv_bias must have shape (1,), got (2,)"),
+    (
+        dict(conv_bias=torch.zeros(2)),
+        ValueError,
+        "conv_bias (a module's conv.bias) must have shape (1,), got (2,)",
+    ),
     (
         dict(conv_weight=None, norm=nn.BatchNorm2d(1)),
         ValueError,
@@ -313,7 +330,7 @@ CALLS = [
     (
         dict(norm=nn.BatchNorm2d(1, device="meta")),
         ValueError,
-        "norm.weight must be on the device of x, cpu, got meta",
+        "norm.weight (a module's bn.weight) must be on the device of x, cpu, got meta",
     ),
     (dict(norm=nn.BatchNorm2d(6)), ValueError, "norm must have num_features=1, got 6"),
     (dict(norm=nn.BatchNorm2d(6).eval()), ValueError, "norm must have num_features=1, got 6"),
@@ -328,12 +345,12 @@ CALLS = [
     (
         dict(w2=torch.zeros(6, 3, dtype=torch.float64)),
         TypeError,
-        "w2 must have the dtype of x, torch.float32, got torch.float64",
+        "w2 (a module's fc2.weight) must have the dtype of x, torch.float32, got torch.float64",
     ),
     (
         dict(conv_weight=torch.zeros(1, 2, 7, 7, device="meta")),
         ValueError,
-        "conv_weight must be on the device of x, cpu, got meta",
+        "conv_weight (a module's conv.weight) must be on the device of x, cpu, got meta",
     ),
 ]
 

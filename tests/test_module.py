@@ -477,7 +477,8 @@ def test_norms_in_other_dtypes(target):
         assert cbam(*double, norm=norm.to(target.device), backend=target.backend).dtype == torch.float64
     norm = nn.BatchNorm2d(1, device=target.device).eval()
     with pytest.raises(
-        TypeError, match="^norm.weight must have the dtype of x, torch.float64, got torch.float32"
+        TypeError,
+        match="^norm.weight .a module's bn.weight. must have the dtype of x, torch.float64, got torch.float32",
     ):
         cbam(*double, norm=norm, backend=target.backend)
     if target.device == "cpu":
