@@ -6,7 +6,7 @@ so that gradients of gradients are right. `once_differentiable` would be silentl
 
 from __future__ import annotations
 
-from typing import Callable, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,7 @@ def _vjp(
     with torch.enable_grad():
         # Aliases cut the graph at the inputs: one input may itself depend on another.
         aliases = [None if t is None else t.view_as(t) for t in inputs]
-        acc = _ops.accumulate_dtype(inputs[0].dtype)
+        acc = _ops.accumulate_dtype(inputs[0].dtype)  # type: ignore[union-attr]  # x
         outputs = f(*(None if t is None else t.to(acc) for t in aliases))
         wanted = [a for a, need in zip(aliases, needs) if need and a is not None]
         found = iter(
@@ -145,7 +145,7 @@ def _attention_vjp(c: Config, inputs, needs, dy: Tensor, dz: Tensor, dgate: Tens
         return (None, *dweights)
     through = dy.to(s.dtype) * s
     if c.pools:
-        acc = [None if t is None else t.to(s.dtype) for t in inputs]
+        acc: List[Any] = [None if t is None else t.to(s.dtype) for t in inputs]
         through = through * _broadcast(channel_gate_reference(acc[0], Parameters(*acc[1:]), c), dy)
     dx = dx + through.to(dx.dtype)
     return (dx + dy if c.residual else dx, *dweights)

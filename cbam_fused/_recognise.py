@@ -192,8 +192,8 @@ def _call(module: nn.Module, x: Tensor) -> Tensor:
         raise Refusal("it changes its input in place")
     after = _notes(module)
     if after != before:
-        kept = sorted(n for n in {**before, **after} if before.get(n) != after.get(n))
-        raise Refusal(f"its forward sets {kept[0]}, which the fused path would not")
+        changed = sorted(n for n in {**before, **after} if before.get(n) != after.get(n))
+        raise Refusal(f"its forward sets {changed[0]}, which the fused path would not")
     return y
 
 

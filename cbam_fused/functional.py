@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Iterable, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterable, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -38,7 +38,7 @@ def _nothing_beside(norm: nn.Module) -> bool:
     return not hooks and "forward" not in norm.__dict__
 
 
-def _fold(norm: Optional[Norm]) -> Optional[Folded]:
+def _fold(norm: Any) -> Optional[Folded]:
     """The tensors of a norm that the fused op can apply itself, or None if it must be called."""
     if norm is None:
         return NO_NORM
@@ -92,7 +92,8 @@ def beside(x: Tensor, p: Parameters, alike: bool) -> Parameters:
 def _empty(x: Tensor, tensors: Iterable[Optional[Tensor]]) -> Tensor:
     """The empty x as an output that keeps it and the parameters in the graph, so that they get zeros."""
     anchors = [t.sum() * 0 for t in tensors if t is not None]
-    return x * 1 + sum(anchors).to(x.dtype) if anchors else x * 1
+    total: Any = sum(anchors)
+    return x * 1 + total.to(x.dtype) if anchors else x * 1
 
 
 def _learnt(norm: Optional[Norm]) -> Iterable[Tensor]:
@@ -141,8 +142,10 @@ def run(x: Tensor, p: Parameters, c: Config, norm: Optional[Norm], backend: str)
     p = beside(x, p, alike)
     if folded is not None:
         if not alike and torch.is_autocast_enabled(x.device.type):
-            folded = (*(_beside(t, x) for t in folded[:4]), folded[4])
+            weight, bias, mean, var, eps = folded
+            folded = (_beside(weight, x), _beside(bias, x), _beside(mean, x), _beside(var, x), eps)
         return _autograd.fused_cbam(name, x, p, c, folded)
+    assert norm is not None  # which would have been folded
     return _autograd.fused_cbam_with_norm(name, x, p, c, _cast(norm, _ops.accumulate_dtype(x.dtype), x))
 
 
@@ -164,6 +167,7 @@ def maps(
             z, gate = _autograd.attention(name, _autograd.dense(x), weights, c)
         if not c.spatial:
             return gate, None
+        assert z is not None
         if norm is not None:
             z = _without_traces(z, norm)
         return (gate if c.pools else None), torch.sigmoid(z)
@@ -187,10 +191,11 @@ def _without_traces(z: Tensor, norm: Norm) -> Tensor:
     if not isinstance(norm, nn.Module):
         return normed(z, norm)
     if _only_normalises(norm) and _nothing_beside(norm):
-        batch = norm.training or norm.running_mean is None
-        mean, var = (None, None) if batch else (norm.running_mean, norm.running_var)
-        cast = [None if t is None else t.to(z.dtype) for t in (mean, var, norm.weight, norm.bias)]
-        return F.batch_norm(z, *cast, training=batch, eps=norm.eps)
+        own: Any = norm
+        batch = own.training or own.running_mean is None
+        mean, var = (None, None) if batch else (own.running_mean, own.running_var)
+        cast = [None if t is None else t.to(z.dtype) for t in (mean, var, own.weight, own.bias)]
+        return F.batch_norm(z, cast[0], cast[1], cast[2], cast[3], training=batch, eps=own.eps)
     kept = {name: buffer.clone() for name, buffer in norm.named_buffers()}
     if not kept or not any(m.training for m in norm.modules()):
         return normed(z, norm)

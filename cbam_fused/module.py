@@ -69,7 +69,7 @@ def _run_prehook(layer: nn.Module, name: str, key: int, hook: Callable) -> None:
     ) from problem
 
 
-def _readable(layer: nn.Module, name: str) -> nn.Module:
+def _readable(layer: Any, name: str) -> nn.Module:
     """layer, its pre-hooks run; TypeError where its forward does more than its weight and bias say.
 
     Pruning and the older weight and spectral norms recompute `weight` in such a hook.
@@ -116,13 +116,14 @@ def fx_leaf(forward: Callable) -> Callable:
     def leaf(self: nn.Module, x: Any) -> Any:
         if not isinstance(x, Proxy):
             return forward(self, x)
-        path = x.tracer.path_of_module(self)
+        tracer: Any = x.tracer
+        path = tracer.path_of_module(self)
         if not path:
             raise TypeError(
                 f"torch.fx records a {type(self).__name__} as one call within a model, and it must not be the "
                 "model itself: trace nn.Sequential(block)"
             )
-        return x.tracer.create_proxy("call_module", path, (x,), {})
+        return tracer.create_proxy("call_module", path, (x,), {})
 
     return leaf
 
@@ -190,7 +191,7 @@ class ChannelGate(_Gates):
     Shape: (N, channels, *spatial) -> the same.
     """
 
-    _fixed = ("pool_types", "light", "ties", "residual")
+    _fixed: Tuple[str, ...] = ("pool_types", "light", "ties", "residual")
 
     def __init__(
         self,
@@ -275,7 +276,7 @@ class SpatialGate(_Gates):
     Shape: (N, C, *spatial) -> the same, for any C.
     """
 
-    _fixed = ("order", "light", "ties", "residual")
+    _fixed: Tuple[str, ...] = ("order", "light", "ties", "residual")
 
     def __init__(
         self,
@@ -383,7 +384,7 @@ class FusedCBAM(_Gates):
     Source: Woo et al., "CBAM: Convolutional Block Attention Module", arXiv:1807.06521.
     """
 
-    _fixed = ("pool_types", "spatial_order", "light", "ties", "residual")
+    _fixed: Tuple[str, ...] = ("pool_types", "spatial_order", "light", "ties", "residual")
 
     def __init__(
         self,
@@ -437,7 +438,7 @@ class FusedCBAM(_Gates):
 
     def _arguments(self, x: Tensor):
         _checks.check_input(x, self.channels, self.dims)
-        gates = self._modules
+        gates: Dict[str, Any] = self._modules
         mlp, gate = gates["channel_gate"].tensors(), gates.get("spatial_gate")
         if gate is None:
             return x, Parameters(*mlp), self.config, None, self.backend

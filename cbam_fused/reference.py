@@ -6,7 +6,7 @@ ECCV 2018, arXiv:1807.06521.
 
 from __future__ import annotations
 
-from typing import Callable, Optional
+from typing import Any, Callable, Optional
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,8 @@ def channel_gate_reference(x: Tensor, p: Parameters, c: Config) -> Tensor:
         pooled.append(torch.logsumexp(rows, 2))
     if c.pools & cfg.BLEND:
         pooled = [0.5 * pooled[0] + 0.5 * pooled[1]]
-    logits = 0
+    assert p.w2 is not None
+    logits: Any = 0
     for u in pooled:
         hidden = u if p.w1 is None else torch.relu(F.linear(u, p.w1, p.b1))
         logits = logits + F.linear(hidden, p.w2, p.b2)
@@ -52,6 +53,7 @@ def spatial_logits_reference(gated: Tensor, p: Parameters, c: Config) -> Tensor:
         q = (0.5 * q_mean + 0.5 * q_max).unsqueeze(1)
     else:
         q = torch.stack([q_max, q_mean] if c.spatial == cfg.SPATIAL_MAX_MEAN else [q_mean, q_max], 1)
+    assert p.conv_weight is not None
     padding = [k // 2 for k in p.conv_weight.shape[2:]]
     return CONV[gated.dim()](q, p.conv_weight, p.conv_bias, padding=padding)
 

@@ -82,8 +82,9 @@ def _inputs(
 def _step(x: Tensor, weights: List[Tensor], norm: List[Tensor]) -> List[Tensor]:
     from .triton_kernels import launchers
 
-    y, *saved = launchers.cbam_forward(x, *weights, *norm, 1e-5, 3, 1, 0, False)
-    return [y, *launchers.cbam_backward(x, x, *weights, *norm, 1e-5, *saved, 3, 1, 0, False)]
+    forward, backward = launchers.OPS["cbam_forward"], launchers.OPS["cbam_backward"]
+    y, *saved = forward(x, *weights, *norm, 1e-5, 3, 1, 0, False)
+    return [y, *backward(x, x, *weights, *norm, 1e-5, *saved, 3, 1, 0, False)]
 
 
 def _milliseconds(f: Callable[[], object]) -> float:

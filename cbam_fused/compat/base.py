@@ -84,7 +84,7 @@ class _Dialect:
     config = property(lambda self: self._cbam.config)
     dims = property(lambda self: self._cbam.dims)
     ties = property(lambda self: next(n for n, bit in cfg.TIES.items() if bit == self._cbam.config.ties))
-    _fixed = ()  # what `fuse` found may have attributes of these names
+    _fixed: Tuple[str, ...] = ()  # what `fuse` found may have attributes of these names
 
     @property
     def backend(self) -> str:

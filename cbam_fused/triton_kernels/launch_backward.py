@@ -214,6 +214,7 @@ def _whole_backward_launch(
     *bn, eps = grads.norm
     known = dz is not None or dgate is not None
     if pr.spatial and not known:
+        assert spatial_gate is not None
         dz = torch.empty_like(spatial_gate)
     pb.launch(
         whole_backward_kernel,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Callable, Dict
+
 import torch
 
 from .._ops import SCHEMAS, namespace
@@ -9,7 +11,7 @@ from . import configurations
 from .launch_backward import attention_backward, cbam_backward, scale_backward
 from .launch_forward import attention_forward, cbam_forward, cbam_inference, scale_forward
 
-OPS = {
+OPS: Dict[str, Callable[..., Any]] = {
     "cbam_inference": cbam_inference,
     "cbam_forward": cbam_forward,
     "cbam_backward": cbam_backward,

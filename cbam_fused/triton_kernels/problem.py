@@ -171,17 +171,19 @@ def describe(
     spatial: int,
     ties: int = cfg.TIES_FIRST,
 ) -> Problem:
-    sizes = (1,) * (5 - x.dim()) + tuple(x.shape[2:])
-    kernel = (1, 1, 1)
+    d, h, w = (1,) * (5 - x.dim()) + tuple(x.shape[2:])
+    kd = kh = kw = 1
     if spatial and conv_weight is not None:
-        kernel = (1,) * (5 - conv_weight.dim()) + tuple(conv_weight.shape[2:])
+        kd, kh, kw = (1,) * (5 - conv_weight.dim()) + tuple(conv_weight.shape[2:])
     hidden = layers = 0
     if pools and w2 is not None:
         hidden, layers = (x.shape[1], 1) if w1 is None else (w1.shape[0], 2)
     return Problem(
         x.shape[0],
         x.shape[1],
-        *sizes,
+        d,
+        h,
+        w,
         not x.is_contiguous(),
         x.dtype,
         x.device,
@@ -190,7 +192,7 @@ def describe(
         ties,
         hidden,
         layers,
-        kernel,
+        (kd, kh, kw),
     )
 
 
