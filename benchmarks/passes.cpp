@@ -62,10 +62,11 @@ double now() {
 
 struct Measured {
   const Pass pass;
+  const bool counted = true;
   const double begin = now();
   ~Measured() {
     own->seconds[pass] += now() - begin;
-    ++own->calls[pass];
+    own->calls[pass] += counted;
   }
 };
 
@@ -73,10 +74,10 @@ template <class T, bool kChannelsLast>
 struct Timed : Backward<T, kChannelsLast> {
   using Base = Backward<T, kChannelsLast>;
   using Base::Base;
-#define CBAM_TIMED(name, pass)      \
+#define CBAM_TIMED(name, ...)       \
   template <class... Args>          \
   void name(Args&&... args) const { \
-    Measured m{pass};               \
+    Measured m{__VA_ARGS__};        \
     Base::name(args...);            \
   }
   CBAM_TIMED(pool, kPool)
@@ -93,9 +94,9 @@ struct Timed : Backward<T, kChannelsLast> {
   CBAM_TIMED(mlp_backward_hidden, kMlpBackward)
   CBAM_TIMED(mlp_backward_input, kMlpBackward)
   CBAM_TIMED(products_chunk, kProducts)
-  CBAM_TIMED(merge_products, kProducts)
+  CBAM_TIMED(merge_products, kProducts, false)  // by one thread: not its part of the pass
   CBAM_TIMED(rest_chunk, kRest)
-  CBAM_TIMED(merge_rest, kRest)
+  CBAM_TIMED(merge_rest, kRest, false)
   CBAM_TIMED(dx_chunks, kDx)
   CBAM_TIMED(load_saved, kLoadSaved)
   CBAM_TIMED(products, kProducts)

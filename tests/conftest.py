@@ -6,7 +6,7 @@ import os
 # those of another process from working for whole time slices: tests took seven times as long. Read as torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Small problems with several threads too, which calls share out from 128 KiB of x a thread on.
-os.environ.setdefault("CBAM_FUSED_GRAIN", "32768")
+os.environ.setdefault("CBAM_FUSED_GRAIN", "16384")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

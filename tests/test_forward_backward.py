@@ -189,6 +189,16 @@ def test_any_number_of_threads_gives_the_same_bits(threads, layout, name, shape)
     check_threads(make_problem(shape, OPTIONS[name], torch.float32, layout=layout), threads)
 
 
+@pytest.mark.parametrize("shape", [(1, 130, 14, 14), (1, 300, 24, 25), (3, 70, 9, 11)], ids=_id)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=_id)
+@pytest.mark.parametrize("name", ["plain", "norm-train", "split"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.skipif(all(t.backend != "cpu" for t in FUSED), reason="the CPU kernels are not built")
+def test_any_number_of_threads_in_other_dtypes(threads, layout, name, dtype, shape):
+    """In float64 a product that is rounded on one way and not on the other makes other bits."""
+    check_threads(make_problem(shape, OPTIONS[name], dtype, layout=layout), threads)
+
+
 def check_threads(problem, threads):
     threads(1)
     alone = run_problem(problem, "cpu")

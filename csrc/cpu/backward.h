@@ -122,7 +122,7 @@ struct Backward : Block<T, kChannelsLast> {
     if constexpr (kChannelsLast) {
       sum_rest(k * kShare, chunk_end(k), lanes_of(0, p.P), ColumnSums<A>{w.part, chunk_part(k), nullptr}, s);
       for (int64_t pos = k * kShare; p.ties != kSplit && pos < chunk_end(k); ++pos) {
-        call.maxima[pos] = maximum_term(pos, s);
+        call.maxima[pos] = at_maximum(pos, s);
       }
     } else {
       add_rest(0, k * kShare, chunk_end(k), s);
@@ -176,20 +176,22 @@ struct Backward : Block<T, kChannelsLast> {
   }
 
   // What the positions' maxima give to their channels in [c0, c1). Term by term in no favourable order, so in
-  // double: with few channels these are long sums. `terms`: of all positions, where they are at hand.
+  // double: with few channels these are long sums. `maxima`: x there, where it is at hand.
   void add_maxima(int64_t t, int64_t c0, int64_t c1, Worker<A>& w, Sample<A>& s,
-                  const double* terms = nullptr) const {
+                  const double* maxima = nullptr) const {
     if (p.ties == kSplit) return;
     A* dgate = tile_dgate(s, t);
     std::fill(w.gathered + c0, w.gathered + c1, 0.0);
     for (int64_t pos = t * tile; pos < tile_end(t); ++pos) {
       const int64_t c = s.q_index[pos];
-      if (c >= c0 && c < c1) w.gathered[c] += terms ? terms[pos] : maximum_term(pos, s);
+      if (c < c0 || c >= c1) continue;
+      // One expression, or a compiler may round the product in one of two, and bits would hang on threads.
+      w.gathered[c] += double(s.dq_max[pos]) * (maxima ? maxima[pos] : at_maximum(pos, s));
     }
     for (int64_t c = c0; c < c1; ++c) dgate[c] += A(w.gathered[c]);
   }
-  double maximum_term(int64_t pos, const Sample<A>& s) const {
-    return double(s.dq_max[pos]) * double(load_one(x(s.n) + element(s.q_index[pos], pos)));
+  double at_maximum(int64_t pos, const Sample<A>& s) const {
+    return double(load_one(x(s.n) + element(s.q_index[pos], pos)));
   }
 
   // dq of one element where the maximum's gradient is shared: its share where it equals the maximum.

@@ -58,7 +58,7 @@ struct Call {
   A *chunk_sum, *chunk_max;             // (chunks of channels, tiles, a tile's slots): the spatial pools of a
   typename Lanes<A>::Int* chunk_index;  // sample that threads share by channels; in backward, where they
                                         // share one that is one tile, chunk_sum has its sums over rows,
-  double* maxima;                       // (P) and this, in channels-last, what maxima give to their channels
+  double* maxima;                       // (P) and this, in channels-last, x where the positions' maxima are
   std::vector<Worker<A>> workers;
   std::vector<Sample<A>> samples;  // `group` for each worker, then the shared one
 };
@@ -146,7 +146,8 @@ struct Block {
         bytes * p.P <= (backward ? 4 * mebi : 2 * mebi))
       return p.P;
     const int64_t line = 64 / int64_t(sizeof(T));  // whole lines of memory, half a line is slow to stream
-    int64_t positions = std::max<int64_t>(mebi * 3 / 16 / (p.C * int64_t(sizeof(T))) / line * line, 64);
+    const int64_t least = kChannelsLast && !alone ? 16 : 64;  // of a 7x7 map, threads have a part each
+    int64_t positions = std::max<int64_t>(mebi * 3 / 16 / (p.C * int64_t(sizeof(T))) / line * line, least);
     positions = std::min<int64_t>(positions, 2048);
     // Of equal size, and at most a quarter larger than that: a short last tile takes a line here and there.
     const int64_t tiles = std::max<int64_t>(1, (4 * p.P + 3 * positions) / (4 * positions));

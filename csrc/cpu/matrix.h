@@ -473,8 +473,7 @@ void reduce_rows(const T* x, int64_t stride, int64_t r0, int64_t r1, const Slots
 // Rows whose sums are added up one block after the other before they join the total, for the reason of
 // RowSums.
 constexpr int64_t kChunk = 64;
-// The same in backward, and the fewest rows, or positions, that a thread has of a sample that is shared by
-// rows.
+// The same in backward. Threads that share a sample by rows, or the positions of its maps, have whole ones.
 constexpr int64_t kShare = 32;
 
 // f(r0, r1) for the chunks of [r0, r1).

@@ -131,8 +131,10 @@ double read_scalar(const Optional& t, double missing) {
 int64_t grain() {
   static const int64_t bytes = [] {
     const char* wanted = std::getenv("CBAM_FUSED_GRAIN");
-    const int64_t value = wanted ? std::atoll(wanted) : int64_t(128) << 10;
-    STD_TORCH_CHECK(value > 0, "cbam_fused: CBAM_FUSED_GRAIN must be a number of bytes, got ", wanted);
+    char* end = nullptr;
+    const int64_t value = wanted ? std::strtoll(wanted, &end, 10) : int64_t(128) << 10;
+    STD_TORCH_CHECK(value > 0 && (!wanted || *end == 0),
+                    "cbam_fused: CBAM_FUSED_GRAIN must be a number of bytes, got ", wanted);
     return value;
   }();
   return bytes;

@@ -275,7 +275,7 @@ struct Schedule : Backward<T, kChannelsLast> {
             if (rest && p.pools) blend(n, n + 1, 0, p.C);
             if (rest && p.pools && !shared) mlp_backward(n, n + 1);
             if (rest && !shared) load_pool_gradients(s);
-            repeat_for_dx(s);
+            if (rest) repeat_for_dx(s);
           });
           if (rest && shared) {
             auto hidden = [&](int64_t j0, int64_t j1) { mlp_backward_hidden(n, n + 1, j0, j1); };
