@@ -91,8 +91,10 @@ import test_cpu_threads as t, torch
 torch.set_num_threads(2)
 for rows in (30, 32):
     call = t.calls_of((1, 64, rows, 32), "contiguous")["cbam_inference"]
-    tries = [t.share_of_the_others(call) for _ in range(5)]
-    print(2 if max(tries) >= 0.3 else 1 if min(tries) < 0.1 else tries)
+    tries = [0, 0]
+    while max(tries) < 2:
+        tries[t.share_of_the_others(call) >= 0.2] += 1
+    print(1 + tries.index(2))
 """
 
 
