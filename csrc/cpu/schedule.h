@@ -205,9 +205,9 @@ struct Schedule : Backward<T, kChannelsLast> {
   void backward_pass(Stage stage) {
     prepare();
     const bool products_needed = stage != Stage::kAttention, rest = stage != Stage::kScale;
-    auto first_half = [&](int64_t t, Worker<A>& w, Sample<A>& s, bool by_chunks = false) {
+    auto first_half = [&](int64_t t, Worker<A>& w, Sample<A>& s, bool in_chunks = false) {
       if (products_needed) {
-        by_chunks ? merge_products(w, s) : products(t, w, s);
+        in_chunks ? merge_products(w, s) : products(t, w, s);
       } else {
         std::fill_n(tile_dgate(s, t), p.C, A(0));
       }
