@@ -1,7 +1,7 @@
 """Bytes that the CUDA kernels of both tiers move: counted on the host, and modelled behind the caches.
 
     python benchmarks/cuda_bytes.py [--tier streamed resident] [--shapes 256,56,56 ...] [--samples 8]
-                                    [--dtype bfloat16] [--layout contiguous] [--modelled] [--l2 50]
+                                    [--dtype bfloat16] [--layout contiguous] [--modelled] [--l2 50] [--found 50]
 
 Nothing here runs on a GPU. Counted bytes are what the kernels ask of global memory when tests/simt executes
 their sources, a caches' hit as much as a miss; S is the size of x, weights are float32. The streamed tier's plan
@@ -12,8 +12,10 @@ items are half as large, and hand on 0.05 to 0.12 S more (5.18 S become 5.23 at 
 (128, 28, 28)), which `cuda_timeline.py` has as the faster plan there.
 
 Modelled DRAM traffic is what compiled PTX makes of it in the cache model of the optional ../shared/ptxcpu (H100:
-132 multiprocessors, 50 MB of L2), over the floor of 2 S or 3 S (3 S and 5 S with BatchNorm in training): as it is,
-and without the weights, their gradients and the saved tensors, each of which moves once. "L1 to L2" is all that passes
+132 multiprocessors, 50 MB of L2; lines read or written with .cs are the first to be replaced, as PTX has it), over
+the floor of 2 S or 3 S (3 S and 5 S with BatchNorm in training): as it is, and without the weights, their gradients and
+the saved tensors, each of which moves once. `--l2` is what the device says that it has, and `--found` what there is, if
+not as much: half of it, where each half of an A100's or H100's L2 keeps a copy. "L1 to L2" is all that passes
 between the two, weights and small tensors included, in S. The time over a copy's is
 the resident tier's for a batch of 16: ptxcpu's estimate, which counts PTX instructions and traffic and knows no
 latency. Instructions an element are PTX's, as warps executed them, waiting included: good for comparing versions of
@@ -173,10 +175,10 @@ def modelled_row(
     print(title(f"{tier} {name}", samples, shape, dtype, last) + text, flush=True)
 
 
-def modelled_resident(samples, shape, dtype, last, l2) -> None:
+def modelled_resident(samples, shape, dtype, last, l2, found) -> None:
     x, dy, p = problem(samples, shape, dtype, last)
     size = x.numel() * x.element_size()
-    machine = cuda_ptx.ResidentPtxMachine(l2=l2)
+    machine = cuda_ptx.ResidentPtxMachine(l2=l2, modelled_l2=found)
     saved = None
     for name, floor in (("forward", 2 * size), ("backward", 3 * size)):
         op = f"cbam_{name}"
@@ -189,20 +191,20 @@ def modelled_resident(samples, shape, dtype, last, l2) -> None:
             cs.cbam_backward(dy, x, p, Config(), saved, cs.NO_NORM, machine)
         time = machine.time_over_copy(op, samples, floor)
         modelled_row(
-            "resident", name, samples, shape, dtype, last, l2, floor, machine.dram(op), machine.small_bytes[op],
+            "resident", name, samples, shape, dtype, last, found, floor, machine.dram(op), machine.small_bytes[op],
             machine.past_l1(op), machine.instructions(op), time,
         )  # fmt: skip
 
 
-def modelled_streamed(samples, shape, dtype, last, l2) -> None:
+def modelled_streamed(samples, shape, dtype, last, l2, found) -> None:
     x, dy, p = problem(samples, shape, dtype, last)
     size = x.numel() * x.element_size()
-    machine = cuda_ptx.PtxMachine(l2=l2)
+    machine = cuda_ptx.PtxMachine(l2=l2, modelled_l2=found)
 
     def row(name, floor, *ops):
         counts = (machine.dram, machine.small_bytes.__getitem__, machine.past_l1, machine.instructions)
         totals = (sum(map(of, ops)) for of in counts)
-        modelled_row("streamed", name, samples, shape, dtype, last, l2, floor * size, *totals)
+        modelled_row("streamed", name, samples, shape, dtype, last, found, floor * size, *totals)
 
     saved = cs.cbam_forward(x, p, Config(), cs.NO_NORM, machine)
     row("forward", 2, "cbam_forward")
@@ -239,6 +241,7 @@ def main(arguments=None) -> None:
         "--modelled", action="store_true", help="DRAM traffic by ../shared/ptxcpu instead; takes long"
     )
     parser.add_argument("--l2", nargs="+", type=int, default=[50], help="megabytes of L2 that a plan is for")
+    parser.add_argument("--found", type=int, help="megabytes of L2 that the model has, if not as many")
     a = parser.parse_args(arguments)
     if a.modelled and cuda_ptx.unavailable():
         parser.error(cuda_ptx.unavailable())
@@ -250,7 +253,7 @@ def main(arguments=None) -> None:
                     run = modelled_streamed if tier == "streamed" else modelled_resident
                     for l2 in (megabytes << 20 for megabytes in a.l2):
                         if a.modelled:
-                            run(samples, shape, dtype, last, l2)
+                            run(samples, shape, dtype, last, l2, (a.found << 20) if a.found else l2)
                         else:
                             counted(tier, samples, shape, dtype, last, l2, a.by_tensor)
 

@@ -21,7 +21,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,10 +29,10 @@ from typing import Any, Dict, List, Optional
 import cuda_resident as cr
 import cuda_streamed as cs
 import numpy as np
+import ptxcpu_runtime
 from simt import build
 
 ROOT = Path(__file__).resolve().parents[1]
-PTXCPU = ROOT.parent / "shared" / "ptxcpu"
 SOURCES = ROOT / "csrc" / "cuda"
 TARGET = "sm_90"
 # A translated kernel is one function of some 100,000 lines, over which an optimising g++ takes minutes to an hour.
@@ -51,7 +50,7 @@ RESIDENT = (
 
 def unavailable() -> Optional[str]:
     """None, or why compiled PTX cannot run on this machine."""
-    if not (PTXCPU / "ptxcpu.py").exists():
+    if not (ptxcpu_runtime.DIRECTORY / "ptxcpu.py").exists():
         return "there is no ../shared/ptxcpu"
     if not nvcc():
         return "there is no nvcc"
@@ -65,11 +64,7 @@ def nvcc() -> Optional[str]:
 
 
 def _ptxcpu() -> Any:
-    if str(PTXCPU) not in sys.path:
-        sys.path.insert(0, str(PTXCPU))
-    import ptxcpu
-
-    return ptxcpu
+    return ptxcpu_runtime.load("evict_first", ptxcpu_runtime.EVICT_FIRST)
 
 
 @functools.lru_cache(maxsize=None)
@@ -112,6 +107,7 @@ class PtxMachine(cs.Machine):
     multiprocessors: int = 132
     shared: int = 227 << 10
     trace: bool = True  # the cache model; without it, only what the kernel writes is of use
+    modelled_l2: Optional[int] = None  # where it is not the one that plans are for
     results: Dict[str, Any] = field(default_factory=dict)  # by op
     small_bytes: Dict[str, int] = field(default_factory=dict)  # of all tensors but BIG, by op
     log: List[Any] = field(default_factory=list)
@@ -143,7 +139,7 @@ class PtxMachine(cs.Machine):
         for _ in range(self.launches):
             result = module.launch(
                 kernel, args=[bytes(parameters)], smem=self.report["shared"], coop=True, maxres=shape["grid"][0],
-                seed=self.seed, l2=self.l2, nsm=self.multiprocessors, trace=self.trace,
+                seed=self.seed, l2=self.modelled_l2 or self.l2, nsm=self.multiprocessors, trace=self.trace,
                 extra=[*buffers.values(), counters, scratch], **shape,
             )  # fmt: skip
         self.results[operation] = result

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import cuda_ptx
+import numpy as np
 import pytest
 import torch
 
@@ -96,16 +98,22 @@ def test_a_store_beyond_an_output_is_reported():
         cs.cbam_forward(problem.x, problem.p, problem.c, machine=Short())
 
 
-# The second has an H100's share of L2 for each multiprocessor.
-@pytest.mark.parametrize("samples, l2", ((40, 3 << 20), (20, 3 << 19)), ids=("much L2", "less L2"))
-def test_dram_and_bank_conflicts(samples, l2):
+SMALL_SHARE = 3 << 19  # an H100's of L2 for each of four multiprocessors
+
+
+@pytest.mark.parametrize(
+    "samples, l2, modelled",
+    ((40, 3 << 20, 3 << 20), (20, SMALL_SHARE, SMALL_SHARE), (20, SMALL_SHARE, SMALL_SHARE // 2)),
+    ids=("much L2", "less L2", "half of what is planned for"),
+)
+def test_dram_and_bank_conflicts(samples, l2, modelled):
     """A batch larger than L2, by the bars of benchmarks/cuda_bytes.py; weights and saved small tensors apart.
 
     The loops over x read shared memory without conflicts; what an item sets up and sums at its end does not
     always, and must stay the smaller part.
     """
     problem = make_problem((samples, 64, 28, 28), Options(hidden=4), DTYPE)
-    x, machine = problem.x, Watched(multiprocessors=4, l2=l2)
+    x, machine = problem.x, Watched(multiprocessors=4, l2=l2, modelled_l2=modelled)
     size = x.numel() * x.element_size()
     assert size > machine.l2
     saved = cs.cbam_forward(x, problem.p, problem.c, machine=machine)
@@ -118,3 +126,40 @@ def test_dram_and_bank_conflicts(samples, l2):
     for result in machine.log:
         for kind in ("ld", "st"):
             assert result.stats[f"sh_{kind}_wf"] <= 2 * result.stats[f"sh_{kind}_ideal"], kind
+
+
+def test_the_modelled_caches_know_which_lines_go_first(tmp_path):
+    """That they honor evict-first, on which the figures rest: what streams through with it leaves the rest in L2."""
+    source = tmp_path / "stream.cu"
+    source.write_text(
+        """extern "C" __global__ void stream(const float* kept, const float* passing, float* out, int n) {
+  float sum = 0;
+  for (int pass = 0; pass < 2; ++pass) {
+    for (int i = threadIdx.x; i < n; i += blockDim.x) sum += __ldcg(kept + i);
+    for (int i = threadIdx.x; i < 16 * n; i += blockDim.x) {
+      sum += LOAD(passing + i);
+      STORE(out + i, sum);
+    }
+  }
+}"""
+    )
+    ptxcpu, compiled = cuda_ptx._ptxcpu(), str(tmp_path / "stream.ptx")
+    n = 1 << 12  # 16 KiB that are kept, and 256 KiB each of what passes through an L2 of 64 KiB, twice
+    dram = {}
+    for load, store in (
+        ("__ldcg", "__stcg"),
+        ("__ldcs", "__stcg"),
+        ("__ldcg", "__stcs"),
+        ("__ldcs", "__stcs"),
+    ):
+        flags = [f"-arch={cuda_ptx.TARGET}", f"-DLOAD={load}", f"-DSTORE={store}"]
+        subprocess.run([cuda_ptx.nvcc(), *flags, "-ptx", str(source), "-o", compiled], check=True)
+        module = ptxcpu.PtxModule(compiled)
+        out = ptxcpu.dempty((16 * n,), np.float32)
+        kept, passing = ptxcpu.dempty((n,), np.float32, 0), ptxcpu.dempty((16 * n,), np.float32, 0)
+        arguments = [kept, passing, out, np.int32(n)]
+        r = module.launch("stream", grid=(1,), block=(256,), args=arguments, l2=64 << 10, nsm=1)
+        dram[load, store] = r.stats["dram_read_bytes"] // (4 * n)
+    assert dram == {
+        ("__ldcg", "__stcg"): 34, ("__ldcs", "__stcg"): 34, ("__ldcg", "__stcs"): 34, ("__ldcs", "__stcs"): 33,
+    }  # fmt: skip

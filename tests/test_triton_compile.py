@@ -76,7 +76,13 @@ def cut_at_the_norm(x, weights, bn, config) -> None:
 
 
 def launched(
-    generation: str, dtypes=DTYPES, configs=(Config(),), shapes=None, runs=(run_ops,), kernel=(7, 7)
+    generation: str,
+    dtypes=DTYPES,
+    configs=(Config(),),
+    shapes=None,
+    runs=(run_ops,),
+    kernel=(7, 7),
+    parameters=None,
 ) -> Iterator[Launch]:
     """Every launch of a forward and a backward, or of other runs."""
     for config in configs:
@@ -85,7 +91,13 @@ def launched(
                 for channels_last in (False, True):
                     hidden = 0 if config.pools == 1 else {64: 32, 1032: 128}.get(shape[1])
                     x, weights, bn = make_inputs(
-                        shape, dtype, config, hidden, kernel=kernel, channels_last=channels_last
+                        shape,
+                        dtype,
+                        config,
+                        hidden,
+                        kernel=kernel,
+                        channels_last=channels_last,
+                        parameters=parameters,
                     )
                     for run in runs:
                         with recording(DEVICES[generation]) as recorded:
@@ -117,6 +129,15 @@ def test_every_configuration(target):
     whole = launches(target, (torch.float64,), shapes=(FLOAT64_SAMPLES,))
     assert any(launch.name == "whole_backward_kernel" for launch in whole)
     check(whole, target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_float32_parameters(target):
+    """What autocast calls: x in 16 bits, and no parameter."""
+    some = launches(target, (torch.float16,), parameters=torch.float32)
+    dtypes = {t.dtype for launch in some for t in launch.args if isinstance(t, torch.Tensor)}
+    assert dtypes >= {torch.float16, torch.float32} and {launch.name for launch in some} >= READERS
+    check(some, target, wide=True)
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])

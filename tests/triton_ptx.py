@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-import importlib.util
-import os
 import shutil
-import sys
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Dict, Iterable, List, Mapping, Optional, Tuple
 
 import numpy as np
+import ptxcpu_runtime
 import torch
 from triton_recording import Launch
-
-DIRECTORY = Path(__file__).resolve().parents[2] / "shared" / "ptxcpu"
 
 
 def unavailable() -> Optional[str]:
     """None if compiled PTX can run here, or why not."""
-    if not (DIRECTORY / "ptxcpu.py").exists():
+    if not (ptxcpu_runtime.DIRECTORY / "ptxcpu.py").exists():
         return "ptxcpu is not beside the project (../shared/ptxcpu)"
     if shutil.which("g++") is None:
         return "ptxcpu needs g++ on the PATH"
@@ -46,28 +39,8 @@ _ANCHORS = (
 )
 
 
-@functools.lru_cache(maxsize=1)
 def _ptxcpu():
-    """ptxcpu with the runtime above, as a module of its own: other tests run it as it is."""
-    if str(DIRECTORY) not in sys.path:
-        sys.path.insert(0, str(DIRECTORY))
-    spec = importlib.util.spec_from_file_location("ptxcpu_by_owner", DIRECTORY / "ptxcpu.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    runtime = (DIRECTORY / "runtime.h").read_text()
-    for anchor, replacement in _ANCHORS:
-        if runtime.count(anchor) != 1:
-            raise RuntimeError(
-                f"ptxcpu's runtime.h must have {anchor!r} once, it has it {runtime.count(anchor)} times"
-            )
-        runtime = runtime.replace(anchor, replacement)
-    folder = Path(module.CACHE) / "by_owner"
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
-        file.write(runtime)
-    os.replace(file.name, folder / "runtime.h")
-    module.HERE = module.CACHE = str(folder)
-    return module
+    return ptxcpu_runtime.load("by_owner", _ANCHORS)
 
 
 ARENA = 4 << 30

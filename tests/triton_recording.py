@@ -179,18 +179,20 @@ def make_inputs(
     norm: bool = True,
     device: str = "meta",
     seed: int = 0,
+    parameters: Optional[torch.dtype] = None,
 ):
-    """x, six weights, four norm tensors, in the order of the schemas. hidden 0: a one-layer gate."""
+    """x, six weights, four norm tensors, in the order of the schemas. hidden 0: a one-layer gate. `parameters`: the
+    dtype of all but x, where it is another."""
     generator = torch.Generator().manual_seed(seed)
 
-    def make(*size: int, scale: float = 1.0) -> torch.Tensor:
+    def make(*size: int, scale: float = 1.0, dtype: torch.dtype = parameters or dtype) -> torch.Tensor:
         if device == "meta":
             return torch.empty(size, dtype=dtype, device="meta")
         return (torch.randn(size, generator=generator, dtype=torch.float64) * scale).to(dtype).to(device)
 
     c = shape[1]
     h = max(1, c // 16) if hidden is None else hidden
-    x = make(*shape)
+    x = make(*shape, dtype=dtype)
     if channels_last:
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     mlp = [None] * 4

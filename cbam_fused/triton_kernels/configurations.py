@@ -2,8 +2,8 @@
 
 A row is chosen by kernel, device generation, layout, class of the map and bytes an element; `meta` are the kernel's block
 sizes, `fill` how many programs a multiprocessor should get where the launcher can split further, and `registers`, where
-given, how many a thread may use in variants in which ptxas would spill to fit one more block: pools in segments or of
-inference, maxima that share on large maps, a backward that is given dz. A row for a device generation goes before one
+given, how many a thread may use in variants in which ptxas would spill to fit one more block: pools in segments, of
+inference or beside float32 weights, maxima that share on large maps, a backward that is given dz. A row for a device generation goes before one
 for its family and that before one for any device, the user's table, which `python -m cbam_fused.tune` writes, before the
 pinned one, and either's row for thin maps before one for all large ones.
 """
@@ -77,6 +77,10 @@ class Configuration:
     def limited(self, limit: bool) -> Configuration:
         """With its limit of registers, or without one."""
         return self if limit else replace(self, registers=None)
+
+    def halved(self, block: str) -> Configuration:
+        """With half of that block."""
+        return replace(self, meta={**self.meta, block: max(1, self.meta[block] // 2)})
 
 
 def interpreting() -> bool:

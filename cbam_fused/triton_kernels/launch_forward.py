@@ -31,6 +31,9 @@ def _pools_forward(x: Tensor, weights, pr: Problem, saved: Saved, rows: slice):
     part, part_index, hidden_part, segments, shares = pooled, pool_index, None, 1, 1
     if pr.pools:
         found, device = pr.tile("channel_pool", MC=pr.c, HB=max(1, pr.hidden))
+        wide = w1 is not None and w1.element_size() > x.element_size()
+        if wide:
+            found = found.halved("HB")  # as many bytes of weights at a time: more would spill on tiny maps
         channel_tiles, steps = cdiv(pr.c, found.meta["BC"]), cdiv(pr.p, found.meta["BP"])
         shares, share_tiles = pb.split_loop(n, channel_tiles, found.fill, device)
         each = steps
@@ -49,7 +52,7 @@ def _pools_forward(x: Tensor, weights, pr: Problem, saved: Saved, rows: slice):
             (x, part, part_index, w1, hidden_part, u["c_units"], u["p_units"], each, segments, share_tiles, pr.hidden),
             dict(POOLS=pr.pools, SPLIT=pr.split(), SEGMENTED=segments > 1, WITH_INDEX=saved.save,
                  LONG=is_long(each, pr.acc), **pr.layout(), **found.meta),
-            found.limited(segments > 1 or not saved.save),
+            found.limited(segments > 1 or not saved.save or wide),
         )  # fmt: skip
     found, device = pr.tile("spatial_pool", MC=pr.c, HB=max(1, pr.hidden))
     tiles, splits, each = map_splits(pr, found, device, n)

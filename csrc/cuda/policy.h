@@ -72,12 +72,12 @@ struct Builder {
 
   // Sets how many steps each stage runs behind the first one: as few as leave `distance` tickets between a
   // unit's last item of a stage and its first of the next, and half as much again where a tail comes between.
-  // Returns the bytes of x's size that other items touch before a tile which L2 has seen is read for the last
-  // time, what the blocks of `grid` have in hand included; zero where nothing is read twice.
+  // Returns the bytes of x and dy that L2 has to hold for it: what lies between a tile's first and last read,
+  // and what the blocks of `grid` have in hand. Last reads and outputs leave L2 first (load_last_use,
+  // store_streaming) and are not counted.
   int64_t spread(int64_t distance, int64_t grid) {
     Schedule& s = k.s;
-    const bool x_again = dx_needs_x(k.p);
-    int64_t streams = 0, first_touch = -1, reuse = 0;
+    Reads of_x, of_dy;
     for (int i = 0; i < s.plans; ++i) {
       StagePlan& d = s.plan[s.stage_plan[chain[i]]];
       if (i) {
@@ -86,33 +86,41 @@ struct Builder {
         const int64_t missing = wanted + before.first + items(before) - d.first;
         d.lag = before.lag + static_cast<int32_t>(std::max<int64_t>(0, ceil_div(missing, s.step_items)));
       }
-      const int own = x_streams(d.stage) + (d.stage == kInputGrad && x_again);
-      if (!own) continue;
-      streams += own;
       const int64_t at = int64_t{d.lag} * s.step_items + d.first;
-      if (first_touch >= 0) reuse = std::max(reuse, at - first_touch);
-      // A forward reads the same tensor in each pass, a backward x and dy again after one of both.
-      if (first_touch < 0 || !is_backward(k.operation)) first_touch = at;
+      if (reads_x(d.stage)) of_x.add(at);
+      if (d.stage == kCross || d.stage == kInputGrad) of_dy.add(at);
     }
-    if (!reuse || (k.operation == kAttentionBackward && !x_again)) return 0;
-    const int64_t sample = k.p.channels * k.p.positions * int64_t{element_bytes(k.p.dtype)};
-    const int64_t touched = (reuse + grid) * streams * sample * s.unit_samples / s.step_items;
-    return std::min(touched, streams * sample * k.p.samples);
+    const int64_t tensor = k.p.channels * k.p.positions * int64_t{element_bytes(k.p.dtype)};
+    int64_t held = 0;
+    for (const Reads& of : {of_x, of_dy}) {
+      if (of.last == of.first) continue;
+      const int64_t unit = tensor * s.unit_samples;
+      held += std::min((of.last - of.first + grid) * unit / s.step_items, tensor * k.p.samples);
+    }
+    return held;
   }
 
-  // Tensors of x's size that a stage reads or writes.
-  static int x_streams(int stage) {
+  // The tickets of a unit's first and last read of a tensor, in steps of its first stage.
+  struct Reads {
+    int64_t first = -1, last = -1;
+    void add(int64_t at) {
+      if (first < 0) first = at;
+      last = at;
+    }
+  };
+
+  bool reads_x(int stage) const {
     switch (stage) {
       case kPool:
       case kSpatialPool:
-      case kGateGrad:
-        return 1;
       case kOutput:
       case kCross:
+      case kGateGrad:
+        return true;
       case kInputGrad:
-        return 2;
+        return dx_needs_x(k.p);
       default:
-        return 0;
+        return false;
     }
   }
 };
@@ -287,13 +295,14 @@ inline bool plan_order(Streamed& k, Variant variant, const Device& device, Choic
   if (s.units > 1 && !chain) {
     const auto farthest = [&] {
       int eighths = kFarthest;
-      while (eighths > kNearest && b.spread(grid * eighths / 8, grid) > device.l2_bytes) --eighths;
+      while (eighths > kNearest && b.spread(grid * eighths / 8, grid) > device.l2_bytes / 16 * kHeldPart)
+        --eighths;
       return grid * eighths / 8;
     };
-    const int64_t in_chain = farthest(), reuse = b.spread(in_chain, grid);
+    const int64_t in_chain = farthest(), held = b.spread(in_chain, grid);
     b.order(kInterleaved, static_cast<int>(std::size(kInterleaved)));
     int64_t distance = farthest();
-    if (distance < in_chain || (distance == in_chain && b.spread(distance, grid) >= reuse)) {
+    if (distance < in_chain || (distance == in_chain && b.spread(distance, grid) >= held)) {
       b.order(b.chain, s.plans);
       distance = in_chain;
     }

@@ -39,9 +39,13 @@ constexpr int64_t kChainBytes = 64 << 10;  // most of a sample, where not every 
 constexpr int64_t kChainWeights = 3;   // most of the MLP's weights, which each sample then reads, in samples
 constexpr int64_t kChainTerms = 1024;  // channels whose terms an item of a chained sample keeps at a time
 constexpr int kBlocks = 2;             // a multiprocessor, where shared memory holds them
-// Tickets between a unit's stages, in eighths of the blocks. With three halves of all blocks hardly an item
-// finds its inputs unfinished (benchmarks/cuda_timeline.py); a quarter at least, whatever L2 holds.
-constexpr int kFarthest = 12, kNearest = 2;
+// Tickets between a unit's stages, in eighths of the blocks. With twice all blocks hardly an item finds its
+// inputs unfinished (benchmarks/cuda_timeline.py); a quarter at least, whatever L2 holds.
+constexpr int kFarthest = 16, kNearest = 2;
+// Sixteenths of L2 that x and dy may take between a tile's first and last read: half of it, since an A100's
+// or H100's two halves may each keep what multiprocessors of both read, less what scratch memory and outputs
+// take.
+constexpr int64_t kHeldPart = 7;
 // A unit has a row of counters: so many of x's bytes at least, and a step so many tickets that at most this
 // many steps have one for each block.
 constexpr int64_t kLeastUnit = 4 << 10;

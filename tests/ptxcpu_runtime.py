@@ -1,0 +1,63 @@
+"""ptxcpu, an optional sibling directory that executes compiled PTX, with changes of this project's to its runtime."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Tuple
+
+DIRECTORY = Path(__file__).resolve().parents[2] / "shared" / "ptxcpu"
+
+# ptxcpu ignores cache hints. Put into its runtime, this makes a line that is read or written with .cs the first
+# to be replaced in its set, as PTX has it (evict-first, in L1 and L2), until it is touched without. In place of
+# each text goes the other; `hint` is set by `_hinted`.
+EVICT_FIRST: Tuple[Tuple[str, str], ...] = (
+    ("struct Cache {", "static bool hint = false;\nstruct Cache {"),
+    ("u64 tick = 0; struct L", "u64 tick = 1ull << 62; struct L"),
+    ("*s = &v[(h % sets) * (u64)ways]; L *lru = s; tick++;",
+     "*s = &v[(h % sets) * (u64)ways]; L *lru = s; tick++; const u64 now = hint ? tick - (1ull << 61) : tick;"),
+    ("s[i].use = tick; return s + i;", "s[i].use = now; return s + i;"),
+    ("*lru = L{line, tick, 0, 0}; return lru;", "*lru = L{line, now, 0, 0}; return lru;"),
+)  # fmt: skip
+
+
+def _hinted(ldst: Any) -> Any:
+    """The translator's loads and stores, which say beforehand whether they have the hint."""
+
+    def method(s, instruction, parts, *rest):  # type: ignore[no-untyped-def]
+        s.e(f"hint = {int('cs' in parts)};")
+        ldst(s, instruction, parts, *rest)
+        s.e("hint = false;")
+
+    return method
+
+
+@functools.lru_cache(maxsize=None)
+def load(name: str, replacements: Tuple[Tuple[str, str], ...]) -> Any:
+    """ptxcpu as a module of its own under that name: other tests run it as it is, or otherwise."""
+    if str(DIRECTORY) not in sys.path:
+        sys.path.insert(0, str(DIRECTORY))
+    spec = importlib.util.spec_from_file_location(f"ptxcpu_{name}", DIRECTORY / "ptxcpu.py")
+    assert spec and spec.loader
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    runtime = (DIRECTORY / "runtime.h").read_text()
+    for anchor, replacement in replacements:
+        if runtime.count(anchor) != 1:
+            raise RuntimeError(
+                f"ptxcpu's runtime.h must have {anchor!r} once, it has it {runtime.count(anchor)} times"
+            )
+        runtime = runtime.replace(anchor, replacement)
+    folder = Path(module.CACHE) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+        file.write(runtime)
+    os.replace(file.name, folder / "runtime.h")
+    module.HERE = module.CACHE = str(folder)
+    if replacements is EVICT_FIRST:
+        module.Gen.ldst = _hinted(module.Gen.ldst)
+    return module
