@@ -13,13 +13,17 @@ import copy
 import functools
 import itertools
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Dict, List, Optional, Sequence, Tuple
 
+import interpreter_patch
 import oracle
 import pytest
 import torch
 import torch.nn as nn
+import triton
+import triton.language as tl
 from triton_recording import (
     ALLOCATIONS,
     DEVICES,
@@ -46,6 +50,8 @@ from cbam_fused.triton_kernels import (
 from cbam_fused.triton_kernels.configurations import Device
 
 DEVICE = "cuda" if torch.cuda.is_available() and not configurations.interpreting() else "cpu"
+if configurations.interpreting():
+    interpreter_patch.install()
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 NAMES = ("w1", "b1", "w2", "b2", "conv_weight", "conv_bias")
 
@@ -57,6 +63,17 @@ def poisoned():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def checked_integers():
+    """Sums, differences and products of integers that overflow raise; takes twice the time."""
+    if configurations.interpreting():
+        interpreter_patch.check_integers(True)
+        yield
+        interpreter_patch.check_integers(False)
+    else:
+        yield
 
 
 @pytest.fixture(params=["a program a sample", "launches that share samples"])
@@ -209,6 +226,20 @@ def run_public(x, weights, norm, backend, options):
     return functional.run(x, Parameters(**weights), config, norm, backend)
 
 
+@triton.jit
+def _double_kernel(p):
+    tl.store(p, tl.load(p) * 2)
+
+
+@pytest.mark.skipif(not configurations.interpreting(), reason="what the interpreter checks")
+def test_integers_that_overflow_raise(checked_integers):
+    for value, fits in ((2**30 - 1, True), (2**30, False)):
+        number = torch.tensor([value], dtype=torch.int32)
+        with nullcontext() if fits else pytest.raises(Exception, match="int32 overflow detected"):
+            _double_kernel[(1,)](number)
+        assert number.item() == value * (2 if fits else 1)
+
+
 def test_loads():
     assert load() is None
 
@@ -258,6 +289,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.usefixtures("checked_integers")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(name):
     Case((2, 12, 9, 11), torch.float32, **OPTIONS[name]).check()

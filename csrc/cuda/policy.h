@@ -74,7 +74,7 @@ struct Builder {
   // unit's last item of a stage and its first of the next, and half as much again where a tail comes between.
   // Returns the bytes of x and dy that L2 has to hold for it: what lies between a tile's first and last read,
   // and what the blocks of `grid` have in hand. Last reads and outputs leave L2 first (load_last_use,
-  // store_streaming) and are not counted.
+  // store_streaming) and are not counted; but where another launch is to find x there, as much again stays.
   int64_t spread(int64_t distance, int64_t grid) {
     Schedule& s = k.s;
     Reads of_x, of_dy;
@@ -95,7 +95,8 @@ struct Builder {
     for (const Reads& of : {of_x, of_dy}) {
       if (of.last == of.first) continue;
       const int64_t unit = tensor * s.unit_samples;
-      held += std::min((of.last - of.first + grid) * unit / s.step_items, tensor * k.p.samples);
+      const int64_t stay = (of.last - of.first) * (k.operation == kAttentionForward ? 2 : 1);
+      held += std::min((stay + grid) * unit / s.step_items, tensor * k.p.samples);
     }
     return held;
   }
