@@ -168,6 +168,16 @@ def test_large_mlp_is_cut_into_items(monkeypatch, shape, options, blocks, stages
     assert (forward["stages"], backward["stages"]) == stages
 
 
+@pytest.mark.parametrize("name", ("plain", "norm-train"))
+def test_a_ring_of_units_of_which_one_is_short(monkeypatch, name):
+    """Samples are taken from the last on, or after another operation's from the first: either may end with the unit that
+    is not full, and a slot of scratch memory waits for as many items as the unit before it has."""
+    problem = make_problem((203, 4, 9, 9), replace(OPTIONS[name], hidden=2, kernel=3))
+    ops = _check(monkeypatch, problem, l2=SMALL_L2)
+    (report,) = (r for op, r in ops.reports.items() if op in ("cbam_backward", "attention_backward"))
+    assert 0 < report["ring"] < report["units"] and 203 % report["unit_samples"] and not report["chained"]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ("plain", "norm-train", "all-pools-split"))
 def test_passes_that_gather_the_maps_gradients(monkeypatch, name, layout):
@@ -320,10 +330,10 @@ def _plan(gpu, operation, shape, hidden, dtype=torch.bfloat16):
             528,
             660,
         ),  # half of L2 holds what 264 blocks read again, twice over
-        ("cbam_backward", (256, 256, 56, 56), 198, 330),  # and here, where it is x and dy, less
-        ("cbam_backward", (256, 512, 56, 56), 66, 197),  # or as little as may be
+        ("cbam_backward", (256, 256, 56, 56), 198, 330),  # and of x and dy for fewer
+        ("cbam_backward", (256, 512, 56, 56), 66, 197),  # or as few as may be
         ("attention_backward", (256, 256, 56, 56), 528, 660),  # that reads nothing twice
-        ("cbam_backward", (4, 256, 56, 56), 528, 660),  # a batch that half of L2 holds
+        ("cbam_backward", (3, 256, 56, 56), 528, 660),  # a batch that it holds
     ),
 )
 def test_stages_are_as_far_apart_as_l2_allows(operation, shape, least, most):

@@ -128,6 +128,28 @@ def test_dram_and_bank_conflicts(samples, l2, modelled):
             assert result.stats[f"sh_{kind}_wf"] <= 2 * result.stats[f"sh_{kind}_ideal"], kind
 
 
+def test_a_norm_in_training_finds_in_l2_what_its_first_half_left():
+    """x read twice and y written forward, and x, dy and dx backward: 3 S and 5 S, less what L2 keeps from the first
+    operation to the second, which goes through the samples the other way."""
+    problem = make_problem((20, 64, 28, 28), Options(hidden=4), DTYPE)
+    x, p, machine = problem.x, problem.p, Watched(multiprocessors=4, l2=SMALL_SHARE, keep=True)
+    size = x.numel() * x.element_size()
+    assert machine.l2 < size < 1.5 * machine.l2
+
+    def moved(*operations):
+        return sum(machine.dram(op) - machine.small_bytes[op] for op in operations) / size
+
+    out = cs.attention_forward(x, p, problem.c, machine)
+    scaled = cs.scale_forward(x, out["channel_gate"], out["z"], False, machine)
+    back = cs.scale_backward(problem.dy, x, out["channel_gate"], scaled["spatial_gate"], machine)
+    gradients = back["dz_out"], back["dchannel_gate"]
+    cs.attention_backward(
+        problem.dy, x, p, problem.c, out, scaled["spatial_gate"], *gradients, machine=machine
+    )
+    assert moved("attention_forward", "scale_forward") < 2.5
+    assert moved("scale_backward", "attention_backward") < 4.5
+
+
 def test_the_modelled_caches_know_which_lines_go_first(tmp_path):
     """That they honor evict-first, on which the figures rest: what streams through with it leaves the rest in L2."""
     source = tmp_path / "stream.cu"

@@ -208,6 +208,9 @@ inline bool plan_order(Streamed& k, Variant variant, const Device& device, Choic
   const int64_t products = (p.w1.data ? 2 * p.hidden : p.channels) * p.channels * s.pool_vectors;
   s.unit_samples = chain ? 1 : choose_unit(p, products, reduce_items + 2 * map_items, grid);
   s.units = static_cast<int32_t>(ceil_div(p.samples, s.unit_samples));
+  // What made x or dy went from the first sample to the last, as kernels do; what follows an operation of
+  // this tier finds the first samples in L2.
+  s.backwards = k.operation != kScaleForward && k.operation != kAttentionBackward;
   const int64_t groups = ceil_div(s.unit_samples, kMlpSamples);
   const bool inline_mlp = products * s.unit_samples <= kInlineMlp;
   // In the backward each thread of an item has one unit of one sample.

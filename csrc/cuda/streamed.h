@@ -102,7 +102,8 @@ struct Schedule {
   int32_t plans;
   int32_t stage_plan[kStageCount];  // index into plan, or -1
   int32_t unit_samples, units;
-  int32_t distance;  // tickets between a unit's stages, at least
+  int32_t backwards;  // the last unit first: L2 still has the samples that another kernel touched last
+  int32_t distance;   // tickets between a unit's stages, at least
   uint32_t step_items, main_items;
   // Weight gradients: items, each a tile's sum over one of `weight_splits` shares of the batch; and the items
   // that add those up, none where there is one share.

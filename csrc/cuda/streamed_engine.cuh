@@ -64,7 +64,8 @@ __device__ __forceinline__ void take_slot(Streamed* k, unsigned char* memory) {
   __syncthreads();
 }
 
-// One item: sample n of a per-sample stage; `index` counts within the sample, or within the unit.
+// One item: sample n of a per-sample stage; `index` counts within the sample, or within the unit. Units are
+// counted in the order in which they are drawn.
 struct Item {
   int stage, index;
   int part;  // a map tile of an item that has several
@@ -153,7 +154,8 @@ struct Work {
     const int64_t unit = int64_t{step} - d.lag;
     if (unit < 0 || unit >= s.units) return;
     const uint32_t within = rest - d.first;
-    const int64_t first = unit * s.unit_samples, left = k.p.samples - first;
+    const int64_t first = (s.backwards ? s.units - 1 - unit : unit) * s.unit_samples;
+    const int64_t left = k.p.samples - first;
     item.stage = d.stage;
     item.unit = static_cast<int>(unit);
     item.part = item.whole = turn = 0;
@@ -202,7 +204,10 @@ __device__ __forceinline__ void wait_for_inputs(const Streamed& k, const StagePl
     wait_for(unit + plan.wait_counter, expected(plan.wait_for, item.count));
   } else if (s.ring && !s.chained && item.unit >= s.ring) {
     const Count all = s.plan[s.stage_plan[s.ring_counter]].total;
-    wait_for(unit - s.ring * kCounters + s.ring_counter, expected(all, s.unit_samples));
+    // Drawn backwards, the unit of those samples may be the one that is not full.
+    const int64_t left = k.p.samples - item.first - int64_t{s.ring} * s.unit_samples;
+    const int64_t samples = s.backwards && left < s.unit_samples ? left : s.unit_samples;
+    wait_for(unit - s.ring * kCounters + s.ring_counter, expected(all, samples));
   }
 }
 
