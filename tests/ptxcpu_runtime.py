@@ -24,7 +24,8 @@ EVICT_FIRST: Tuple[Tuple[str, str], ...] = (
     ("*lru = L{line, tick, 0, 0}; return lru;", "*lru = L{line, now, 0, 0}; return lru;"),
 )  # fmt: skip
 
-# It keeps the registers of all warps of a launch, which of one of these kernels are gigabytes. This gives them back.
+# It keeps the registers of all warps of a launch, which of one of these kernels are gigabytes. This gives them back,
+# where its driver still ends as it did.
 _END = "if (!g->exact_race) st->race_line[6] = 0xffffffff; return err->code; }"
 _FREE = """if (!g->exact_race) st->race_line[6] = 0xffffffff;
   for (auto cl : act) { freec.insert(freec.end(), cl->ctas.begin(), cl->ctas.end()); delete cl; }
@@ -61,7 +62,7 @@ def load(name: str, replacements: Tuple[Tuple[str, str], ...]) -> Any:
     runtime = (DIRECTORY / "runtime.h").read_text()
     for anchor, replacement in replacements:
         runtime = _replace(runtime, anchor, replacement)
-    module.DRIVER = _replace(module.DRIVER, _END, _FREE)
+    module.DRIVER = module.DRIVER.replace(_END, _FREE)
     folder = Path(module.CACHE) / name
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:

@@ -3,9 +3,9 @@
 A row is chosen by kernel, device generation, layout, class of the map and bytes an element; `meta` are the kernel's block
 sizes, `fill` how many programs a multiprocessor should get where the launcher can split further, and `registers`, where
 given, how many a thread may use in variants in which ptxas would spill to fit one more block: pools in segments, of
-inference or beside float32 weights, maxima that share on large maps, a backward that is given dz. A row for a device generation goes before one
-for its family and that before one for any device, the user's table, which `python -m cbam_fused.tune` writes, before the
-pinned one, and either's row for thin maps before one for all large ones.
+inference or beside float32 weights, maxima that share on large maps, a backward that is given dz. A row for a device
+generation goes before one for its family and that before one for any device, the user's table, which `python -m
+cbam_fused.tune` writes, before the pinned one, and either's row for thin maps before one for all large ones.
 """
 
 from __future__ import annotations

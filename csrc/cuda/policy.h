@@ -90,6 +90,8 @@ struct Builder {
       if (reads_x(d.stage)) of_x.add(at);
       if (d.stage == kCross || d.stage == kInputGrad) of_dy.add(at);
     }
+    // With one gate x is read once, and not marked: it stays as long as the dy that came with it.
+    if (of_x.first == of_dy.first && of_x.last == of_x.first) of_x.last = of_dy.last;
     const int64_t tensor = k.p.channels * k.p.positions * int64_t{element_bytes(k.p.dtype)};
     int64_t held = 0;
     for (const Reads& of : {of_x, of_dy}) {
