@@ -242,7 +242,9 @@ def main(arguments=None) -> None:
     )
     parser.add_argument("--l2", nargs="+", type=int, default=[50], help="megabytes of L2 that a plan is for")
     parser.add_argument("--found", type=int, help="megabytes of L2 that the model has, if not as many")
+    parser.add_argument("--ignore-hints", action="store_true", help="caches that take no notice of .cs")
     a = parser.parse_args(arguments)
+    cuda_ptx.HINTS = not a.ignore_hints
     if a.modelled and cuda_ptx.unavailable():
         parser.error(cuda_ptx.unavailable())
     for shape in (tuple(map(int, s.split(","))) for s in a.shapes):

@@ -63,7 +63,12 @@ def nvcc() -> Optional[str]:
     return candidate if os.path.exists(candidate) else shutil.which("nvcc")
 
 
+HINTS = True  # whether the modelled caches honor .cs
+
+
 def _ptxcpu() -> Any:
+    if not HINTS:
+        return ptxcpu_runtime.load("no_hints", ())
     return ptxcpu_runtime.load("evict_first", ptxcpu_runtime.EVICT_FIRST)
 
 
