@@ -10,6 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, Tuple
 
+from ptxcpu_threaded import threaded
+
 DIRECTORY = Path(__file__).resolve().parents[2] / "shared" / "ptxcpu"
 
 # ptxcpu ignores cache hints. Put into its runtime, this makes a line that is read or written with .cs the first
@@ -50,8 +52,16 @@ def _hinted(ldst: Any) -> Any:
     return method
 
 
+def _as_threaded_code(build: Any) -> Any:
+    def method(s):  # type: ignore[no-untyped-def]
+        source, blocks = build(s)
+        return threaded(source), blocks
+
+    return method
+
+
 @functools.lru_cache(maxsize=None)
-def load(name: str, replacements: Tuple[Tuple[str, str], ...]) -> Any:
+def load(name: str, replacements: Tuple[Tuple[str, str], ...], as_threaded_code: bool = True) -> Any:
     """ptxcpu as a module of its own under that name: other tests run it as it is, or otherwise."""
     if str(DIRECTORY) not in sys.path:
         sys.path.insert(0, str(DIRECTORY))
@@ -69,6 +79,8 @@ def load(name: str, replacements: Tuple[Tuple[str, str], ...]) -> Any:
         file.write(runtime)
     os.replace(file.name, folder / "runtime.h")
     module.HERE = module.CACHE = str(folder)
+    if as_threaded_code:
+        module.Gen.build = _as_threaded_code(module.Gen.build)
     if replacements is EVICT_FIRST:
         module.Gen.ldst = _hinted(module.Gen.ldst)
     return module

@@ -79,7 +79,7 @@ def test_long_sums_stay_precise_when_compiled():
     with recording(DEVICES["sm_90"]) as launches:
         pooled = launchers.attention_forward(x, None, None, w2, None, None, None, 1, 0, 0, True)[1]
     assert launches[0].meta["LONG"]
-    machine = triton_ptx.Machine(optimise="-O0")
+    machine = triton_ptx.Machine(optimise="-O1")
     machine.run(launches[:1])
     machine.read_back()
     torch.testing.assert_close(pooled[:, 0].double(), x.double().mean((2, 3)), rtol=5e-7, atol=0)
@@ -98,7 +98,7 @@ def test_compiled_kernels(name):
             forward, backward = run_ops(x, weights, bn, config, dy=dy)
         second = launches[1]
         assert (second.args[second.kernel.arg_names.index("group_tiles")] > 1) == (name in FEW)
-        machine = triton_ptx.Machine(optimise="-O0")
+        machine = triton_ptx.Machine(optimise="-O1")
         machine.run(launches, seed=seed, noise=1.0)
         machine.read_back()
         results.append([forward[0], *backward])
@@ -141,7 +141,7 @@ def test_what_is_counted():
         y, s = launchers.scale_forward(x, gate, z, False)
     names = {"x": x, "y": y, "gate": gate, "z": z}
     owners = {t.untyped_storage().data_ptr(): name for name, t in names.items()}
-    (traffic,) = triton_ptx.Machine(optimise="-O0").run(launches, owners)
+    (traffic,) = triton_ptx.Machine(optimise="-O1").run(launches, owners)
     size = x.numel() * x.element_size()
     assert traffic.by_owner["x"] == traffic.by_owner["y"] == size
     # Every program that a multiprocessor runs finds the gate in L1 after the first; s has no name here.
