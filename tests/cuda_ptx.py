@@ -9,8 +9,7 @@
 `log` lists all results in order and `result` is the last. A launch raises ptxcpu's KernelError on a race in
 shared memory (in the streamed tier: through mbarriers, for which the resident one waits, ptxcpu does not look),
 an access that is out of bounds or misaligned, and a barrier that not all reach; counters that are not zero again
-fail here. Where `unavailable()` is not None, tests skip with what it says. Kernels are compiled
-without the rarer options (CBAM_USUAL_OPTIONS), which would take several times as long to translate.
+fail here. Where `unavailable()` is not None, tests skip with what it says.
 """
 
 from __future__ import annotations
@@ -94,7 +93,7 @@ def _module(header: str, kernel: str) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cu"
         path.write_text(f'#include "{header}"\ntemplate __global__ void {kernel};\n')
-        flags = ["-O3", "-std=c++17", f"-arch={TARGET}", f"-I{SOURCES}", "-DCBAM_USUAL_OPTIONS"]
+        flags = ["-O3", "-std=c++17", f"-arch={TARGET}", f"-I{SOURCES}"]
         compiled = str(path.with_suffix(".ptx"))
         subprocess.run([str(nvcc()), *flags, "-ptx", str(path), "-o", compiled], check=True)
         return _ptxcpu().PtxModule(compiled, opt=TRANSLATE)
@@ -128,7 +127,6 @@ class PtxMachine(cs.Machine):
         return buffer
 
     def execute(self, call: cs._Call, arrays: List[Optional[build.Array]]) -> None:
-        assert call.usual, "compiled without the rarer options"
         operation, ptxcpu = cs.OPERATIONS[call.sizes[0]], _ptxcpu()
         self.report = self._plan(call)
         assert self.report["fits"], self.report

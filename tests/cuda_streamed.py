@@ -147,7 +147,6 @@ def _memory(t: Tensor) -> Tensor:
 class _Call:
     def __init__(self, operation: str, x: Tensor, p: Parameters, c: Config, norm: Norm, machine: Machine):
         self.x, self.p, self.norm, self.machine = x, p, norm, machine
-        self.usual = c.ties == cfg.TIES_FIRST and not c.pools & (cfg.LP | cfg.LSE)
         spatial = (1,) * (3 - (x.dim() - 2)) + tuple(x.shape[2:])
         kernel = (1, 1, 1)
         if p.conv_weight is not None:

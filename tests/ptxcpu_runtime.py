@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import hashlib
 import importlib.util
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -34,11 +37,75 @@ _FREE = """if (!g->exact_race) st->race_line[6] = 0xffffffff;
   for (auto c : freec) { for (auto w : c->warps) { free(w->R); free(w->local); delete w; } delete c; }
   delete g; return err->code; }"""
 
+# It compiles its driver and its headers anew with every kernel, which takes g++ longer than a small kernel's steps do.
+# So the driver is a library of its own, which learns of the kernel what it needs, and the headers are precompiled.
+_KERNEL = """
+struct Args;
+struct Kernel { size_t registers; int (*run_warp)(Warp *, long); const int *lines; };
+extern "C" __attribute__((visibility("default"))) int LAUNCH(Args *, Stats *, Err *, const Kernel *);
+"""
+_DRIVEN = """
+extern "C" int launch(Args *A, Stats *st, Err *err) {
+  static const Kernel kernel{sizeof(Regs), run_warp, BLKLINE};
+  return LAUNCH(A, st, err, &kernel); }
+"""
+_DRIVER: Tuple[Tuple[str, str], ...] = (
+    ('extern "C" int launch(Args *A, Stats *st, Err *err) {',
+     "int LAUNCH(Args *A, Stats *st, Err *err, const Kernel *kernel) {"),
+    ("run_warp(w, 20000)", "kernel->run_warp(w, 20000)"),
+    ("BLKLINE[", "kernel->lines["),
+)  # fmt: skip
+# As ptxcpu has them: a header precompiled with others is not used.
+_FLAGS = ("-std=c++17", "-march=native", "-fno-math-errno", "-frounding-math", "-ffp-contract=off")
+_FLAGS += ("-fno-strict-aliasing", "-w", "-shared", "-fPIC")
+
 
 def _replace(text: str, anchor: str, replacement: str) -> str:
     if text.count(anchor) != 1:
         raise RuntimeError(f"ptxcpu must have {anchor!r} once, it has it {text.count(anchor)} times")
     return text.replace(anchor, replacement)
+
+
+def _write(path: Path, text: str) -> None:
+    """All of it or nothing, as other processes may be at it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)
+
+
+def _compile(source: Path, out: Path, *flags: str) -> None:
+    if not out.exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = out.with_suffix(f".{os.getpid()}")
+        subprocess.run(["g++", *_FLAGS, *flags, str(source), "-o", str(temporary)], check=True)
+        os.replace(temporary, out)
+
+
+def _with_a_driver_apart(module: Any, runtime: str, folder: Path, name: str) -> None:
+    """Replaces the module's driver by a call of one that is compiled here, and has its headers precompiled."""
+    kernel = _KERNEL.replace("LAUNCH", f"launch_{name}")
+    driver = module.DRIVER.replace(_END, _FREE).replace("sizeof(Regs)", "kernel->registers")
+    for anchor, replacement in _DRIVER:
+        driver = _replace(driver, anchor, replacement)
+    _write(folder / "inc" / "runtime.h", runtime)
+    _write(
+        folder / "driver.cpp",
+        f'#include "inc/runtime.h"\n{kernel}{driver}'.replace("LAUNCH", f"launch_{name}"),
+    )
+    library = folder / "driver.so"
+    # Hidden, so that none of the runtime's variables takes the place of a kernel's own.
+    _compile(folder / "driver.cpp", library, "-O2", "-fvisibility=hidden")
+    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    module.DRIVER = kernel + _DRIVEN.replace("LAUNCH", f"launch_{name}")
+    build = module.PtxModule.compile
+
+    def compile(s, kernel: str):  # type: ignore[no-untyped-def]
+        precompiled = folder / "inc" / "runtime.h.gch" / s.opt
+        _compile(folder / "inc" / "runtime.h", precompiled, s.opt, "-x", "c++-header")
+        return build(s, kernel)
+
+    module.PtxModule.compile = compile
 
 
 def _hinted(ldst: Any) -> Any:
@@ -72,13 +139,12 @@ def load(name: str, replacements: Tuple[Tuple[str, str], ...], as_threaded_code:
     runtime = (DIRECTORY / "runtime.h").read_text()
     for anchor, replacement in replacements:
         runtime = _replace(runtime, anchor, replacement)
-    module.DRIVER = module.DRIVER.replace(_END, _FREE)
-    folder = Path(module.CACHE) / name
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
-        file.write(runtime)
-    os.replace(file.name, folder / "runtime.h")
+    # Another runtime or driver, another folder: g++ does not ask whether a precompiled header is still the header's.
+    digest = hashlib.sha256((runtime + module.DRIVER + _FREE).encode()).hexdigest()
+    folder = Path(module.CACHE) / f"{name}-{digest[:8]}"
+    _write(folder / "runtime.h", runtime)
     module.HERE = module.CACHE = str(folder)
+    _with_a_driver_apart(module, runtime, folder, name)
     if as_threaded_code:
         module.Gen.build = _as_threaded_code(module.Gen.build)
     if replacements is EVICT_FIRST:

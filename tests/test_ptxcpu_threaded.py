@@ -84,7 +84,10 @@ def test_the_same_results_and_the_same_counts(compiled):
 
 def test_the_same_report_of_a_bad_access(compiled):
     reports = []
-    for ptxcpu in (ptxcpu_runtime.load("plain", ()), ptxcpu_runtime.load("as_it_comes", (), as_threaded_code=False)):
+    for ptxcpu in (
+        ptxcpu_runtime.load("plain", ()),
+        ptxcpu_runtime.load("as_it_comes", (), as_threaded_code=False),
+    ):
         with pytest.raises(ptxcpu.KernelError, match="invalid global load of 16 bytes at PTX line") as caught:
             _run(ptxcpu, compiled, 4096, 4000)
         # all but the address, which is another one in each run
@@ -96,6 +99,10 @@ def test_another_text_is_refused(compiled):
     plain = ptxcpu_runtime.load("as_it_comes", (), as_threaded_code=False)
     module = plain.PtxModule(compiled)
     source, _ = plain.Gen(module.mod, module.mod.funcs["mixture"]).build()
-    for mine, theirs in (("  switch (pc) {", "  switch (at) {"), ("  case 1: {", "  case 2: {"), ("int npc;", "")):
+    for mine, theirs in (
+        ("  switch (pc) {", "  switch (at) {"),
+        ("  case 1: {", "  case 2: {"),
+        ("int npc;", ""),
+    ):
         with pytest.raises(RuntimeError, match="ptxcpu's"):
             ptxcpu_threaded.threaded(source.replace(mine, theirs, 1))

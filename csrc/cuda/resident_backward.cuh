@@ -30,7 +30,7 @@ __device__ __forceinline__ void input_grads(const Block<Tr>& b, Landed& landed) 
   T* dx = Tr::kStaged ? dy : as<T>(p.dx) + b.origin();
   const int64_t stride = Tr::kStaged ? pitch : b.stride();
   const int c0 = b.tile_channels.begin, p0 = b.tile_positions.begin;
-  const bool split = kRareOptions && p.ties == kTiesSplit;
+  const bool split = p.ties == kTiesSplit;
   landed.wait(b.rows - 1);
   for (int item = b.warp; item < Strip<Tr>::items(b, k.map_groups); item += b.warps) {
     const Strip<Tr> s(b, item, k.map_groups);
@@ -119,7 +119,7 @@ __device__ __forceinline__ void backward(const Resident& k, unsigned char* memor
   }
   if (p.pools) {
     if (p.spatial) {
-      if (kRareOptions && p.ties == kTiesSplit)
+      if (p.ties == kTiesSplit)
         pool_sums<Tr, true>(b, landed);
       else
         pool_sums<Tr, false>(b, landed);

@@ -37,16 +37,15 @@ __device__ __forceinline__ void channel_statistics(const Block<Tr>& b, Landed& l
   using A = typename Tr::A;
   const Resident& k = b.k;
   const int pools = k.p.pools;
-  const bool split = kRareOptions && k.p.ties == kTiesSplit;
+  const bool split = k.p.ties == kTiesSplit;
   if (pools & (kAvg | kMax)) {
     if (split)
       channel_statistic(b, landed, b.template at<MeanMax<A, true>>(k.at.base));
     else
       channel_statistic(b, landed, b.template at<MeanMax<A, false>>(k.at.base));
   }
-  if (kRareOptions && pools & kLp) channel_statistic(b, landed, b.template at<Squares<A>>(k.at.squares));
-  if (kRareOptions && pools & kLse)
-    channel_statistic(b, landed, b.template at<Exponentials<A>>(k.at.exponentials));
+  if (pools & kLp) channel_statistic(b, landed, b.template at<Squares<A>>(k.at.squares));
+  if (pools & kLse) channel_statistic(b, landed, b.template at<Exponentials<A>>(k.at.exponentials));
 }
 
 // A statistic of one of the block's own channels over the whole sample.
@@ -116,15 +115,15 @@ __device__ __forceinline__ void own_pools(const Block<Tr>& b) {
   for (int i = b.thread; i < own; i += b.threads) {
     const int c = b.own_channels.begin + i;
     if (p.pools & (kAvg | kMax)) {
-      if (kRareOptions && p.ties == kTiesSplit)
+      if (p.ties == kTiesSplit)
         own_mean_max<Tr, true>(b, c, i);
       else
         own_mean_max<Tr, false>(b, c, i);
     }
-    if (kRareOptions && p.pools & kLp) {
+    if (p.pools & kLp) {
       put_pool(kLp, i, square_root(whole_statistic(b, b.template at<Squares<A>>(k.at.squares), c, keep).sum));
     }
-    if (kRareOptions && p.pools & kLse) {
+    if (p.pools & kLse) {
       put_pool(kLse, i,
                log_sum_value(
                    whole_statistic(b, b.template at<Exponentials<A>>(k.at.exponentials), c, keep).log_sum));
@@ -224,7 +223,7 @@ __device__ __forceinline__ void spatial_gate(const Block<Tr>& b) {
   const Pair<A>* kernel = b.template at<Pair<A>>(k.at.kernel);
   A* spatial = b.template at<A>(k.at.spatial);
   const Window w(k, b.own_positions);
-  const bool split = kRareOptions && p.ties == kTiesSplit;
+  const bool split = p.ties == kTiesSplit;
   w.fill(b, [&](int i, int position) {
     Pair<A> v = {A(0), A(0)};
     if (position >= 0) v = split ? pooled_at<Tr, true>(b, position) : pooled_at<Tr, false>(b, position);
@@ -318,7 +317,7 @@ __device__ __forceinline__ void forward(const Resident& k, unsigned char* memory
     __syncthreads();
   }
   if (p.spatial) {
-    if (kRareOptions && p.ties == kTiesSplit)
+    if (p.ties == kTiesSplit)
       spatial_pools<Tr, true>(b, landed);
     else
       spatial_pools<Tr, false>(b, landed);

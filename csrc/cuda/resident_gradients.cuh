@@ -223,11 +223,11 @@ __device__ __forceinline__ void take_pool_grad(const Block<Tr>& b, int channel, 
   const A share = blend ? A(0.5) * grad : grad;
   if (is(kAvg)) terms.average = share / A(p.positions);
   if (is(kMax)) terms.maximum = share;
-  if (kRareOptions && is(kLp)) {
+  if (is(kLp)) {
     A& norm = b.template at<RareTerms<A>>(k.at.rare)[at].norm;
     norm = norm == A(0) ? A(0) : share / norm;
   }
-  if (kRareOptions && is(kLse)) b.template at<RareTerms<A>>(k.at.rare)[at].log_sum = share;
+  if (is(kLse)) b.template at<RareTerms<A>>(k.at.rare)[at].log_sum = share;
 }
 
 template <class Tr>

@@ -297,7 +297,7 @@ template <class Tr>
 __device__ __forceinline__ void backward_item(const Streamed& k, const Item& item, Shared shared) {
   using T = typename Tr::T;
   constexpr bool kLast = Tr::kLayout == kChannelsLast;
-  const bool split = kRareOptions && k.p.ties == kTiesSplit;
+  const bool split = k.p.ties == kTiesSplit;
   if (item.stage == kConvGrad || (gathers(k.s, item) && item.part == 0)) {
     conv_grad_stage<T>(k, item, shared);
     __syncthreads();

@@ -61,7 +61,7 @@ struct alignas(2 * sizeof(A)) PlanePair {
 // Whether the maps' windows and the kernel are in shared memory, which only very large kernels are too large
 // for.
 __device__ __forceinline__ bool conv_is_staged(const Schedule& s) {
-  return !kRareOptions || (s.conv_staged && s.kernel_staged);
+  return s.conv_staged && s.kernel_staged;
 }
 
 // One item's view: its own positions [begin, end), those its convolution reads [low, high), and both
@@ -181,7 +181,7 @@ __device__ __forceinline__ void conv_positions(const Streamed& k, const Item& it
   // Chunks come with maps only whose window is staged: each part is read once.
   const auto read_pools = [&](int i) -> PlanePair<A> {
     if (k.s.reduce.chunks > 1) {
-      if (kRareOptions && p.ties == kTiesSplit) return merge(i, merged_chunks<A, true>(k, item.n, i));
+      if (p.ties == kTiesSplit) return merge(i, merged_chunks<A, true>(k, item.n, i));
       return merge(i, merged_chunks<A, false>(k, item.n, i));
     }
     return {fresh<A>(p.spatial_pool, maps + i), fresh<A>(p.spatial_pool, maps + p.positions + i)};

@@ -6,14 +6,6 @@
 
 namespace cbam {
 
-// The runner of compiled PTX leaves out what the usual options do not reach: shared ties, the p = 2 norm
-// and log-sum-exp make up most of the code.
-#ifdef CBAM_USUAL_OPTIONS
-constexpr bool kRareOptions = false;
-#else
-constexpr bool kRareOptions = true;
-#endif
-
 // How contiguous rows of x meet the vectors of memory. Whole: every row begins and ends where a vector does.
 // Folded: several channels make such a row. Ragged: rows begin and end within vectors.
 enum Rows : int { kWhole, kFolded, kRagged };

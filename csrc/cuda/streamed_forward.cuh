@@ -240,7 +240,7 @@ template <class Tr>
 __device__ __forceinline__ void forward_item(const Streamed& k, const Item& item, Shared shared) {
   using T = typename Tr::T;
   constexpr bool kLast = Tr::kLayout == kChannelsLast;
-  const bool split = kRareOptions && k.p.ties == kTiesSplit;
+  const bool split = k.p.ties == kTiesSplit;
   switch (item.stage) {
     case kPool:
       pool_stage<Tr>(k, item, shared);

@@ -6,7 +6,7 @@
 namespace cbam {
 
 __device__ __forceinline__ bool input_grad_needs_x(const Problem& p) {
-  return kRareOptions && dx_needs_x(p);
+  return dx_needs_x(p);
 }
 
 // One channel's terms of dx = g dx' + average + [p is the argmax] maximum + norm x + log_sum exp(x - level).

@@ -176,11 +176,11 @@ __device__ __forceinline__ void finish_pools(const Streamed& k, const Item& item
                     {fresh<A>(k.w.pool_parts, pool_part<A>(k, 1, t, c)), mark}});
         sum.take(base);
       }
-      if (kRareOptions && k.p.pools & kLp) {
+      if (k.p.pools & kLp) {
         squares = {fresh<A>(k.w.pool_parts, pool_part<A>(k, 2, t, c))};
         sum_of_squares.take(squares);
       }
-      if (kRareOptions && k.p.pools & kLse) {
+      if (k.p.pools & kLse) {
         exponentials = {{fresh<A>(k.w.pool_parts, pool_part<A>(k, 3, t, c)),
                          fresh<A>(k.w.pool_parts, pool_part<A>(k, 4, t, c))}};
         sum_of_exponentials.take(exponentials);
@@ -191,8 +191,8 @@ __device__ __forceinline__ void finish_pools(const Streamed& k, const Item& item
     sum_of_exponentials.finish(exponentials);
     const PoolTarget t{n, kAllChunks};
     if (k.p.pools & (kAvg | kMax)) put_statistic<A>(k, t, c, base);
-    if (kRareOptions && k.p.pools & kLp) put_statistic<A>(k, t, c, squares);
-    if (kRareOptions && k.p.pools & kLse) put_statistic<A>(k, t, c, exponentials);
+    if (k.p.pools & kLp) put_statistic<A>(k, t, c, squares);
+    if (k.p.pools & kLse) put_statistic<A>(k, t, c, exponentials);
   }
 }
 
@@ -392,7 +392,7 @@ template <class Tr>
 __device__ __forceinline__ void pool_stage(const Streamed& k, const Item& item, Shared shared) {
   using A = typename Tr::A;
   const int pools = k.p.pools;
-  const bool split = kRareOptions && k.p.ties == kTiesSplit;
+  const bool split = k.p.ties == kTiesSplit;
   if constexpr (Tr::kFold) {
     const int first = item.index * k.s.pool_rows, rows = min(k.s.rows - first, k.s.pool_rows);
     const A* staged = stage_rows<Tr>(k, item.n, first, rows, shared);
@@ -404,8 +404,8 @@ __device__ __forceinline__ void pool_stage(const Streamed& k, const Item& item, 
       else
         pool_staged<Tr, MeanMax<A, false>>(k, item.n, channel, channels, staged);
     }
-    if (kRareOptions && pools & kLp) pool_staged<Tr, Squares<A>>(k, item.n, channel, channels, staged);
-    if (kRareOptions && pools & kLse) pool_staged<Tr, Exponentials<A>>(k, item.n, channel, channels, staged);
+    if (pools & kLp) pool_staged<Tr, Squares<A>>(k, item.n, channel, channels, staged);
+    if (pools & kLse) pool_staged<Tr, Exponentials<A>>(k, item.n, channel, channels, staged);
   } else {
     if (pools & (kAvg | kMax)) {
       if (split)
@@ -413,8 +413,8 @@ __device__ __forceinline__ void pool_stage(const Streamed& k, const Item& item, 
       else
         pool_one<Tr, MeanMax<A, false>>(k, item.n, item.index, shared);
     }
-    if (kRareOptions && pools & kLp) pool_one<Tr, Squares<A>>(k, item.n, item.index, shared);
-    if (kRareOptions && pools & kLse) pool_one<Tr, Exponentials<A>>(k, item.n, item.index, shared);
+    if (pools & kLp) pool_one<Tr, Squares<A>>(k, item.n, item.index, shared);
+    if (pools & kLse) pool_one<Tr, Exponentials<A>>(k, item.n, item.index, shared);
   }
 }
 
