@@ -32,11 +32,22 @@ LONG = (
 )
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption(
+        "--every-device", action="store_true", help="compile all that is compiled for all five devices"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
     """The long files first, and a mark on what launches kernels on a GPU.
 
     `pytest -m gpu` are the tests that benchmarks/gpu.py runs under the sanitizers.
     """
+    if not config.getoption("--every-device", default=False):
+        left_out = [item for item in items if item.get_closest_marker("every_device")]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if item not in left_out]
     rank = {name: i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
     for item in items:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import functools
 import hashlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Tuple
+from typing import Any, Dict, List, Tuple
 
 from ptxcpu_threaded import threaded
 
@@ -127,11 +129,26 @@ def _as_threaded_code(build: Any) -> Any:
     return method
 
 
+def _with_line_numbers_looked_up(ptxparse: Any) -> None:
+    """Its parser counts the lines before each statement from the text's start: 10 s in a large kernel."""
+    parse_body = ptxparse.parse_body
+    starts: Dict[str, List[int]] = {}
+
+    def method(text: str, p, e, f, scope, uid, line_of):  # type: ignore[no-untyped-def]
+        if text not in starts:
+            starts.clear()
+            starts[text] = [m.start() for m in re.finditer("\n", text)]
+        return parse_body(text, p, e, f, scope, uid, lambda at: bisect.bisect_left(starts[text], at) + 1)
+
+    ptxparse.parse_body = method
+
+
 @functools.lru_cache(maxsize=None)
 def load(name: str, replacements: Tuple[Tuple[str, str], ...], as_threaded_code: bool = True) -> Any:
     """ptxcpu as a module of its own under that name: other tests run it as it is, or otherwise."""
     if str(DIRECTORY) not in sys.path:
         sys.path.insert(0, str(DIRECTORY))
+        _with_line_numbers_looked_up(importlib.import_module("ptxparse"))
     spec = importlib.util.spec_from_file_location(f"ptxcpu_{name}", DIRECTORY / "ptxcpu.py")
     assert spec and spec.loader
     module: Any = importlib.util.module_from_spec(spec)

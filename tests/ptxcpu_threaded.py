@@ -78,23 +78,23 @@ def _steps(lines: List[str]) -> Tuple[List[List[str]], List[int]]:
     """The statement groups of a switch's body in order, and with which of them each case begins."""
     steps: List[List[str]] = []
     blocks: List[int] = []
-    lines = list(lines)
-    while lines:
-        case = re.match(r"  case (\d+): \{(.*)$", lines.pop(0))
+    at = 0
+    while at < len(lines):
+        case = re.match(r"  case (\d+): \{(.*)$", lines[at])
         if not case or int(case[1]) != len(blocks):
             raise RuntimeError(f"ptxcpu's C++ has no case {len(blocks)} where one is expected")
         blocks.append(len(steps))
-        end = lines.index(_END)
+        end = lines.index(_END, at)
         # What stands before the first instruction, or behind the last, is a step too, or a part of one.
         group = [case[2]] if case[2].strip() else []
-        for line in lines[:end]:
+        for line in lines[at + 1 : end]:
             if line == _COUNT and group:
                 steps.append(group)
                 group = []
             group.append(line)
         if group:
             steps.append(group)
-        lines = lines[end + 1 :]
+        at = end + 1
     return steps, [*blocks, len(steps)]
 
 

@@ -19,7 +19,7 @@ if shutil.which("g++") is None:
 import cuda_streamed as cs  # noqa: E402
 from oracle import Options, check, make_problem, run_problem  # noqa: E402
 
-# One instantiation in each direction, vectors of 8 in rows: g++ takes more than a minute over a translation.
+# The instantiation of most tests: vectors of 8 in rows.
 DTYPE = torch.bfloat16
 TRAITS = "cbam::BFloat16, 8, cbam::kContiguous, cbam::kWhole"
 # An element, of PTX, whatever a thread's mask is; a tenth above what (64, 28, 28) takes, where a quarter of the lanes
@@ -78,6 +78,34 @@ def test_chained_samples(monkeypatch):
         ops = cs.HostOps(Watched(seed=seed, launches=2)).installed(monkeypatch)
         results.append(run_problem(problem, "cuda"))
         assert ops.reports["cbam_backward"]["chained"]
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    check(problem, "cuda")
+
+
+EVERYTHING = Options(
+    pools=("avg", "max", "lp", "lse"), ties="split", norm="eval", residual=True, conv_bias=True
+)
+# What each of the other instantiations is, the vector, how many channels a row of vectors has and whether rows end
+# within vectors.
+OTHERS = {
+    "channels-last": ((3, 16, 7, 9), torch.float16, "channels_last", EVERYTHING, (8, 1, 0)),
+    "ragged": ((3, 6, 13, 57), torch.float32, "contiguous", EVERYTHING, (4, 1, 1)),
+    "folded": ((3, 40, 7, 7), torch.bfloat16, "contiguous", Options(residual=True), (8, 8, 0)),
+    "by element": ((3, 5, 6, 11), torch.float64, "channels_last", Options(norm="eval"), (1, 1, 0)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_instantiations(monkeypatch, name):
+    """Rows of all kinds, other dtypes and layouts, and the rarer options, in compiled PTX."""
+    shape, dtype, layout, options, (vector, fold, ragged) = OTHERS[name]
+    problem = make_problem(shape, options, dtype, layout=layout)
+    results = []
+    for seed in (1, 2):
+        ops = cs.HostOps(Watched(seed=seed, launches=2)).installed(monkeypatch)
+        results.append(run_problem(problem, "cuda"))
+        for report in ops.reports.values():
+            assert (report["vector"], report["fold"], report["ragged"]) == (vector, fold, ragged)
     assert all(torch.equal(a, b) for a, b in zip(*results))
     check(problem, "cuda")
 

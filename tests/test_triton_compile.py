@@ -1,5 +1,6 @@
 """Every kernel in every configuration of the pinned table, compiled ahead of time for five devices.
 
+What comes on top of that, other shapes and dtypes, is compiled for FURTHER_TARGETS, and with --every-device for all.
 The real launchers run on meta tensors and their launches are recorded, so what is compiled is what a
 GPU would get. Shapes and options are chosen so that every row of the table is launched.
 """
@@ -33,6 +34,11 @@ from triton_recording import (
 from cbam_fused._config import Config
 from cbam_fused.triton_kernels import arguments, configurations
 
+# One of each vendor; a compilation takes a second of a processor, and there are hundreds for each device.
+FURTHER_TARGETS = [
+    target if target in ("sm_90", "gfx942") else pytest.param(target, marks=pytest.mark.every_device)
+    for target in TARGETS
+]
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 # A map of each class whose size is a multiple of every vector, and with so many channels and hidden units that no
 # block of the table is cut; the thin one is wide enough for tiles of several rows, and the last has samples enough for
@@ -131,7 +137,7 @@ def test_every_configuration(target):
     check(whole, target)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", FURTHER_TARGETS)
 def test_float32_parameters(target):
     """What autocast calls: x in 16 bits, and no parameter."""
     some = launches(target, (torch.float16,), parameters=torch.float32)
@@ -181,7 +187,7 @@ def test_machine_code_has_the_loads_of_the_ptx():
         assert 0 < ptx <= sass, which
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", FURTHER_TARGETS)
 def test_inference_and_a_norm_in_training(target):
     """What these launch and a forward and a backward in one do not."""
     dtypes, runs = (torch.bfloat16, torch.float32), (inference, cut_at_the_norm)
@@ -207,7 +213,7 @@ def test_inference_and_a_norm_in_training(target):
 FURTHER = ((64, 64, 56, 56), (2, 64, 16, 256), (128, 1024, 8, 8))
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", FURTHER_TARGETS)
 def test_further_shapes(target):
     dtypes = (torch.bfloat16, torch.float32)
     known = {launch.key() for launch in launched(target, dtypes)}
@@ -219,7 +225,7 @@ def test_further_shapes(target):
     check([launch for launch in found if launch.key() not in known], target, wide=True)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", FURTHER_TARGETS)
 def test_large_maps_of_few_samples(target):
     known = {launch.key() for launch in launches(target)}
     some = [launch for launch in launches(target, shapes=LONG_SHAPES.values()) if launch.key() not in known]
@@ -270,7 +276,7 @@ def test_variants(name):
     check(some, target, wide=wide)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", FURTHER_TARGETS)
 def test_odd_maps(target):
     """Where rows of a map end within vectors: no spills, and what takes them as one stretch has whole vectors."""
     dtypes = (torch.bfloat16, torch.float32)
