@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
@@ -143,9 +144,17 @@ def _with_line_numbers_looked_up(ptxparse: Any) -> None:
     ptxparse.parse_body = method
 
 
-@functools.lru_cache(maxsize=None)
+_loading = threading.Lock()
+
+
 def load(name: str, replacements: Tuple[Tuple[str, str], ...], as_threaded_code: bool = True) -> Any:
     """ptxcpu as a module of its own under that name: other tests run it as it is, or otherwise."""
+    with _loading:  # threads that come at once get one module, whose KernelError is one class
+        return _load(name, replacements, as_threaded_code)
+
+
+@functools.lru_cache(maxsize=None)
+def _load(name: str, replacements: Tuple[Tuple[str, str], ...], as_threaded_code: bool) -> Any:
     if str(DIRECTORY) not in sys.path:
         sys.path.insert(0, str(DIRECTORY))
         _with_line_numbers_looked_up(importlib.import_module("ptxparse"))

@@ -439,7 +439,7 @@ def test_a_last_wave_that_is_mostly_empty_goes_to_the_streamed_tier():
 TRAFFIC = 1.03
 # Shared memory's wavefronts over what they are without bank conflicts: less than two-way ones throughout.
 CONFLICTS = 2
-# The translation of a pair of kernels takes a core a minute: "channels-narrow" stands for what leaves by bulk copies.
+# "channels-narrow" stands for what leaves by bulk copies.
 MODELLED = {
     "positions": ((4, 256, 56, 56), 1.15, 1.1),
     "positions-small": ((4, 256, 40, 40), 1.15, 1.1),
