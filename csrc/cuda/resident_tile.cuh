@@ -194,16 +194,17 @@ __device__ __forceinline__ void tile_stored(const Block<Tr>& b) {
 
 // Rows of the tile that have landed; a warp asks for rows in any order, and waits for each load once.
 struct Landed {
+  static constexpr int kAllRows = 0x7fffffff;  // one comparison a row, once all loads have landed
   uint64_t* barriers;
   int each, next, rows;
   template <class Tr>
   __device__ __forceinline__ explicit Landed(const Block<Tr>& b)
       : barriers(b.template at<uint64_t>(b.k.at.barriers)), each(b.rows_a_load()), next(0), rows(0) {}
   __device__ __forceinline__ void wait(int row) {
-    while (row >= rows && next < kLoads) {
+    while (row >= rows) {
       ptx::barrier_wait(barriers + next, 0);
       ++next;
-      rows += each;
+      rows = next < kLoads ? rows + each : kAllRows;
     }
   }
 };
