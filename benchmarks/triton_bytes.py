@@ -105,7 +105,6 @@ def measure(
     channels_last: bool,
     training: bool = False,
     each: bool = False,
-    optimise: str = "-O1",
 ) -> Tuple[Row, Row]:
     x, weights, bn = make_inputs(
         (samples, *shape), dtype, channels_last=channels_last, norm=not training, device="cpu"
@@ -129,7 +128,7 @@ def measure(
     ):
         owners.update({t.untyped_storage().data_ptr(): owner for t in tensors if t is not None and t.numel()})
     s = size(x)
-    machine = triton_ptx.Machine(l2=L2, optimise=optimise)
+    machine = triton_ptx.Machine(l2=L2)
     kept = size(*weights, *bn, *forward[1:])
     once = (kept, kept + size(*gradients[1:]))
     rows = []

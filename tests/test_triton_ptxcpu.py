@@ -79,7 +79,7 @@ def test_long_sums_stay_precise_when_compiled():
     with recording(DEVICES["sm_90"]) as launches:
         pooled = launchers.attention_forward(x, None, None, w2, None, None, None, 1, 0, 0, True)[1]
     assert launches[0].meta["LONG"]
-    machine = triton_ptx.Machine(optimise="-O1")
+    machine = triton_ptx.Machine()
     machine.run(launches[:1])
     machine.read_back()
     torch.testing.assert_close(pooled[:, 0].double(), x.double().mean((2, 3)), rtol=5e-7, atol=0)
@@ -98,7 +98,7 @@ def test_compiled_kernels(name):
             forward, backward = run_ops(x, weights, bn, config, dy=dy)
         second = launches[1]
         assert (second.args[second.kernel.arg_names.index("group_tiles")] > 1) == (name in FEW)
-        machine = triton_ptx.Machine(optimise="-O1")
+        machine = triton_ptx.Machine()
         machine.run(launches, seed=seed, noise=1.0)
         machine.read_back()
         results.append([forward[0], *backward])
@@ -113,21 +113,20 @@ def test_compiled_kernels(name):
         assert error <= budget, f"output {i}: error {error:.3e}, budget {budget:.3e}"
 
 
-# Batches that the modelled L2 holds, as in the table that benchmarks/triton_bytes.py prints; and how g++ is to optimise
-# the translations, which takes it as long again as running them does where programs have little to do.
+# Batches that the modelled L2 holds, as in the table that benchmarks/triton_bytes.py prints.
 BYTES = {
-    "ResNet-50's second stage": ((8, 256, 56, 56), False, "-O0"),
-    "ResNet-50's fourth stage": ((32, 1024, 14, 14), False, "-O0"),
-    "ResNet-50's last stage": ((64, 2048, 7, 7), True, "-O1"),
-    "YOLOv8s's second map": ((4, 64, 160, 160), True, "-O0"),
+    "ResNet-50's second stage": ((8, 256, 56, 56), False),
+    "ResNet-50's fourth stage": ((32, 1024, 14, 14), False),
+    "ResNet-50's last stage": ((64, 2048, 7, 7), True),
+    "YOLOv8s's second map": ((4, 64, 160, 160), True),
 }
 
 
 @pytest.mark.parametrize("name", BYTES)
 def test_bytes_of_a_forward_and_a_backward(name):
     """Rows of that table: an H100's L2, kept from launch to launch, and traffic by tensor, in units of x."""
-    (samples, *shape), channels_last, optimise = BYTES[name]
-    found = triton_bytes.measure(samples, tuple(shape), torch.bfloat16, channels_last, optimise=optimise)
+    (samples, *shape), channels_last = BYTES[name]
+    found = triton_bytes.measure(samples, tuple(shape), torch.bfloat16, channels_last)
     for row, (direction, bars) in zip(found, triton_bytes.PASSES.items(), strict=True):
         assert row.x_sized + row.scratch <= bars.traffic, f"{direction}: {row}"
         assert row.dram <= bars.dram, f"{direction}: {row}"
@@ -141,7 +140,7 @@ def test_what_is_counted():
         y, s = launchers.scale_forward(x, gate, z, False)
     names = {"x": x, "y": y, "gate": gate, "z": z}
     owners = {t.untyped_storage().data_ptr(): name for name, t in names.items()}
-    (traffic,) = triton_ptx.Machine(optimise="-O1").run(launches, owners)
+    (traffic,) = triton_ptx.Machine().run(launches, owners)
     size = x.numel() * x.element_size()
     assert traffic.by_owner["x"] == traffic.by_owner["y"] == size
     # Every program that a multiprocessor runs finds the gate in L1 after the first; s has no name here.

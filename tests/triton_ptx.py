@@ -64,11 +64,8 @@ def _table(library: ctypes.CDLL, name: str) -> np.ndarray:
 class Machine:
     """Global memory that keeps its addresses from launch to launch, and the modelled L2 behind it."""
 
-    def __init__(
-        self, l2: int = 50 << 20, multiprocessors: int = 132, target: str = "sm_90", optimise: str = "-O1"
-    ):
+    def __init__(self, l2: int = 50 << 20, multiprocessors: int = 132, target: str = "sm_90"):
         self.options = dict(l2=l2, nsm=multiprocessors)
-        self.optimise = optimise  # of the translation: g++ takes longer than a small problem does
         self.target = target
         self.memory: Dict[int, Tuple[torch.UntypedStorage, np.ndarray]] = {}
         # One arena, filled from its start: which lines share a set of L2 must not vary from run to run.
@@ -95,7 +92,7 @@ class Machine:
         key = launch.key()
         if key not in self.modules:
             compiled = launch.compile(self.target)
-            module = _ptxcpu().PtxModule(compiled.asm["ptx"], opt=self.optimise)
+            module = _ptxcpu().PtxModule(compiled.asm["ptx"], opt="-O1")
             self.modules[key] = (module, compiled.metadata.shared)
         return self.modules[key]
 
