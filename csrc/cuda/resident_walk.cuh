@@ -129,38 +129,18 @@ __device__ __forceinline__ void for_rows(const Block<Tr>& b, const Strip<Tr>& s,
   }
 }
 
-// Merges each of kCount values over the lanes whose numbers differ in the bits [kFrom, kTo). At every step
-// half of the values change places, so that few are exchanged: the lane is left with `left` values from
-// number `first` on, in the beginning of s, and other lanes with the same ones where `repeated`.
+// spread_over_lanes between two bits that are known: a lane is left with `left` values from number `first`
+// on.
 template <int kCount, int kFrom, int kTo>
 struct Spread {
-  static constexpr int kSteps = (kTo / kFrom == 2) + 2 * (kTo / kFrom == 4) + 3 * (kTo / kFrom == 8);
-  static constexpr int left = kCount >> kSteps ? kCount >> kSteps : 1;
-  int first = 0;
-  bool repeated = false;
-  static_assert(kFrom << kSteps == kTo);
+  static constexpr int kLanes = kTo / kFrom;
+  static constexpr int left = kCount > kLanes ? kCount / kLanes : 1;
+  int first;
+  bool repeated;
 
   template <class S>
   __device__ __forceinline__ Spread(S (&s)[kCount], int lane) {
-    constexpr int kMost = kCount / 2 ? kCount / 2 : 1;
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int bit = kTo / 2 >> step, half = kCount >> (step + 1);
-      const bool upper = lane & bit;
-      if (half == 0) {
-        s[0].merge(s[0].exchange(bit));
-        repeated = repeated || upper;
-        continue;
-      }
-#pragma unroll
-      for (int j = 0; j < kMost; ++j) {
-        if (j >= half) break;
-        const S given = upper ? s[j] : s[j + half];
-        if (upper) s[j] = s[j + half];
-        s[j].merge(given.exchange(bit));
-      }
-      if (upper) first += half;
-    }
+    spread_over_lanes(s, lane, kFrom, kTo, first, repeated);
   }
 };
 

@@ -368,6 +368,37 @@ __device__ __forceinline__ void merge_lanes(S& s, int from, int to) {
   for (int bit = to / 2; bit >= from; bit /= 2) s.merge(s.exchange(bit));
 }
 
+// Merges each of kCount values over the lanes whose numbers differ in the bits from `from` up to `to`, powers
+// of two up to
+// 32. At every step half of the values change places, so that few are exchanged: a lane is left with those
+// from `first` on, in the beginning of s, kCount over the number of lanes or one, and other lanes with the
+// same one where `repeated`.
+template <int kCount, class S>
+__device__ __forceinline__ void spread_over_lanes(S (&s)[kCount], int lane, int from, int to, int& first,
+                                                  bool& repeated) {
+  constexpr int kMost = kCount / 2 ? kCount / 2 : 1;
+  first = 0, repeated = false;
+#pragma unroll
+  for (int step = 0; step < 5; ++step) {
+    const int bit = to / 2 >> step, half = kCount >> (step + 1);
+    if (bit < from) break;
+    const bool upper = lane & bit;
+    if (half == 0) {
+      s[0].merge(s[0].exchange(bit));
+      repeated = repeated || upper;
+      continue;
+    }
+#pragma unroll
+    for (int j = 0; j < kMost; ++j) {
+      if (j >= half) break;
+      const S given = upper ? s[j] : s[j + half];
+      if (upper) s[j] = s[j + half];
+      s[j].merge(given.exchange(bit));
+    }
+    if (upper) first += half;
+  }
+}
+
 // Merges each of one or four values over the lanes of a row, a power of two from kRowSums to 32: lane
 // `column` gets value column % kRows. With four, each of the first steps halves what is left to merge.
 template <int kRows, class S>
@@ -407,11 +438,16 @@ template <int V, class S>
 __device__ __forceinline__ int merge_rows(S (&acc)[V], int columns, S* merged) {
   const int thread = thread_index(), column = thread & (columns - 1);
   const int pitch = merged_pitch<V>(columns);
+  int first;
+  bool repeated;
+  spread_over_lanes(acc, thread, columns, 32, first, repeated);
+  if (!repeated) {
+    const int left = max(1, V * columns / 32);
+    S* mine = merged + (thread / 32 * V + first) * pitch + column;
 #pragma unroll
-  for (int k = 0; k < V; ++k) merge_lanes(acc[k], columns, 32);
-  if (thread % 32 < columns) {
-#pragma unroll
-    for (int k = 0; k < V; ++k) merged[(thread / 32 * V + k) * pitch + column] = acc[k];
+    for (int k = 0; k < V; ++k) {
+      if (k < left) mine[k * pitch] = acc[k];
+    }
   }
   __syncthreads();
   return kThreads / 32;
