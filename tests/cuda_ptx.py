@@ -62,9 +62,14 @@ def nvcc() -> Optional[str]:
 
 
 HINTS = True  # whether the modelled caches honor .cs
+COUNTING = (
+    False  # whether instructions are counted one by one, and PTX says of which lines of source they are
+)
 
 
 def _ptxcpu() -> Any:
+    if COUNTING:
+        return ptxcpu_runtime.load("counting", (), counting=True)
     if not HINTS:
         return ptxcpu_runtime.load("no_hints", ())
     return ptxcpu_runtime.load("evict_first", ptxcpu_runtime.EVICT_FIRST)
@@ -93,7 +98,7 @@ def _module(header: str, kernel: str) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cu"
         path.write_text(f'#include "{header}"\ntemplate __global__ void {kernel};\n')
-        flags = ["-O3", "-std=c++17", f"-arch={TARGET}", f"-I{SOURCES}"]
+        flags = ["-O3", "-std=c++17", f"-arch={TARGET}", f"-I{SOURCES}"] + ["-lineinfo"] * COUNTING
         compiled = str(path.with_suffix(".ptx"))
         subprocess.run([str(nvcc()), *flags, "-ptx", str(path), "-o", compiled], check=True)
         return _ptxcpu().PtxModule(compiled, opt=TRANSLATE)

@@ -122,10 +122,10 @@ def _hinted(ldst: Any) -> Any:
     return method
 
 
-def _as_threaded_code(build: Any) -> Any:
+def _as_threaded_code(build: Any, counting: bool) -> Any:
     def method(s):  # type: ignore[no-untyped-def]
         source, blocks = build(s)
-        return threaded(source), blocks
+        return threaded(source, counting), blocks
 
     return method
 
@@ -147,14 +147,21 @@ def _with_line_numbers_looked_up(ptxparse: Any) -> None:
 _loading = threading.Lock()
 
 
-def load(name: str, replacements: Tuple[Tuple[str, str], ...], as_threaded_code: bool = True) -> Any:
+def load(
+    name: str,
+    replacements: Tuple[Tuple[str, str], ...],
+    as_threaded_code: bool = True,
+    counting: bool = False,
+) -> Any:
     """ptxcpu as a module of its own under that name: other tests run it as it is, or otherwise."""
     with _loading:  # threads that come at once get one module, whose KernelError is one class
-        return _load(name, replacements, as_threaded_code)
+        return _load(name, replacements, as_threaded_code, counting)
 
 
 @functools.lru_cache(maxsize=None)
-def _load(name: str, replacements: Tuple[Tuple[str, str], ...], as_threaded_code: bool) -> Any:
+def _load(
+    name: str, replacements: Tuple[Tuple[str, str], ...], as_threaded_code: bool, counting: bool
+) -> Any:
     if str(DIRECTORY) not in sys.path:
         sys.path.insert(0, str(DIRECTORY))
         _with_line_numbers_looked_up(importlib.import_module("ptxparse"))
@@ -172,7 +179,7 @@ def _load(name: str, replacements: Tuple[Tuple[str, str], ...], as_threaded_code
     module.HERE = module.CACHE = str(folder)
     _with_a_driver_apart(module, runtime, folder, name)
     if as_threaded_code:
-        module.Gen.build = _as_threaded_code(module.Gen.build)
+        module.Gen.build = _as_threaded_code(module.Gen.build, counting)
     if replacements is EVICT_FIRST:
         module.Gen.ldst = _hinted(module.Gen.ldst)
     return module

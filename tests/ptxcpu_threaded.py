@@ -60,6 +60,8 @@ _WALK = """
     u32 r = STEPS[i].op(w, g, c, R, CC, M, OPERANDS + STEPS[i].at, run);
     if (r != ON) return (int)r; }
 """
+_CALL = "    u32 r = STEPS[i].op("  # how often each step is taken is counted before it
+_COUNTS = 'extern "C" {{ u64 counts[{}]; }}'
 
 
 def _literal(number: str) -> str:
@@ -98,12 +100,17 @@ def _steps(lines: List[str]) -> Tuple[List[List[str]], List[int]]:
     return steps, [*blocks, len(steps)]
 
 
-def threaded(source: str) -> str:
-    """The translation unit that ptxcpu's Gen.build made, as threaded code."""
+def threaded(source: str, counting: bool = False) -> str:
+    """The translation unit that ptxcpu's Gen.build made, as threaded code.
+
+    `counting`: its library has `counts`, by instruction in the order of the PTX: how many warps came to it.
+    """
     lines = source.split("\n")
     first, last = _one(lines, _SWITCH), _one(lines, _DEFAULT)
     function = _one(lines, "int run_warp(Warp *w, long budget) {")
     steps, blocks = _steps(lines[first + 1 : last])
+    if counting and any(step[0] != _COUNT for step in steps[:-1]):
+        raise RuntimeError("a step that is no instruction")
 
     functions: Dict[str, int] = {}  # by body
     table: List[str] = []
@@ -137,8 +144,9 @@ def threaded(source: str) -> str:
             f"static const u64 OPERANDS[] = {{{','.join(map(_literal, [*operands, '0']))}}};",
             f"static const struct {{ Op op; u32 at; }} STEPS[] = {{{','.join(table)}}};",
             f"static const u32 BLOCKS[] = {{{','.join(map(str, blocks))}}};",
+            _COUNTS.format(len(steps)) if counting else "",
             head.replace(*_LOCALS).replace(_STEP_LOCALS, ""),
-            _WALK,
+            _WALK.replace(_CALL, "    counts[i]++;\n" + _CALL) if counting else _WALK,
             tail,
         ]
     )

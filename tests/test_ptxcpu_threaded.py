@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import cuda_ptx
 import numpy as np
@@ -15,6 +17,9 @@ if cuda_ptx.unavailable() is not None:
     pytest.skip(str(cuda_ptx.unavailable()), allow_module_level=True)
 if shutil.which("g++") is None:
     pytest.skip("there is no g++", allow_module_level=True)
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import cuda_instructions  # noqa: E402
 
 # Loops whose lanes part, predicated steps, barriers, shuffles, votes, atomics, shared and local memory, vectors of
 # four, constants of every type, negative offsets, and conversions to and from half and double precision.
@@ -51,7 +56,15 @@ extern "C" __global__ void mixture(const float4* x, double* sums, int* counts, _
 def compiled(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("threaded")
     (folder / "mixture.cu").write_text(KERNEL)
-    command = [cuda_ptx.nvcc(), "-ptx", f"-arch={cuda_ptx.TARGET}", "-o", "mixture.ptx", "mixture.cu"]
+    command = [
+        cuda_ptx.nvcc(),
+        "-ptx",
+        "-lineinfo",
+        f"-arch={cuda_ptx.TARGET}",
+        "-o",
+        "mixture.ptx",
+        "mixture.cu",
+    ]
     subprocess.run(command, check=True, cwd=folder)
     return str(folder / "mixture.ptx")
 
@@ -93,6 +106,20 @@ def test_the_same_report_of_a_bad_access(compiled):
         # all but the address, which is another one in each run
         reports.append(str(caught.value).split("address")[0])
     assert reports[0] == reports[1]
+
+
+def test_instructions_are_counted_by_line_of_source(compiled):
+    """What benchmarks/cuda_instructions.py prints: 32 warps that go through 4 strides of 1024 elements each."""
+    module, _, _ = _run(ptxcpu_runtime.load("counting", (), counting=True), compiled, 4096, 4096)
+    opcodes, by_line = cuda_instructions.counted(module)
+
+    def ran(text: str) -> dict:
+        (number,) = (i for i, line in enumerate(KERNEL.split("\n"), 1) if text in line)
+        return by_line[(f"mixture.cu:{number}",)]
+
+    assert ran("sums[blockIdx.x")["st.global.f64"] == 32
+    assert ran("float4 v = x[i]")["ld.global.nc.v4.f32"] == ran("votes +=")["popc.b32"] == 4 * 32
+    assert opcodes["bar.sync"] == 2 * 4 * 32
 
 
 def test_another_text_is_refused(compiled):
