@@ -118,7 +118,7 @@ def test_instructions_are_counted_by_line_of_source(compiled):
         return by_line[(f"mixture.cu:{number}",)]
 
     assert ran("sums[blockIdx.x")["st.global.f64"] == 32
-    assert ran("float4 v = x[i]")["ld.global.nc.v4.f32"] == ran("votes +=")["popc.b32"] == 4 * 32
+    assert ran("float4 v = x[i]")["ld.global.v4.f32"] == ran("votes +=")["popc.b32"] == 4 * 32
     assert opcodes["bar.sync"] == 2 * 4 * 32
 
 
