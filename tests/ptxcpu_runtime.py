@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import ctypes
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Tuple
 
 from ptxcpu_threaded import threaded
 
@@ -80,9 +81,11 @@ def _write(path: Path, text: str) -> None:
 def _compile(source: Path, out: Path, *flags: str) -> None:
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_suffix(f".{os.getpid()}")
-        subprocess.run(["g++", *_FLAGS, *flags, str(source), "-o", str(temporary)], check=True)
-        os.replace(temporary, out)
+        # Elsewhere, since g++ tries all that lies where a precompiled header does; threads and processes may be at it.
+        with tempfile.TemporaryDirectory(dir=source.parent) as folder:
+            temporary = os.path.join(folder, "out")
+            subprocess.run(["g++", *_FLAGS, *flags, str(source), "-o", temporary], check=True)
+            os.replace(temporary, out)
 
 
 def _with_a_driver_apart(module: Any, runtime: str, folder: Path, name: str) -> None:
@@ -106,7 +109,10 @@ def _with_a_driver_apart(module: Any, runtime: str, folder: Path, name: str) -> 
     def compile(s, kernel: str):  # type: ignore[no-untyped-def]
         precompiled = folder / "inc" / "runtime.h.gch" / s.opt
         _compile(folder / "inc" / "runtime.h", precompiled, s.opt, "-x", "c++-header")
-        return build(s, kernel)
+        # Who comes to the same kernel second waits, and finds it: ptxcpu has one name for what it writes.
+        with open(folder / f"lock-{hashlib.sha256(s.text.encode()).hexdigest()[:16]}", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return build(s, kernel)
 
     module.PtxModule.compile = compile
 
@@ -133,13 +139,11 @@ def _as_threaded_code(build: Any, counting: bool) -> Any:
 def _with_line_numbers_looked_up(ptxparse: Any) -> None:
     """Its parser counts the lines before each statement from the text's start: 10 s in a large kernel."""
     parse_body = ptxparse.parse_body
-    starts: Dict[str, List[int]] = {}
 
     def method(text: str, p, e, f, scope, uid, line_of):  # type: ignore[no-untyped-def]
-        if text not in starts:
-            starts.clear()
-            starts[text] = [m.start() for m in re.finditer("\n", text)]
-        return parse_body(text, p, e, f, scope, uid, lambda at: bisect.bisect_left(starts[text], at) + 1)
+        if not isinstance(line_of, functools.partial):  # a scope within has its function's
+            line_of = functools.partial(bisect.bisect_right, [0, *(m.end() for m in re.finditer("\n", text))])
+        return parse_body(text, p, e, f, scope, uid, line_of)
 
     ptxparse.parse_body = method
 

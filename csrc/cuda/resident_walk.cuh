@@ -129,8 +129,7 @@ __device__ __forceinline__ void for_rows(const Block<Tr>& b, const Strip<Tr>& s,
   }
 }
 
-// spread_over_lanes between two bits that are known: a lane is left with `left` values from number `first`
-// on.
+// spread_over_lanes between two known bits: a lane is left with `left` values from number `first` on.
 template <int kCount, int kFrom, int kTo>
 struct Spread {
   static constexpr int kLanes = kTo / kFrom;

@@ -369,10 +369,9 @@ __device__ __forceinline__ void merge_lanes(S& s, int from, int to) {
 }
 
 // Merges each of kCount values over the lanes whose numbers differ in the bits from `from` up to `to`, powers
-// of two up to
-// 32. At every step half of the values change places, so that few are exchanged: a lane is left with those
-// from `first` on, in the beginning of s, kCount over the number of lanes or one, and other lanes with the
-// same one where `repeated`.
+// of two up to 32. At every step half of the values change places, so that few are exchanged: a lane is left
+// with those from `first` on, in the beginning of s, kCount over the number of lanes or one, and other lanes
+// with the same one where `repeated`.
 template <int kCount, class S>
 __device__ __forceinline__ void spread_over_lanes(S (&s)[kCount], int lane, int from, int to, int& first,
                                                   bool& repeated) {
