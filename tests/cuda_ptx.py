@@ -62,9 +62,7 @@ def nvcc() -> Optional[str]:
 
 
 HINTS = True  # whether the modelled caches honor .cs
-COUNTING = (
-    False  # whether instructions are counted one by one, and PTX says of which lines of source they are
-)
+COUNTING = False  # whether each instruction is counted, and PTX says of which line of source it is
 
 
 def _ptxcpu() -> Any:
